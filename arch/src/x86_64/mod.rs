@@ -1,0 +1,11 @@
+//! x86-64: a board with an MP table, an in-kernel PIC, IOAPIC, PIT and local
+//! APICs, no ACPI and no PCI.
+
+pub mod boot;
+pub mod cpuid;
+pub mod irqchip;
+pub mod layout;
+pub mod mptable;
+pub mod msr;
+pub mod regs;
+pub mod vcpu;

@@ -1,0 +1,74 @@
+//! A vCPU as the kernel first finds it.
+
+use kvm_bindings::{CpuId, kvm_lapic_state};
+use kvm_ioctls::VcpuFd;
+use thiserror::Error;
+
+use super::boot::Entry;
+use super::{cpuid, msr, regs};
+
+/// Offsets of the two local interrupt registers in the APIC's register page
+/// (Intel SDM volume 3, table 11-1), and the delivery modes they get.
+const APIC_LVT0: usize = 0x350;
+const APIC_LVT1: usize = 0x360;
+const DELIVER_NMI: u32 = 0x400;
+const DELIVER_EXTINT: u32 = 0x700;
+
+/// Which part of a vCPU could not be set up.
+#[derive(Debug, Error)]
+pub enum VcpuError {
+    /// KVM_SET_CPUID2 failed.
+    #[error("set CPUID")]
+    SetCpuid(#[source] kvm_ioctls::Error),
+    /// KVM_SET_MSRS failed.
+    #[error("set model-specific registers")]
+    SetMsrs(#[source] kvm_ioctls::Error),
+    /// KVM_SET_MSRS stopped early.
+    #[error("KVM refuses model-specific register {0:#x}")]
+    MsrRefused(u32),
+    /// KVM_GET_LAPIC or KVM_SET_LAPIC failed.
+    #[error("set up the local APIC")]
+    SetLapic(#[source] kvm_ioctls::Error),
+    /// KVM_GET_SREGS or KVM_SET_SREGS failed.
+    #[error("set system registers")]
+    SetSregs(#[source] kvm_ioctls::Error),
+    /// KVM_SET_REGS failed.
+    #[error("set general registers")]
+    SetRegs(#[source] kvm_ioctls::Error),
+}
+
+/// Prepares vCPU `index` of `count`. The first one starts at `entry`; the
+/// others wait for the start-up interrupt the first one sends.
+pub fn configure(
+    vcpu: &VcpuFd,
+    index: u8,
+    count: u8,
+    supported: &CpuId,
+    entry: Entry,
+) -> Result<(), VcpuError> {
+    let cpuid = cpuid::for_vcpu(supported, index, count);
+    vcpu.set_cpuid2(&cpuid).map_err(VcpuError::SetCpuid)?;
+    if let Some(refused) = msr::set_boot(vcpu).map_err(VcpuError::SetMsrs)? {
+        return Err(VcpuError::MsrRefused(refused));
+    }
+    let mut lapic = vcpu.get_lapic().map_err(VcpuError::SetLapic)?;
+    wire_local_interrupts(&mut lapic);
+    vcpu.set_lapic(&lapic).map_err(VcpuError::SetLapic)?;
+    if index == 0 {
+        let reset = vcpu.get_sregs().map_err(VcpuError::SetSregs)?;
+        vcpu.set_sregs(&regs::system(entry, reset))
+            .map_err(VcpuError::SetSregs)?;
+        vcpu.set_regs(&regs::general(entry))
+            .map_err(VcpuError::SetRegs)?;
+    }
+    Ok(())
+}
+
+/// LINT0 carries the PIC's interrupts, LINT1 NMIs: what firmware would leave.
+fn wire_local_interrupts(lapic: &mut kvm_lapic_state) {
+    for (at, mode) in [(APIC_LVT0, DELIVER_EXTINT), (APIC_LVT1, DELIVER_NMI)] {
+        for (byte, value) in lapic.regs[at..].iter_mut().zip(mode.to_le_bytes()) {
+            *byte = i8::from_le_bytes([value]);
+        }
+    }
+}
