@@ -10,3 +10,4 @@
 pub mod bus;
 pub mod counter;
 pub mod legacy;
+pub mod virtio;

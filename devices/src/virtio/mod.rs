@@ -1,0 +1,157 @@
+//! Virtio devices (virtio 1.3): two traits, and what every device shares.
+//!
+//! A [`VirtioDevice`] is what the driver configures: it lives behind its transport
+//! ([`mmio::MmioTransport`]) on the bus. When the driver is ready the device turns its queues and
+//! host resources into [`Handler`]s, which *own* them and run on an event loop: nothing on the
+//! data path takes a lock. To pause a device its handlers are taken off their loops and kept; to
+//! go on they are put back; at a reset they are dropped.
+//!
+//! ```text
+//!  vCPU: register access ─▶ MmioTransport ─▶ Session ─▶ VirtioDevice::activate
+//!                                               │  ▲            │ Handlers
+//!                             Runner::run ◀─────┘  └─ recall ◀──┘
+//!  io:   kick (ioeventfd) ─▶ Handler ─▶ Ring ─▶ Interrupt (irqfd)
+//! ```
+//!
+//! [`rng`] is the smallest device and the one to copy.
+
+mod chain;
+mod counters;
+mod interrupt;
+mod lent;
+pub mod mmio;
+mod negotiation;
+mod queue;
+pub mod rng;
+mod segments;
+mod session;
+mod setup;
+
+use std::fmt::Debug;
+use std::io;
+use std::sync::Arc;
+
+use event_manager::MutEventSubscriber;
+use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
+
+pub use self::chain::Chain;
+pub use self::counters::Counters;
+pub use self::interrupt::Interrupt;
+pub use self::lent::{Lender, Lent};
+pub use self::mmio::MmioTransport;
+pub use self::queue::{Ring, RingState};
+pub use self::segments::{AccessError, Segments};
+
+/// Guest RAM as one reader sees it.
+pub type GuestRam = GuestMemoryMmap<()>;
+/// Guest RAM that may be mapped anew while devices run. A clone is the same memory.
+pub type Memory = GuestMemoryAtomic<GuestRam>;
+
+/// What a driver can configure and activate, whatever the transport.
+///
+/// All of it runs with the transport's lock held, on the vCPU thread that touched a register.
+pub trait VirtioDevice: Send + Debug {
+    /// Device ID (virtio 1.3 §5, Device Types).
+    fn id(&self) -> u32;
+
+    /// How many queues there are, and the largest size of each: a power of two.
+    fn queue_sizes(&self) -> &[u16];
+
+    /// Feature bits of the device type. What the transport and the rings offer is added.
+    fn features(&self) -> u64;
+
+    /// Fills `data` from the device's configuration space. `data` arrives zeroed and may reach
+    /// beyond what the device has, which reads as zero.
+    fn read_config(&self, offset: u64, data: &mut [u8]);
+
+    /// Most devices have nothing there to write.
+    fn write_config(&mut self, offset: u64, data: &[u8]) {
+        let _ = (offset, data);
+    }
+
+    /// Shared with the device's handlers and whoever gathers metrics.
+    fn counters(&self) -> &Arc<Counters>;
+
+    /// The driver has set DRIVER_OK: queues move into handlers. After a device reset this happens
+    /// again, so what a handler takes from the device must return when it is dropped ([`Lent`]).
+    fn activate(&mut self, activation: Activation) -> Result<Vec<Box<dyn Handler>>, ActivateError>;
+}
+
+/// What a device gets when its driver is ready.
+#[derive(Debug)]
+pub struct Activation {
+    /// Feature bits that device and driver agreed on.
+    pub features: u64,
+    pub memory: Memory,
+    /// The queues the driver set up, by ascending index. It need not use all.
+    pub rings: Vec<Ring>,
+    pub interrupt: Interrupt,
+}
+
+impl Activation {
+    /// Whether feature `bit` was negotiated.
+    pub fn has(&self, bit: u32) -> bool {
+        self.features & (1 << bit) != 0
+    }
+
+    /// Takes the ring of the queue numbered `index`, if the driver set it up.
+    pub fn take_ring(&mut self, index: u16) -> Option<Ring> {
+        let position = self.rings.iter().position(|ring| ring.index() == index)?;
+        Some(self.rings.remove(position))
+    }
+}
+
+/// Why a driver's DRIVER_OK could not be followed. The device then asks for a reset.
+#[derive(Debug, thiserror::Error)]
+pub enum ActivateError {
+    #[error("queue {index} is not set up as the driver must")]
+    BadQueue { index: u16 },
+    #[error("the {what} is still held by an earlier handler")]
+    Held { what: &'static str },
+    #[error("hand the queues to their thread")]
+    Run(#[source] io::Error),
+    #[error("duplicate an event fd")]
+    EventFd(#[source] io::Error),
+}
+
+/// The active half of a device: it owns queues and host resources, and serves them on one thread.
+///
+/// `init` registers the fds to watch and may be called again, on another loop, after a pause.
+/// `process` must return soon on [`Thread::Io`], and in the time of one batch of requests
+/// elsewhere: whoever recalls the handler waits for it.
+pub trait Handler: MutEventSubscriber + Send + Debug {
+    /// The thread it must run on.
+    fn thread(&self) -> Thread;
+
+    /// Finishes what the guest has queued so far and can be finished, so that nothing it said is
+    /// lost when the VM ends. Called while the handler is on no loop and the vCPUs stand still;
+    /// may block, but not for ever.
+    fn drain(&mut self);
+
+    /// Its queues as they stand, for a snapshot.
+    fn rings(&self) -> Vec<RingState>;
+}
+
+/// Where a handler runs.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Thread {
+    /// The loop that all devices share: nothing there may block.
+    Io,
+    /// A thread of its own, of this name (at most 15 bytes), for work that blocks.
+    Own(String),
+}
+
+/// Stands for a handler on its loop.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Ticket(pub u64);
+
+/// Runs handlers on event loops.
+///
+/// Both calls come from vCPU threads and the control thread, never from a handler, and return
+/// once the handler has been added or removed.
+pub trait Runner: Send + Sync {
+    fn run(&self, handler: Box<dyn Handler>) -> io::Result<Ticket>;
+
+    /// Takes the handler back, after the event it is at. None if its loop is gone.
+    fn recall(&self, ticket: Ticket) -> Option<Box<dyn Handler>>;
+}

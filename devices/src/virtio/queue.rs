@@ -1,0 +1,248 @@
+//! A live virtqueue in its handler's hands.
+//!
+//! A [`Ring`] joins virtio-queue's bookkeeping to what surrounds it: the driver's kick, the
+//! interrupt, the counters, and a budget that keeps a guest which never stops adding chains from
+//! holding the thread. A handler's turn is always
+//!
+//! ```text
+//! kick ─▶ wake ─▶ pop ─▶ work ─▶ complete ─┐       rest ─▶ wait for the next kick
+//!           ▲      ▲──────────────────────┘        │
+//!           └──────── more came in meanwhile ◀─────┘
+//! ```
+//!
+//! which [`Ring::serve`] does for devices that answer each request at once.
+
+use std::mem;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use event_manager::{EventOps, EventSet, Events};
+use virtio_bindings::virtio_ring::VRING_AVAIL_F_NO_INTERRUPT;
+use virtio_queue::{Queue, QueueOwnedT, QueueState, QueueT};
+use vm_memory::{Bytes, GuestAddress};
+use vmm_sys_util::eventfd::EventFd;
+
+use super::chain::{Chain, Spare};
+use super::{Counters, GuestRam, Interrupt};
+
+/// How long a completed request may wait for others to share its interrupt.
+const BATCH: Duration = Duration::from_micros(500);
+
+/// One queue as it stands, for a snapshot.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RingState {
+    pub index: u16,
+    pub queue: QueueState,
+}
+
+/// One queue between DRIVER_OK and the reset.
+#[derive(Debug)]
+pub struct Ring {
+    index: u16,
+    queue: Queue,
+    kick: EventFd,
+    interrupt: Interrupt,
+    counters: Arc<Counters>,
+    /// Chains that may still be popped before others get their turn.
+    budget: u32,
+    /// The driver broke the ring itself; nothing in it can be trusted until the reset.
+    broken: bool,
+    /// Completed chains the driver has not been told of, since when.
+    untold: Option<Instant>,
+    spare: Spare,
+}
+
+impl Ring {
+    /// `kick` must be non-blocking.
+    pub(super) fn new(
+        index: u16,
+        queue: Queue,
+        kick: EventFd,
+        interrupt: Interrupt,
+        counters: Arc<Counters>,
+    ) -> Self {
+        Self {
+            index,
+            queue,
+            kick,
+            interrupt,
+            counters,
+            budget: 0,
+            broken: false,
+            untold: None,
+            spare: Spare::default(),
+        }
+    }
+
+    /// The queue's number in its device.
+    pub fn index(&self) -> u16 {
+        self.index
+    }
+
+    /// Readable when the driver has notified the device; to be watched by the handler.
+    pub fn kick(&self) -> &EventFd {
+        &self.kick
+    }
+
+    /// Has the handler's loop watch the kick.
+    pub fn watch(&mut self, ops: &mut EventOps) {
+        if let Err(error) = ops.add(Events::new(&self.kick, EventSet::IN)) {
+            log::error!("watch queue {}: {error}", self.index);
+            self.fail();
+        }
+    }
+
+    pub fn state(&self) -> RingState {
+        RingState {
+            index: self.index,
+            queue: self.queue.state(),
+        }
+    }
+
+    /// Completes every chain there is, in order, with the number of bytes `serve` says it wrote.
+    pub fn serve(&mut self, ram: &GuestRam, mut serve: impl FnMut(&mut Chain) -> u32) {
+        self.wake(ram);
+        loop {
+            while let Some(mut chain) = self.pop(ram) {
+                let written = serve(&mut chain);
+                self.complete(ram, chain, written);
+            }
+            if !self.rest(ram) {
+                break;
+            }
+        }
+    }
+
+    /// Starts a turn: takes the kick and asks the driver for silence.
+    pub fn wake(&mut self, ram: &GuestRam) {
+        // An empty eventfd means that the turn was started for another reason.
+        if let Ok(kicks) = self.kick.read() {
+            self.counters.kicks.add(kicks);
+        }
+        self.budget = u32::from(self.queue.size());
+        // Silence is a wish (virtio 1.3 §2.7.10): if it cannot be written, kicks just come.
+        let _ = self.queue.disable_notification(ram);
+    }
+
+    /// The next well-formed chain. None if there is none, the budget is used up or the driver
+    /// broke the ring. Chains that are not well formed are returned to the driver, and counted.
+    pub fn pop(&mut self, ram: &GuestRam) -> Option<Chain> {
+        while self.budget > 0 && !self.broken {
+            let descriptors = match self.queue.iter(ram) {
+                Ok(mut available) => available.next()?,
+                Err(_) => {
+                    self.fail();
+                    return None;
+                }
+            };
+            self.budget -= 1;
+            let head = descriptors.head_index();
+            if head >= self.queue.size() {
+                // There is no such descriptor, so there is nothing to return.
+                self.fail();
+                return None;
+            }
+            match Chain::parse(ram, descriptors, mem::take(&mut self.spare)) {
+                Ok(chain) => return Some(chain),
+                Err(spare) => {
+                    self.spare = spare;
+                    self.counters.bad_chains.increment();
+                    self.add_used(ram, head, 0);
+                }
+            }
+        }
+        None
+    }
+
+    /// Returns a chain to the driver. `written` counts from the start of the writable part.
+    pub fn complete(&mut self, ram: &GuestRam, chain: Chain, written: u32) {
+        debug_assert!(written as usize <= chain.writable_len);
+        let head = chain.head;
+        self.spare = chain.into_spare();
+        self.add_used(ram, head, written);
+    }
+
+    /// Makes the chain that was popped last the next one again, as the driver wrote it.
+    pub fn put_back(&mut self, chain: Chain) {
+        self.spare = chain.into_spare();
+        self.queue.go_to_previous_position();
+        self.budget += 1;
+    }
+
+    /// Ends a turn: interrupts the driver if it wants to know what was completed, and asks it to
+    /// kick again. True if chains came in before it could hear that, and so are to be popped now.
+    /// With the budget used up the ring kicks itself instead, so that others get their turn.
+    pub fn rest(&mut self, ram: &GuestRam) -> bool {
+        self.signal(ram);
+        if self.broken {
+            return false;
+        }
+        match self.queue.enable_notification(ram) {
+            Ok(false) => false,
+            Ok(true) if self.budget > 0 => {
+                self.budget -= 1;
+                let _ = self.queue.disable_notification(ram);
+                true
+            }
+            Ok(true) => {
+                self.rekick();
+                false
+            }
+            Err(_) => {
+                self.fail();
+                false
+            }
+        }
+    }
+
+    /// Ends a turn that stopped early because the device cannot take more for now. The driver
+    /// need not kick: the device itself comes back when it can.
+    pub fn rest_full(&mut self, ram: &GuestRam) {
+        self.signal(ram);
+    }
+
+    /// Makes the handler's next turn come without the driver.
+    pub fn rekick(&self) {
+        // Fails only when 2^64 - 2 kicks are already due.
+        let _ = self.kick.write(1);
+    }
+
+    /// Tells the driver at once of what was completed, if it wants to know.
+    pub fn signal(&mut self, ram: &GuestRam) {
+        if self.untold.take().is_some() && self.driver_listens(ram) {
+            self.interrupt.notify_queue();
+        }
+    }
+
+    fn add_used(&mut self, ram: &GuestRam, head: u16, written: u32) {
+        if self.queue.add_used(ram, head, written).is_err() {
+            self.fail();
+            return;
+        }
+        let now = Instant::now();
+        if now.duration_since(*self.untold.get_or_insert(now)) >= BATCH {
+            self.signal(ram);
+        }
+    }
+
+    /// Used Buffer Notification Suppression (virtio 1.3 §2.7.7).
+    fn driver_listens(&mut self, ram: &GuestRam) -> bool {
+        if !self.queue.event_idx_enabled() {
+            let flags: Result<u16, _> =
+                ram.load(GuestAddress(self.queue.avail_ring()), Ordering::SeqCst);
+            return match flags {
+                Ok(flags) => u32::from(u16::from_le(flags)) & VRING_AVAIL_F_NO_INTERRUPT == 0,
+                Err(_) => true,
+            };
+        }
+        self.queue.needs_notification(ram).unwrap_or(true)
+    }
+
+    /// The ring itself makes no sense: "the device ... SHOULD set DEVICE_NEEDS_RESET ... when it
+    /// enters an error state that a reset is needed" (virtio 1.3 §2.1.2).
+    fn fail(&mut self) {
+        self.broken = true;
+        self.interrupt.notify_needs_reset();
+    }
+}

@@ -1,0 +1,248 @@
+//! One device and its driver, from the first status bit to the reset, whatever the transport.
+//!
+//! Owned by the transport and reached through its lock. Waits on the [`Runner`] when handlers
+//! start and stop, and on nothing else.
+
+use std::fmt::{self, Debug};
+use std::io;
+use std::mem;
+use std::sync::Arc;
+
+use virtio_bindings::virtio_config::{VIRTIO_CONFIG_S_NEEDS_RESET, VIRTIO_F_VERSION_1};
+use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
+use vm_memory::GuestAddressSpace;
+use vmm_sys_util::eventfd::EventFd;
+
+use super::negotiation::{Negotiation, Step};
+use super::setup::QueueSetup;
+use super::{
+    ActivateError, Activation, Counters, Handler, Interrupt, Memory, Ring, Runner, Ticket,
+    VirtioDevice,
+};
+
+/// Offered for every device: by this transport, and by [`Ring`].
+const COMMON_FEATURES: u64 =
+    1 << VIRTIO_F_VERSION_1 | 1 << VIRTIO_RING_F_INDIRECT_DESC | 1 << VIRTIO_RING_F_EVENT_IDX;
+
+/// Where the handlers are.
+enum Activity {
+    /// There are none: the driver is not ready, or not any more.
+    Idle,
+    Running(Vec<Ticket>),
+    Paused(Vec<Box<dyn Handler>>),
+}
+
+pub(super) struct Session {
+    pub(super) device: Box<dyn VirtioDevice>,
+    pub(super) negotiation: Negotiation,
+    pub(super) queues: Vec<QueueSetup>,
+    pub(super) interrupt: Interrupt,
+    pub(super) counters: Arc<Counters>,
+    kicks: Vec<EventFd>,
+    memory: Memory,
+    runner: Arc<dyn Runner>,
+    activity: Activity,
+}
+
+impl Session {
+    pub(super) fn new(
+        memory: Memory,
+        device: Box<dyn VirtioDevice>,
+        irqfd: EventFd,
+        runner: Arc<dyn Runner>,
+    ) -> io::Result<Self> {
+        let sizes = device.queue_sizes();
+        let queues = sizes
+            .iter()
+            .map(|&max_size| QueueSetup::new(max_size))
+            .collect();
+        let flags = libc::EFD_NONBLOCK | libc::EFD_CLOEXEC;
+        let kicks = sizes
+            .iter()
+            .map(|_| EventFd::new(flags))
+            .collect::<io::Result<_>>()?;
+        let counters = device.counters().clone();
+        Ok(Self {
+            negotiation: Negotiation::new(device.features() | COMMON_FEATURES),
+            queues,
+            interrupt: Interrupt::new(irqfd, counters.clone()),
+            counters,
+            kicks,
+            memory,
+            runner,
+            activity: Activity::Idle,
+            device,
+        })
+    }
+
+    pub(super) fn kicks(&self) -> &[EventFd] {
+        &self.kicks
+    }
+
+    pub(super) fn status(&self) -> u32 {
+        let needs_reset = if self.interrupt.needs_reset() {
+            VIRTIO_CONFIG_S_NEEDS_RESET
+        } else {
+            0
+        };
+        self.negotiation.status() | needs_reset
+    }
+
+    pub(super) fn write_status(&mut self, value: u32) {
+        match self.negotiation.write_status(value) {
+            Step::Stay => {}
+            Step::Activate => self.activate(),
+            Step::Reset => self.reset(),
+        }
+    }
+
+    /// A notification that did not come by ioeventfd. One for a queue that is not there, or not
+    /// live, means nothing.
+    pub(super) fn notify(&self, index: u32) {
+        let kick = usize::try_from(index)
+            .ok()
+            .and_then(|index| self.kicks.get(index));
+        match (&self.activity, kick) {
+            (Activity::Running(_), Some(kick)) => {
+                // Fails only when 2^64 - 2 kicks are already due.
+                let _ = kick.write(1);
+            }
+            _ => self.counters.bad_accesses.increment(),
+        }
+    }
+
+    /// Takes the handlers off their loops and keeps them. Nothing touches guest memory after.
+    pub(super) fn pause(&mut self) {
+        if let Activity::Running(tickets) = mem::replace(&mut self.activity, Activity::Idle) {
+            self.activity = Activity::Paused(self.recall(tickets));
+        }
+    }
+
+    /// Pauses, and lets each handler finish what the guest has queued.
+    pub(super) fn drain(&mut self) {
+        self.pause();
+        if let Activity::Paused(handlers) = &mut self.activity {
+            handlers.iter_mut().for_each(|handler| handler.drain());
+        }
+    }
+
+    /// Puts the handlers back. Kicks and interrupts that got lost on the way are made up for.
+    pub(super) fn resume(&mut self) -> io::Result<()> {
+        match mem::replace(&mut self.activity, Activity::Idle) {
+            Activity::Paused(handlers) => self.start(handlers)?,
+            other => self.activity = other,
+        }
+        if matches!(self.activity, Activity::Running(_)) {
+            self.kicks.iter().try_for_each(|kick| kick.write(1))?;
+            self.interrupt.replay();
+        }
+        Ok(())
+    }
+
+    fn activate(&mut self) {
+        let Err(error) = self.try_activate() else {
+            return;
+        };
+        match error {
+            // The guest's doing: it learns of it by the status.
+            ActivateError::BadQueue { .. } => {}
+            ActivateError::Held { .. } | ActivateError::Run(_) | ActivateError::EventFd(_) => {
+                log::error!("activate virtio device {}: {error}", self.device.id());
+            }
+        }
+        self.interrupt.notify_needs_reset();
+    }
+
+    fn try_activate(&mut self) -> Result<(), ActivateError> {
+        let features = self.negotiation.accepted();
+        let rings = self.build_rings(features & (1 << VIRTIO_RING_F_EVENT_IDX) != 0)?;
+        let handlers = self.device.activate(Activation {
+            features,
+            memory: self.memory.clone(),
+            rings,
+            interrupt: self.interrupt.clone(),
+        })?;
+        self.start(handlers).map_err(ActivateError::Run)
+    }
+
+    fn build_rings(&self, event_idx: bool) -> Result<Vec<Ring>, ActivateError> {
+        let ram = self.memory.memory();
+        let numbered = (0..).zip(self.queues.iter().zip(&self.kicks));
+        numbered
+            .filter(|(_, (setup, _))| setup.ready)
+            .map(|(index, (setup, kick))| {
+                let queue = setup
+                    .build(&ram, event_idx)
+                    .ok_or(ActivateError::BadQueue { index })?;
+                let kick = kick.try_clone().map_err(ActivateError::EventFd)?;
+                Ok(Ring::new(
+                    index,
+                    queue,
+                    kick,
+                    self.interrupt.clone(),
+                    self.counters.clone(),
+                ))
+            })
+            .collect()
+    }
+
+    /// Hands all handlers to their loops, or none.
+    fn start(&mut self, handlers: Vec<Box<dyn Handler>>) -> io::Result<()> {
+        let mut tickets = Vec::with_capacity(handlers.len());
+        for handler in handlers {
+            match self.runner.run(handler) {
+                Ok(ticket) => tickets.push(ticket),
+                Err(error) => {
+                    self.recall(tickets);
+                    return Err(error);
+                }
+            }
+        }
+        self.activity = Activity::Running(tickets);
+        Ok(())
+    }
+
+    fn recall(&self, tickets: Vec<Ticket>) -> Vec<Box<dyn Handler>> {
+        tickets
+            .into_iter()
+            .filter_map(|ticket| self.runner.recall(ticket))
+            .collect()
+    }
+
+    /// "The driver ... writes 0 to reset the device" (virtio 1.3 §2.4): when this returns, the
+    /// device is as it was at first and touches no guest memory.
+    fn reset(&mut self) {
+        self.pause();
+        self.activity = Activity::Idle;
+        self.negotiation.reset();
+        self.interrupt.reset();
+        for setup in &mut self.queues {
+            *setup = QueueSetup::new(setup.max_size);
+        }
+        for kick in &self.kicks {
+            // Kicks meant for the queues that are gone.
+            let _ = kick.read();
+        }
+    }
+}
+
+impl Drop for Session {
+    fn drop(&mut self) {
+        self.pause();
+    }
+}
+
+impl Debug for Session {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let activity = match &self.activity {
+            Activity::Idle => "idle",
+            Activity::Running(_) => "running",
+            Activity::Paused(_) => "paused",
+        };
+        f.debug_struct("Session")
+            .field("device", &self.device)
+            .field("negotiation", &self.negotiation)
+            .field("activity", &activity)
+            .finish_non_exhaustive()
+    }
+}
