@@ -1,0 +1,156 @@
+//! PID 1 of the guest: finds the root file system, runs the command there with its streams
+//! connected to the host, reports its status and ends the VM.
+//!
+//! The guest's kernel may be interpreted, at half a millisecond for a system call: so one thread,
+//! no work before it is needed, and std's own start-up is passed over (`no_main`).
+
+#![cfg_attr(not(test), no_main)]
+
+mod cmdline;
+mod command;
+mod mounts;
+mod ports;
+mod relay;
+mod rootfs;
+mod sys;
+mod wait;
+
+use std::error::Error;
+use std::io;
+use std::time::Duration;
+
+use agent::Status;
+use cmdline::BootArgs;
+use command::{Command, Size, Streams};
+use ports::{Ports, StatusPort};
+use relay::{Children, Pump};
+
+/// How long the host has to end the VM once it has been told the status.
+const HOST_GRACE: Duration = Duration::from_secs(1);
+
+/// Ctrl-D: what a terminal's user types to end the input.
+const END_OF_INPUT: &[u8] = b"\x04";
+
+/// The C library calls this as `main`.
+#[cfg_attr(not(test), unsafe(export_name = "main"))]
+#[cfg_attr(test, expect(dead_code, reason = "tests have a main of their own"))]
+extern "C" fn start() -> std::ffi::c_int {
+    std::panic::set_hook(Box::new(|panic| {
+        eprintln!("podvmm-agent: {panic}");
+        end_vm();
+    }));
+    if let Err(error) = run() {
+        eprintln!("podvmm-agent: {}", describe(&*error));
+    }
+    end_vm();
+    1
+}
+
+/// Ends the VM; outside of one, or if it is not obeyed, only this process.
+fn end_vm() {
+    if std::process::id() == 1 {
+        eprintln!("podvmm-agent: reboot: {}", sys::reboot());
+    }
+}
+
+fn run() -> Result<(), Box<dyn Error>> {
+    mounts::first()?;
+    sys::fill_standard_descriptors();
+    match Command::read()? {
+        Some(command) => run_command(&command),
+        None => run_shell(),
+    }
+}
+
+/// Runs the command for the host at the ports.
+fn run_command(command: &Command) -> Result<(), Box<dyn Error>> {
+    let Ports {
+        stdin,
+        stdout,
+        stderr,
+        mut status,
+    } = Ports::open()?;
+    let result = (|| {
+        let terminal = Size::read()?;
+        let children = Children::watch()?;
+        enter_root()?;
+        status.tell(&Status::Ready);
+        let (pid, streams) = command.start(terminal)?;
+        let (input, output) = match streams {
+            Streams::Pipes {
+                stdin: to,
+                stdout: from,
+                stderr: from_stderr,
+            } => (
+                Pump::new(stdin, to),
+                vec![Pump::new(from, stdout), Pump::new(from_stderr, stderr)],
+            ),
+            Streams::Terminal(terminal) => (
+                Pump::new(stdin, terminal.try_clone()?).with_farewell(END_OF_INPUT),
+                vec![Pump::new(terminal, stdout)],
+            ),
+        };
+        Ok(children.relay(pid, Some(input), output)?)
+    })();
+    finish(&mut status, result)
+}
+
+/// Tells the host how it went, after everything that the host is to find done.
+fn finish(
+    status: &mut StatusPort,
+    result: Result<u8, Box<dyn Error>>,
+) -> Result<(), Box<dyn Error>> {
+    settle_disks();
+    match &result {
+        Ok(exit) => status.tell(&Status::Exit(*exit)),
+        Err(error) => status.tell(&Status::Error(describe(&**error))),
+    }
+    std::thread::sleep(HOST_GRACE);
+    result.map(drop)
+}
+
+/// Runs a shell on the console.
+fn run_shell() -> Result<(), Box<dyn Error>> {
+    let children = Children::watch()?;
+    enter_root()?;
+    let pid = Command::shell().start_on_console()?;
+    children.relay(pid, None, Vec::new())?;
+    settle_disks();
+    Ok(())
+}
+
+/// Makes the guest what programs expect, with the root file system that the command line names.
+fn enter_root() -> Result<(), Box<dyn Error>> {
+    let line = std::fs::read("/proc/cmdline")?;
+    let root = BootArgs::parse(&String::from_utf8_lossy(&line)).root;
+    if let Some(root) = &root {
+        rootfs::enter(root)?;
+    }
+    let read_only = root.is_some_and(|root| !root.writable && !root.overlay);
+    for error in mounts::later(read_only) {
+        eprintln!("podvmm-agent: {}", describe(&error));
+    }
+    complain("set the host name", sys::set_hostname("podvmm"));
+    complain("bring the loopback interface up", sys::loopback_up());
+    Ok(())
+}
+
+fn settle_disks() {
+    complain("settle the disks", mounts::settle_disks());
+}
+
+/// Mentions on the console what went wrong but stops nobody.
+fn complain(act: &str, result: io::Result<()>) {
+    if let Err(error) = result {
+        eprintln!("podvmm-agent: {act}: {error}");
+    }
+}
+
+/// An error and its causes in one line.
+fn describe(error: &(dyn Error + 'static)) -> String {
+    let causes = std::iter::successors(Some(error), |&error| error.source());
+    causes
+        .map(ToString::to_string)
+        .collect::<Vec<_>>()
+        .join(": ")
+}

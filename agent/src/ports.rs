@@ -1,0 +1,159 @@
+//! The virtio-console ports to the host, found by their names.
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, Write};
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
+use std::time::Duration;
+
+use agent::{Status, port};
+
+use crate::sys;
+use crate::wait;
+
+/// The driver makes ports from a work queue, and so perhaps after the agent has started.
+const DEADLINE: Duration = Duration::from_secs(10);
+
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum Error {
+    #[error(
+        "wait for the ports {}, {}, {} and {}: {missing} did not appear",
+        port::STDIN,
+        port::STDOUT,
+        port::STDERR,
+        port::STATUS
+    )]
+    Missing { missing: &'static str },
+    #[error("open the port {name}")]
+    Open {
+        name: &'static str,
+        source: io::Error,
+    },
+}
+
+/// The way to the host, each port open and not blocking.
+#[derive(Debug)]
+pub(crate) struct Ports {
+    pub(crate) stdin: File,
+    pub(crate) stdout: File,
+    pub(crate) stderr: File,
+    pub(crate) status: StatusPort,
+}
+
+/// Where the host reads how the agent fares.
+#[derive(Debug)]
+pub(crate) struct StatusPort(File);
+
+impl Ports {
+    /// Waits for the ports and opens them.
+    pub(crate) fn open() -> Result<Self, Error> {
+        let mut missing = port::STATUS;
+        let found = wait::until(DEADLINE, || {
+            Found::look().map_err(|name| missing = name).ok()
+        });
+        let found = found.ok_or(Error::Missing { missing })?;
+        Ok(Self {
+            stdin: open(port::STDIN, &found.stdin)?,
+            stdout: open(port::STDOUT, &found.stdout)?,
+            stderr: open(port::STDERR, &found.stderr)?,
+            status: StatusPort(open(port::STATUS, &found.status)?),
+        })
+    }
+}
+
+/// The ports' names below /dev.
+struct Found {
+    stdin: String,
+    stdout: String,
+    stderr: String,
+    status: String,
+}
+
+impl Found {
+    /// All ports, or the name of one that is missing.
+    fn look() -> Result<Self, &'static str> {
+        let class = Path::new("/sys/class/virtio-ports");
+        let mut devices = [const { None }; 4];
+        let names = [port::STDIN, port::STDOUT, port::STDERR, port::STATUS];
+        for entry in class.read_dir().into_iter().flatten().flatten() {
+            let device = entry.file_name().to_string_lossy().into_owned();
+            // A port has this file once the host has told its name.
+            let Ok(name) = std::fs::read(class.join(&device).join("name")) else {
+                continue;
+            };
+            let index = names
+                .iter()
+                .position(|known| name.trim_ascii_end() == known.as_bytes());
+            if let Some(index) = index {
+                devices[index] = Some(device);
+            }
+        }
+        let [stdin, stdout, stderr, status] = devices;
+        Ok(Self {
+            stdin: stdin.ok_or(port::STDIN)?,
+            stdout: stdout.ok_or(port::STDOUT)?,
+            stderr: stderr.ok_or(port::STDERR)?,
+            status: status.ok_or(port::STATUS)?,
+        })
+    }
+}
+
+fn open(name: &'static str, device: &str) -> Result<File, Error> {
+    OpenOptions::new()
+        .read(true)
+        .write(true)
+        .custom_flags(libc::O_NONBLOCK)
+        .open(Path::new("/dev").join(device))
+        .map_err(|source| Error::Open { name, source })
+}
+
+impl StatusPort {
+    /// Tells the host. A host that does not listen does not stop the guest.
+    pub(crate) fn tell(&mut self, status: &Status) {
+        let line = status.to_string();
+        let mut rest = line.as_bytes();
+        while !rest.is_empty() {
+            match self.0.write(rest) {
+                Ok(count) => rest = &rest[count..],
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    if !self.wait_until_writable() {
+                        return;
+                    }
+                }
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => (),
+                Err(_) => return,
+            }
+        }
+    }
+
+    /// Whether it became writable before the host closed it.
+    fn wait_until_writable(&self) -> bool {
+        let fd = self.0.as_raw_fd();
+        let mut fds = [libc::pollfd {
+            fd,
+            events: sys::POLLOUT,
+            revents: 0,
+        }];
+        sys::poll(&mut fds, None).is_ok() && fds[0].revents & sys::POLLOUT != 0
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Read;
+    use std::os::fd::OwnedFd;
+
+    #[test]
+    fn a_status_is_told_as_one_line() {
+        let (mut host, guest) = io::pipe().unwrap();
+        let mut port = StatusPort(File::from(OwnedFd::from(guest)));
+        port.tell(&Status::Ready);
+        port.tell(&Status::Exit(3));
+        drop(port);
+        let mut text = String::new();
+        host.read_to_string(&mut text).unwrap();
+        assert_eq!(text, "ready\nexit 3\n");
+    }
+}

@@ -1,0 +1,359 @@
+//! The system calls std has no name for, each behind a safe function. Nothing here decides.
+
+use std::ffi::{CStr, CString, c_char, c_int, c_ulong, c_void};
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::ptr;
+use std::sync::atomic::{AtomicI32, Ordering};
+use std::time::Duration;
+
+pub(crate) use libc::{
+    MS_MOVE, MS_NODEV, MS_NOEXEC, MS_NOSUID, MS_RDONLY, MS_REMOUNT, POLLERR, POLLHUP, POLLIN,
+    POLLOUT, pid_t, pollfd,
+};
+
+fn check(result: c_int) -> io::Result<c_int> {
+    if result == -1 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(result)
+    }
+}
+
+pub(crate) fn mount(
+    source: &CStr,
+    target: &CStr,
+    fstype: &CStr,
+    flags: c_ulong,
+    options: &CStr,
+) -> io::Result<()> {
+    // SAFETY: all pointers are to NUL-terminated strings that outlive the call.
+    let result = unsafe {
+        libc::mount(
+            source.as_ptr(),
+            target.as_ptr(),
+            fstype.as_ptr(),
+            flags,
+            options.as_ptr().cast::<c_void>(),
+        )
+    };
+    check(result).map(drop)
+}
+
+pub(crate) fn unmount(target: &CStr) -> io::Result<()> {
+    // SAFETY: `target` is NUL-terminated and outlives the call.
+    check(unsafe { libc::umount2(target.as_ptr(), 0) }).map(drop)
+}
+
+pub(crate) fn sync() {
+    // SAFETY: takes and returns nothing.
+    unsafe { libc::sync() }
+}
+
+pub(crate) fn set_hostname(name: &str) -> io::Result<()> {
+    // SAFETY: pointer and length describe `name`.
+    check(unsafe { libc::sethostname(name.as_ptr().cast::<c_char>(), name.len()) }).map(drop)
+}
+
+/// Brings the loopback interface up; the kernel then gives it its addresses.
+pub(crate) fn loopback_up() -> io::Result<()> {
+    // SAFETY: plain integers in, a new descriptor out.
+    let socket =
+        check(unsafe { libc::socket(libc::AF_INET, libc::SOCK_DGRAM | libc::SOCK_CLOEXEC, 0) })?;
+    // SAFETY: `socket` is open and nobody else's.
+    let socket = unsafe { OwnedFd::from_raw_fd(socket) };
+    // SAFETY: ifreq is integers and unions of them, for which zero is a value.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    for (to, from) in request.ifr_name.iter_mut().zip(b"lo") {
+        *to = c_char::from_ne_bytes([*from]);
+    }
+    #[expect(clippy::cast_possible_truncation, reason = "both flags are below 2^15")]
+    let flags = (libc::IFF_UP | libc::IFF_RUNNING) as libc::c_short;
+    request.ifr_ifru.ifru_flags = flags;
+    // SAFETY: SIOCSIFFLAGS reads an ifreq, which outlives the call.
+    check(unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCSIFFLAGS, &raw const request) })
+        .map(drop)
+}
+
+/// Starts the machine again, which ends the VM. Returns only when it may not.
+pub(crate) fn reboot() -> io::Error {
+    // SAFETY: plain integers in.
+    unsafe { libc::reboot(libc::RB_AUTOBOOT) };
+    io::Error::last_os_error()
+}
+
+/// Makes sure that descriptors 0 to 2 are open, as a kernel without a console leaves them closed
+/// and the next files opened would take their place.
+pub(crate) fn fill_standard_descriptors() {
+    // SAFETY: asks about a number; 2 is the last to be filled.
+    while unsafe { libc::fcntl(2, libc::F_GETFD) } == -1 {
+        // SAFETY: the path is NUL-terminated; the descriptor is left open on purpose.
+        if unsafe { libc::open(c"/dev/null".as_ptr(), libc::O_RDWR) } == -1 {
+            return;
+        }
+    }
+}
+
+pub(crate) fn set_nonblocking(fd: BorrowedFd<'_>) -> io::Result<()> {
+    // SAFETY: plain integers in; pipes and terminals have no other status flag worth keeping.
+    check(unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_SETFL, libc::O_NONBLOCK) }).map(drop)
+}
+
+/// Reads at most `limit` bytes behind what `buffer` holds, and tells how many. The memory is not
+/// cleared first: what no data reaches stays untouched and costs no page fault.
+pub(crate) fn read(fd: BorrowedFd<'_>, buffer: &mut Vec<u8>, limit: usize) -> io::Result<usize> {
+    buffer.reserve(limit);
+    let spare = buffer.spare_capacity_mut();
+    // SAFETY: `spare` has room for at least `limit` bytes.
+    let count = unsafe { libc::read(fd.as_raw_fd(), spare.as_mut_ptr().cast::<c_void>(), limit) };
+    let count = usize::try_from(count).map_err(|_| io::Error::last_os_error())?;
+    // SAFETY: the kernel has written `count` bytes there.
+    unsafe { buffer.set_len(buffer.len() + count) };
+    Ok(count)
+}
+
+pub(crate) fn write(fd: BorrowedFd<'_>, bytes: &[u8]) -> io::Result<usize> {
+    // SAFETY: pointer and length describe `bytes`.
+    let count =
+        unsafe { libc::write(fd.as_raw_fd(), bytes.as_ptr().cast::<c_void>(), bytes.len()) };
+    usize::try_from(count).map_err(|_| io::Error::last_os_error())
+}
+
+/// Waits for one of `fds`, at most `timeout` (for ever without one), and tells how many are ready.
+/// A negative descriptor is passed over.
+pub(crate) fn poll(fds: &mut [pollfd], timeout: Option<Duration>) -> io::Result<c_int> {
+    let timeout = timeout.map_or(-1, |t| c_int::try_from(t.as_millis()).unwrap_or(c_int::MAX));
+    loop {
+        // SAFETY: pointer and length describe `fds`.
+        let result =
+            check(unsafe { libc::poll(fds.as_mut_ptr(), fds.len() as libc::nfds_t, timeout) });
+        match result {
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => (),
+            _ => return result,
+        }
+    }
+}
+
+/// Blocks SIGCHLD, and gives a descriptor that is readable while one is pending. SIGPIPE is
+/// blocked too: writing to a closed pipe is then an error and no more.
+pub(crate) fn child_signals() -> io::Result<OwnedFd> {
+    // SAFETY: a sigset_t is an array of integers.
+    let mut set: libc::sigset_t = unsafe { std::mem::zeroed() };
+    // SAFETY: `set` is a sigset_t, and zero is its empty value.
+    unsafe { libc::sigaddset(&raw mut set, libc::SIGCHLD) };
+    // SAFETY: `set` is a sigset_t that outlives the call.
+    let fd = check(unsafe {
+        libc::signalfd(-1, &raw const set, libc::SFD_CLOEXEC | libc::SFD_NONBLOCK)
+    })?;
+    // SAFETY: `fd` is open and nobody else's.
+    let fd = unsafe { OwnedFd::from_raw_fd(fd) };
+    // SAFETY: as above.
+    unsafe { libc::sigaddset(&raw mut set, libc::SIGPIPE) };
+    // SAFETY: `set` outlives the call, and the old mask is not asked for.
+    check(unsafe { libc::sigprocmask(libc::SIG_BLOCK, &raw const set, ptr::null_mut()) })?;
+    Ok(fd)
+}
+
+/// What waiting for any child found.
+pub(crate) enum Waited {
+    /// This child has ended, with this status as shells tell it.
+    Ended(pid_t, u8),
+    /// There are children, and all are alive.
+    Alive,
+    /// There are no children.
+    Childless,
+}
+
+pub(crate) fn wait_any() -> io::Result<Waited> {
+    let mut status = 0;
+    // SAFETY: `status` outlives the call.
+    match check(unsafe { libc::waitpid(-1, &raw mut status, libc::WNOHANG) }) {
+        Ok(0) => Ok(Waited::Alive),
+        Ok(pid) => Ok(Waited::Ended(pid, shell_status(status))),
+        Err(error) if error.raw_os_error() == Some(libc::ECHILD) => Ok(Waited::Childless),
+        Err(error) => Err(error),
+    }
+}
+
+/// A wait status as shells tell it: 0 to 255 of the process's own, or 128 + the signal's number.
+fn shell_status(status: c_int) -> u8 {
+    let status = if libc::WIFSIGNALED(status) {
+        128 + libc::WTERMSIG(status)
+    } else {
+        libc::WEXITSTATUS(status)
+    };
+    u8::try_from(status).unwrap_or(u8::MAX)
+}
+
+/// Kills every process but this one. Only PID 1 is obeyed: it alone owns them all.
+pub(crate) fn kill_all() -> bool {
+    // SAFETY: plain integers in.
+    std::process::id() == 1 && unsafe { libc::kill(-1, libc::SIGKILL) } == 0
+}
+
+/// A terminal pair of the given size: the master, not blocking, and the slave.
+pub(crate) fn open_terminal(rows: u16, columns: u16) -> io::Result<(OwnedFd, OwnedFd)> {
+    let flags = libc::O_RDWR | libc::O_NOCTTY | libc::O_CLOEXEC;
+    // SAFETY: the path is NUL-terminated.
+    let master = check(unsafe { libc::open(c"/dev/ptmx".as_ptr(), flags | libc::O_NONBLOCK) })?;
+    // SAFETY: `master` is open and nobody else's.
+    let master = unsafe { OwnedFd::from_raw_fd(master) };
+    let locked: c_int = 0;
+    // SAFETY: TIOCSPTLCK reads an int.
+    check(unsafe { libc::ioctl(master.as_raw_fd(), libc::TIOCSPTLCK, &raw const locked) })?;
+    // SAFETY: TIOCGPTPEER takes open flags as its argument.
+    let slave = check(unsafe { libc::ioctl(master.as_raw_fd(), libc::TIOCGPTPEER, flags) })?;
+    // SAFETY: `slave` is open and nobody else's.
+    let slave = unsafe { OwnedFd::from_raw_fd(slave) };
+    let size = libc::winsize {
+        ws_row: rows,
+        ws_col: columns,
+        ws_xpixel: 0,
+        ws_ypixel: 0,
+    };
+    // SAFETY: TIOCSWINSZ reads a winsize.
+    check(unsafe { libc::ioctl(slave.as_raw_fd(), libc::TIOCSWINSZ, &raw const size) })?;
+    Ok((master, slave))
+}
+
+/// A program to start.
+pub(crate) struct Program<'a> {
+    /// Files to try in this order.
+    pub(crate) paths: &'a [CString],
+    pub(crate) argv: &'a [CString],
+    pub(crate) env: &'a [CString],
+    /// Standard input, output and error.
+    pub(crate) stdio: [BorrowedFd<'a>; 3],
+    /// Standard input is a terminal, and is to be the controlling one.
+    pub(crate) terminal: bool,
+}
+
+/// A child, which ends with 126 or 127 when its program could not be started.
+pub(crate) struct Spawned {
+    pub(crate) pid: pid_t,
+    pub(crate) failure: Option<io::Error>,
+}
+
+/// What the child sees of its parent, whose memory it shares until it has its program.
+struct Launch<'a> {
+    program: &'a Program<'a>,
+    argv: Vec<*const c_char>,
+    env: Vec<*const c_char>,
+    failure: AtomicI32,
+}
+
+/// Starts a program in a session of its own with no signal blocked.
+///
+/// The child borrows the parent's memory while the parent waits (CLONE_VM, CLONE_VFORK): copying
+/// the page tables, as fork does, is what costs most where the guest's kernel is interpreted.
+/// posix_spawn does the same but asks about each of the 64 signals first.
+pub(crate) fn spawn(program: &Program<'_>) -> io::Result<Spawned> {
+    const STACK: usize = 16 * 1024;
+    let mut launch = Launch {
+        program,
+        argv: null_terminated(program.argv),
+        env: null_terminated(program.env),
+        failure: AtomicI32::new(0),
+    };
+    let mut stack: Vec<u128> = Vec::with_capacity(STACK / size_of::<u128>());
+    let top = stack.spare_capacity_mut().as_mut_ptr_range().end;
+    // SAFETY: `stack` and `launch` outlive the child's use of them, as CLONE_VFORK holds this
+    // thread until the child has its program or has ended; `top` is aligned to 16 bytes, and
+    // `child` never returns into frames that are not its own.
+    let pid = check(unsafe {
+        libc::clone(
+            child,
+            top.cast::<c_void>(),
+            libc::CLONE_VM | libc::CLONE_VFORK | libc::SIGCHLD,
+            (&raw mut launch).cast::<c_void>(),
+        )
+    })?;
+    let failure = match launch.failure.load(Ordering::Relaxed) {
+        0 => None,
+        errno => Some(io::Error::from_raw_os_error(errno)),
+    };
+    Ok(Spawned { pid, failure })
+}
+
+fn null_terminated(strings: &[CString]) -> Vec<*const c_char> {
+    strings
+        .iter()
+        .map(|string| string.as_ptr())
+        .chain([ptr::null()])
+        .collect()
+}
+
+/// The child's life until its program's: system calls only, nothing allocated or freed.
+extern "C" fn child(launch: *mut c_void) -> c_int {
+    // SAFETY: `spawn` passes a Launch, which outlives this function.
+    let launch = unsafe { &*launch.cast::<Launch<'_>>() };
+    let failure = match become_program(launch) {
+        Err(error) => error.raw_os_error().unwrap_or(libc::EIO),
+    };
+    launch.failure.store(failure, Ordering::Relaxed);
+    if matches!(failure, libc::ENOENT | libc::ENOTDIR) {
+        127
+    } else {
+        126
+    }
+}
+
+fn become_program(launch: &Launch<'_>) -> io::Result<std::convert::Infallible> {
+    let Program {
+        paths,
+        stdio,
+        terminal,
+        ..
+    } = launch.program;
+    // SAFETY: a sigset_t is an array of integers, and zero is its empty value.
+    let no_signals: libc::sigset_t = unsafe { std::mem::zeroed() };
+    // SAFETY: the set outlives the call, and the old mask is not asked for.
+    check(unsafe { libc::sigprocmask(libc::SIG_SETMASK, &raw const no_signals, ptr::null_mut()) })?;
+    // SAFETY: no arguments.
+    check(unsafe { libc::setsid() })?;
+    for (to, from) in (0..).zip(stdio) {
+        // SAFETY: plain integers in; this process's table of descriptors is its own.
+        check(unsafe { libc::dup2(from.as_raw_fd(), to) })?;
+    }
+    if *terminal {
+        // SAFETY: TIOCSCTTY takes a plain integer.
+        check(unsafe { libc::ioctl(0, libc::TIOCSCTTY, 0) })?;
+    }
+    let mut verdict = libc::ENOENT;
+    for path in *paths {
+        // SAFETY: the path is NUL-terminated, and the arrays end with a null pointer.
+        unsafe { libc::execve(path.as_ptr(), launch.argv.as_ptr(), launch.env.as_ptr()) };
+        match io::Error::last_os_error().raw_os_error() {
+            Some(libc::ENOENT | libc::ENOTDIR) => (),
+            Some(libc::EACCES) => verdict = libc::EACCES,
+            Some(other) => return Err(io::Error::from_raw_os_error(other)),
+            None => (),
+        }
+    }
+    Err(io::Error::from_raw_os_error(verdict))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_wait_status_reads_as_in_shells() {
+        assert_eq!(shell_status(0), 0);
+        assert_eq!(shell_status(7 << 8), 7);
+        assert_eq!(shell_status(255 << 8), 255);
+        assert_eq!(shell_status(libc::SIGKILL), 137);
+        assert_eq!(shell_status(libc::SIGSEGV | 0x80), 139);
+    }
+
+    #[test]
+    fn reading_keeps_what_the_buffer_held() {
+        use std::io::Write;
+        use std::os::fd::AsFd;
+        let (from, mut to) = io::pipe().unwrap();
+        to.write_all(b"def").unwrap();
+        let mut buffer = b"abc".to_vec();
+        assert_eq!(read(from.as_fd(), &mut buffer, 2).unwrap(), 2);
+        assert_eq!(buffer, b"abcde");
+    }
+}
