@@ -26,6 +26,8 @@ pub mod rng;
 mod segments;
 mod session;
 mod setup;
+#[cfg(any(test, feature = "test-utils"))]
+pub mod testing;
 
 use std::fmt::Debug;
 use std::io;

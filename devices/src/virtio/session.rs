@@ -113,9 +113,11 @@ impl Session {
 
     /// Takes the handlers off their loops and keeps them. Nothing touches guest memory after.
     pub(super) fn pause(&mut self) {
-        if let Activity::Running(tickets) = mem::replace(&mut self.activity, Activity::Idle) {
-            self.activity = Activity::Paused(self.recall(tickets));
-        }
+        self.activity = match mem::replace(&mut self.activity, Activity::Idle) {
+            Activity::Idle => Activity::Idle,
+            Activity::Running(tickets) => Activity::Paused(self.recall(tickets)),
+            Activity::Paused(handlers) => Activity::Paused(handlers),
+        };
     }
 
     /// Pauses, and lets each handler finish what the guest has queued.
@@ -130,13 +132,13 @@ impl Session {
     pub(super) fn resume(&mut self) -> io::Result<()> {
         match mem::replace(&mut self.activity, Activity::Idle) {
             Activity::Paused(handlers) => self.start(handlers)?,
-            other => self.activity = other,
+            other => {
+                self.activity = other;
+                return Ok(());
+            }
         }
-        if matches!(self.activity, Activity::Running(_)) {
-            self.kicks.iter().try_for_each(|kick| kick.write(1))?;
-            self.interrupt.replay();
-        }
-        Ok(())
+        self.interrupt.replay();
+        self.kicks.iter().try_for_each(|kick| kick.write(1))
     }
 
     fn activate(&mut self) {
