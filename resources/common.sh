@@ -1,0 +1,47 @@
+# shellcheck shell=bash
+# What the scripts here share; each sources it.
+
+shopt -s inherit_errexit
+export LC_ALL=C
+# shellcheck disable=SC2034 # for those who source this
+cache=${PODVMM_CACHE:-${XDG_CACHE_HOME:-${HOME:-/root}/.cache}/podvmm}
+
+say() { printf '%s: %s\n' "${0##*/}" "$*" >&2; }
+die() { say "$*"; exit 1; }
+
+# Install those of the given Debian packages that are not there.
+install_packages() {
+	local package as_root=() missing=()
+	command -v dpkg-query >/dev/null || die "needs Debian 12 or 13: dpkg-query not found"
+	for package; do
+		[[ $(dpkg-query -W -f '${db:Status-Status}' "$package" 2>/dev/null) == installed ]] ||
+			missing+=("$package")
+	done
+	((${#missing[@]})) || return 0
+	if ((EUID != 0)); then
+		sudo -n true 2>/dev/null || die "run as root, or first: apt-get install ${missing[*]}"
+		as_root=(sudo -n)
+	fi
+	say "installing ${missing[*]}"
+	local apt=(env DEBIAN_FRONTEND=noninteractive apt-get -qq -o DPkg::Lock::Timeout=600)
+	"${as_root[@]}" "${apt[@]}" update >&2
+	"${as_root[@]}" "${apt[@]}" install -y --no-install-recommends "${missing[@]}" >&2
+}
+
+# Make cargo usable, of the version that the workspace ($1) asks for, with the given components.
+need_rust() {
+	local workspace=$1 wanted found component
+	shift
+	command -v cargo >/dev/null || PATH=$PATH:${CARGO_HOME:-$HOME/.cargo}/bin
+	wanted=$(sed -n 's/^rust-version = "\(.*\)"/\1/p' "$workspace/Cargo.toml")
+	command -v cargo >/dev/null ||
+		die "cargo not found: install Rust $wanted or later with rustup, see www.rust-lang.org"
+	found=$(rustc --version | cut -d ' ' -f 2)
+	[[ $(printf '%s\n' "$wanted" "$found" | sort -V | head -n 1) == "$wanted" ]] ||
+		die "Rust $found is too old: needs $wanted; with rustup: rustup update stable"
+	for component; do
+		cargo "$component" --version >/dev/null 2>&1 ||
+			die "cargo $component not found; with rustup: rustup component add ${component/fmt/rustfmt}"
+	done
+	install_packages gcc libc6-dev # rustc links with it
+}
