@@ -166,7 +166,7 @@ impl Size {
 }
 
 fn read_if_there(path: &'static str) -> Result<Option<Vec<u8>>, Error> {
-    match std::fs::read(path) {
+    match sys::read_file(path) {
         Ok(bytes) => Ok(Some(bytes)),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
         Err(source) => Err(Error::Read { path, source }),

@@ -16,7 +16,7 @@ mod sys;
 mod wait;
 
 use std::error::Error;
-use std::io;
+use std::io::{self, Write};
 use std::time::Duration;
 
 use agent::Status;
@@ -36,11 +36,11 @@ const END_OF_INPUT: &[u8] = b"\x04";
 #[cfg_attr(test, expect(dead_code, reason = "tests have a main of their own"))]
 extern "C" fn start() -> std::ffi::c_int {
     std::panic::set_hook(Box::new(|panic| {
-        eprintln!("podvmm-agent: {panic}");
+        say(&panic.to_string());
         end_vm();
     }));
     if let Err(error) = run() {
-        eprintln!("podvmm-agent: {}", describe(&*error));
+        say(&describe(&*error));
     }
     end_vm();
     1
@@ -49,7 +49,7 @@ extern "C" fn start() -> std::ffi::c_int {
 /// Ends the VM; outside of one, or if it is not obeyed, only this process.
 fn end_vm() {
     if std::process::id() == 1 {
-        eprintln!("podvmm-agent: reboot: {}", sys::reboot());
+        say(&format!("reboot: {}", sys::reboot()));
     }
 }
 
@@ -121,14 +121,14 @@ fn run_shell() -> Result<(), Box<dyn Error>> {
 
 /// Makes the guest what programs expect, with the root file system that the command line names.
 fn enter_root() -> Result<(), Box<dyn Error>> {
-    let line = std::fs::read("/proc/cmdline")?;
+    let line = sys::read_file("/proc/cmdline")?;
     let root = BootArgs::parse(&String::from_utf8_lossy(&line)).root;
     if let Some(root) = &root {
         rootfs::enter(root)?;
     }
     let read_only = root.is_some_and(|root| !root.writable && !root.overlay);
     for error in mounts::later(read_only) {
-        eprintln!("podvmm-agent: {}", describe(&error));
+        say(&describe(&error));
     }
     complain("set the host name", sys::set_hostname("podvmm"));
     complain("bring the loopback interface up", sys::loopback_up());
@@ -139,10 +139,16 @@ fn settle_disks() {
     complain("settle the disks", mounts::settle_disks());
 }
 
+/// Says it on the console, in one write: each is slow.
+fn say(text: &str) {
+    // Without a console there is nobody to tell.
+    let _ = io::stderr().write_all(format!("podvmm-agent: {text}\n").as_bytes());
+}
+
 /// Mentions on the console what went wrong but stops nobody.
 fn complain(act: &str, result: io::Result<()>) {
     if let Err(error) = result {
-        eprintln!("podvmm-agent: {act}: {error}");
+        say(&format!("{act}: {error}"));
     }
 }
 

@@ -173,7 +173,7 @@ fn move_mount(from: &CStr, target: &CStr) -> Result<(), Error> {
 /// Unmounts writable disks, or makes them read-only where they are still in use, as the root file
 /// system is: when this returns without an error, what was written to them has reached the host.
 pub(crate) fn settle_disks() -> io::Result<()> {
-    let mounts = std::fs::read("/proc/self/mounts").inspect_err(|_| sys::sync())?;
+    let mounts = sys::read_file("/proc/self/mounts").inspect_err(|_| sys::sync())?;
     let disks: Vec<CString> = writable_disks(&mounts).collect();
     if disks.is_empty() {
         return Ok(());

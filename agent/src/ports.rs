@@ -79,7 +79,7 @@ impl Found {
         for entry in class.read_dir().into_iter().flatten().flatten() {
             let device = entry.file_name().to_string_lossy().into_owned();
             // A port has this file once the host has told its name.
-            let Ok(name) = std::fs::read(class.join(&device).join("name")) else {
+            let Ok(name) = sys::read_file(class.join(&device).join("name")) else {
                 continue;
             };
             let index = names

@@ -1,8 +1,10 @@
 //! The system calls std has no name for, each behind a safe function. Nothing here decides.
 
 use std::ffi::{CStr, CString, c_char, c_int, c_ulong, c_void};
+use std::fs::File;
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::path::Path;
 use std::ptr;
 use std::sync::atomic::{AtomicI32, Ordering};
 use std::time::Duration;
@@ -110,6 +112,20 @@ pub(crate) fn read(fd: BorrowedFd<'_>, buffer: &mut Vec<u8>, limit: usize) -> io
     // SAFETY: the kernel has written `count` bytes there.
     unsafe { buffer.set_len(buffer.len() + count) };
     Ok(count)
+}
+
+/// A file's bytes. std asks for its size first, which the files of /proc do not have, and then
+/// reads them in many small pieces.
+pub(crate) fn read_file(path: impl AsRef<Path>) -> io::Result<Vec<u8>> {
+    const SMALL: usize = 4096;
+    let file = File::open(path)?;
+    let mut bytes = Vec::new();
+    loop {
+        let limit = bytes.len().max(SMALL);
+        if read(file.as_fd(), &mut bytes, limit)? == 0 {
+            return Ok(bytes);
+        }
+    }
 }
 
 pub(crate) fn write(fd: BorrowedFd<'_>, bytes: &[u8]) -> io::Result<usize> {
@@ -224,7 +240,7 @@ pub(crate) struct Program<'a> {
     pub(crate) env: &'a [CString],
     /// Standard input, output and error.
     pub(crate) stdio: [BorrowedFd<'a>; 3],
-    /// Standard input is a terminal, and is to be the controlling one.
+    /// If standard input is a terminal, it is to be the controlling one.
     pub(crate) terminal: bool,
 }
 
@@ -316,8 +332,9 @@ fn become_program(launch: &Launch<'_>) -> io::Result<std::convert::Infallible> {
         check(unsafe { libc::dup2(from.as_raw_fd(), to) })?;
     }
     if *terminal {
+        // A program can do without, and so need not be told.
         // SAFETY: TIOCSCTTY takes a plain integer.
-        check(unsafe { libc::ioctl(0, libc::TIOCSCTTY, 0) })?;
+        unsafe { libc::ioctl(0, libc::TIOCSCTTY, 0) };
     }
     let mut verdict = libc::ENOENT;
     for path in *paths {
@@ -344,6 +361,16 @@ mod tests {
         assert_eq!(shell_status(255 << 8), 255);
         assert_eq!(shell_status(libc::SIGKILL), 137);
         assert_eq!(shell_status(libc::SIGSEGV | 0x80), 139);
+    }
+
+    #[test]
+    fn a_file_is_read_whole_whatever_its_size() {
+        let file = std::env::temp_dir().join(format!("podvmm-agent-{}", std::process::id()));
+        let bytes: Vec<u8> = (0..100_000_u32).flat_map(u32::to_le_bytes).collect();
+        std::fs::write(&file, &bytes).unwrap();
+        let read = read_file(&file);
+        std::fs::remove_file(&file).unwrap();
+        assert!(read.unwrap() == bytes);
     }
 
     #[test]
