@@ -1,0 +1,349 @@
+//! From a configuration to a machine: a straight line, in the order in which
+//! the parts need one another. What fails drops what was made so far.
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, Write};
+use std::path::PathBuf;
+use std::sync::mpsc::Sender;
+use std::sync::{Arc, Mutex};
+
+use api::{Output, VmConfig};
+use arch::boot::{self, BootError, BootInfo};
+use arch::irqchip::IrqchipError;
+use arch::layout::SERIAL_GSI;
+use arch::mptable::MptableError;
+use arch::{irqchip, mptable, ram, vcpu as arch_vcpu};
+use devices::bus::{Bus, BusError};
+use devices::legacy::i8042::{I8042_BASE, I8042_LEN};
+use devices::legacy::serial::{COM1_BASE, SERIAL_LEN};
+use devices::legacy::{I8042, Serial};
+use devices::virtio::rng::Rng;
+use devices::virtio::{Memory, VirtioDevice};
+use kvm_bindings::KVM_MAX_CPUID_ENTRIES;
+use kvm_ioctls::{Kvm, VmFd};
+use thiserror::Error;
+
+use crate::attach::{AttachError, Attacher, irqfd};
+use crate::command::argv_archive;
+use crate::control::Event;
+use crate::ending::Ending;
+use crate::host::KvmKind;
+use crate::image::{LoadError, load_initramfs, load_kernel};
+use crate::io::IoThreads;
+use crate::keyboard;
+use crate::machine::Machine;
+use crate::memory::{Ram, RamError};
+use crate::transcript::{Recorded, Transcript};
+use crate::vcpu::{Buses, Vcpu};
+
+/// Why a machine could not be made.
+#[derive(Debug, Error)]
+pub enum BuildError {
+    /// `/dev/kvm` is missing, closed to us or too old.
+    #[error("{0}")]
+    Kvm(String, #[source] kvm_ioctls::Error),
+    /// More vCPUs than KVM allows.
+    #[error("{wanted} vCPUs: this host's KVM allows at most {max}")]
+    TooManyCpus {
+        /// Asked for.
+        wanted: u8,
+        /// Possible.
+        max: usize,
+    },
+    /// RAM.
+    #[error(transparent)]
+    Ram(#[from] RamError),
+    /// Interrupt controllers and timer.
+    #[error(transparent)]
+    Irqchip(#[from] IrqchipError),
+    /// Kernel or initramfs.
+    #[error(transparent)]
+    Load(#[from] LoadError),
+    /// Boot parameters.
+    #[error(transparent)]
+    Boot(#[from] BootError),
+    /// MP table.
+    #[error(transparent)]
+    Mptable(#[from] MptableError),
+    /// Port devices on one another.
+    #[error(transparent)]
+    Bus(#[from] BusError),
+    /// A device's host side.
+    #[error("{device}")]
+    Device {
+        /// Which one.
+        device: String,
+        /// Why.
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+    /// A device's guest side.
+    #[error("attach {device}")]
+    Attach {
+        /// Which one.
+        device: String,
+        /// Why.
+        source: AttachError,
+    },
+    /// A console's output file.
+    #[error("open {} for a console", .path.display())]
+    ConsoleFile {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// vCPU creation.
+    #[error("create vCPU {index}")]
+    CreateVcpu {
+        /// Which one.
+        index: u8,
+        /// Why.
+        source: kvm_ioctls::Error,
+    },
+    /// vCPU registers.
+    #[error("set up vCPU {index}")]
+    ConfigureVcpu {
+        /// Which one.
+        index: u8,
+        /// Why.
+        source: arch_vcpu::VcpuError,
+    },
+    /// A thread.
+    #[error("start the thread of {0}")]
+    Thread(String, #[source] io::Error),
+}
+
+/// What a VM is given besides its configuration.
+#[derive(Debug)]
+pub(crate) struct Surroundings {
+    /// Arguments of the command for the agent; empty without one.
+    pub(crate) command: Vec<Vec<u8>>,
+    /// Where the machine reports.
+    pub(crate) inbox: Sender<Event>,
+    /// Keeps the end of what consoles print.
+    pub(crate) transcript: Transcript,
+    /// Whether the terminal is in raw mode, so that escapes end the VM.
+    pub(crate) terminal: bool,
+}
+
+/// Builds a machine whose vCPUs are parked at the kernel's entry point.
+pub(crate) fn build(config: &VmConfig, around: &Surroundings) -> Result<Machine, BuildError> {
+    let kvm = open_kvm()?;
+    let count = config.cpus.max().get();
+    let max = kvm.get_max_vcpus();
+    if usize::from(count) > max {
+        return Err(BuildError::TooManyCpus { wanted: count, max });
+    }
+    let ram = Ram::new(&config.memory)?;
+    let vm = kvm
+        .create_vm()
+        .map_err(|source| BuildError::Kvm("create a VM".into(), source))?;
+    irqchip::create(&vm)?;
+    ram.register(&vm)?;
+
+    let image = load_kernel(&ram, &config.kernel.path)?;
+    let initramfs = match &config.kernel.initramfs {
+        None => None,
+        Some(path) => {
+            let appended = if around.command.is_empty() {
+                vec![]
+            } else {
+                argv_archive(&around.command)
+            };
+            Some(load_initramfs(&ram, path, &appended, image.end)?)
+        }
+    };
+    mptable::write(ram.memory(), count)?;
+
+    let ports = port_devices(config, around, &vm)?;
+    let io = Arc::new(IoThreads::default());
+    let mut attacher = Attacher {
+        vm: &vm,
+        memory: Memory::new(ram.memory().clone()),
+        runner: io.clone(),
+        mmio: Bus::new(),
+        transports: Vec::new(),
+        parameters: Vec::new(),
+    };
+    attach_devices(config, around, &mut attacher)?;
+    let Attacher {
+        mmio,
+        transports,
+        parameters,
+        ..
+    } = attacher;
+
+    let cmdline = cmdline(config, &parameters);
+    log::debug!("kernel command line: {cmdline}");
+    let ranges = ram::ranges(config.memory.size.bytes());
+    boot::write(
+        ram.memory(),
+        &image,
+        BootInfo {
+            ram: &ranges,
+            cmdline: &cmdline,
+            initramfs,
+        },
+    )?;
+
+    let supported = kvm
+        .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
+        .map_err(|source| BuildError::Kvm("read the CPUID that KVM supports".into(), source))?;
+    let buses = Buses {
+        ports: Arc::new(ports),
+        mmio: Arc::new(mmio),
+    };
+    let exits = Arc::default();
+    let mut vcpus = Vec::with_capacity(count.into());
+    for index in 0..count {
+        let fd = vm
+            .create_vcpu(index.into())
+            .map_err(|source| BuildError::CreateVcpu { index, source })?;
+        arch_vcpu::configure(&fd, index, count, &supported, image.entry)
+            .map_err(|source| BuildError::ConfigureVcpu { index, source })?;
+        let inbox = around.inbox.clone();
+        let ended = Box::new(move |ending| {
+            // Nobody listens any more when the machine is being taken down.
+            let _ = inbox.send(Event::Ended(ending));
+        });
+        let vcpu = Vcpu::spawn(
+            index,
+            fd,
+            buses.clone(),
+            ram.memory().clone(),
+            Arc::clone(&exits),
+            ended,
+        )
+        .map_err(|source| BuildError::Thread(format!("vCPU {index}"), source))?;
+        vcpus.push(vcpu);
+    }
+    Ok(Machine {
+        vcpus,
+        running: config.cpus.boot().get().into(),
+        transports,
+        io,
+        exits,
+        vm,
+        ram,
+    })
+}
+
+fn open_kvm() -> Result<Kvm, BuildError> {
+    const STABLE_API: i32 = 12;
+    let kvm = Kvm::new().map_err(|source| {
+        let remedy = match source.errno() {
+            libc::ENOENT => "is there a KVM module, and was the device passed in?",
+            libc::EACCES | libc::EPERM => "may this user open it? (group kvm)",
+            _ => "see podvmm --check",
+        };
+        BuildError::Kvm(format!("open /dev/kvm: {remedy}"), source)
+    })?;
+    match kvm.get_api_version() {
+        STABLE_API => Ok(kvm),
+        other => Err(BuildError::Kvm(
+            format!("KVM API version {other} instead of {STABLE_API}"),
+            kvm_ioctls::Error::new(libc::ENOSYS),
+        )),
+    }
+}
+
+/// The serial port and the reset line.
+fn port_devices(config: &VmConfig, around: &Surroundings, vm: &VmFd) -> Result<Bus, BuildError> {
+    let mut bus = Bus::new();
+    let inbox = around.inbox.clone();
+    let reset = Box::new(move || {
+        let _ = inbox.send(Event::Ended(Ending::Reset));
+    });
+    bus.insert(
+        I8042_BASE,
+        I8042_LEN,
+        Arc::new(Mutex::new(I8042::new(reset))),
+    )?;
+    let Some(output) = output(&config.serial)? else {
+        return Ok(bus);
+    };
+    let device = || "the serial port".to_string();
+    let line = irqfd(vm, SERIAL_GSI).map_err(|source| BuildError::Attach {
+        device: device(),
+        source,
+    })?;
+    let recorded = Recorded {
+        transcript: around.transcript.clone(),
+        output,
+    };
+    let serial = Serial::new(line, Box::new(recorded)).map_err(|source| BuildError::Device {
+        device: device(),
+        source: source.into(),
+    })?;
+    let serial = Arc::new(Mutex::new(serial));
+    bus.insert(COM1_BASE, SERIAL_LEN, serial.clone())?;
+    if config.serial == Output::Tty {
+        let inbox = around.inbox.clone();
+        let end = move || {
+            let _ = inbox.send(Event::Signal(libc::SIGINT));
+        };
+        keyboard::attach(serial, around.terminal, end)
+            .map_err(|source| BuildError::Thread("the keyboard".into(), source))?;
+    }
+    Ok(bus)
+}
+
+/// Where a console prints; none if there is to be no console.
+fn output(config: &Output) -> Result<Option<Box<dyn Write + Send>>, BuildError> {
+    Ok(match config {
+        Output::Off => None,
+        Output::Null => Some(Box::new(io::sink())),
+        Output::Tty => Some(Box::new(io::stdout())),
+        Output::File(path) => Some(Box::new(append_to(path)?)),
+    })
+}
+
+fn append_to(path: &PathBuf) -> Result<File, BuildError> {
+    OpenOptions::new()
+        .append(true)
+        .create(true)
+        .open(path)
+        .map_err(|source| BuildError::ConsoleFile {
+            path: path.clone(),
+            source,
+        })
+}
+
+/// One line a device, in the order the guest finds them.
+fn attach_devices(
+    _config: &VmConfig,
+    _around: &Surroundings,
+    attacher: &mut Attacher,
+) -> Result<(), BuildError> {
+    attach(attacher, "the entropy device", Rng::new())
+}
+
+fn attach(
+    attacher: &mut Attacher,
+    device: &str,
+    made: impl VirtioDevice + 'static,
+) -> Result<(), BuildError> {
+    attacher
+        .attach(Box::new(made))
+        .map_err(|source| BuildError::Attach {
+            device: device.into(),
+            source,
+        })
+}
+
+/// The kernel's command line: ours first, so that the user has the last word.
+fn cmdline(config: &VmConfig, devices: &[String]) -> String {
+    let mut words: Vec<String> = KvmKind::of_this_host()
+        .kernel_parameters()
+        .map(String::from)
+        .collect();
+    let (boot, max) = (config.cpus.boot(), config.cpus.max());
+    if boot < max {
+        words.push(format!("maxcpus={boot}"));
+    }
+    words.extend_from_slice(devices);
+    if !config.kernel.cmdline.is_empty() {
+        words.push(config.kernel.cmdline.clone());
+    }
+    words.join(" ")
+}

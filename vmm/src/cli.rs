@@ -1,0 +1,224 @@
+//! podvmm's arguments.
+
+use std::ffi::OsString;
+use std::os::unix::ffi::OsStringExt;
+use std::path::PathBuf;
+
+use api::{ConfigError, CpusConfig, DiskConfig, MemoryConfig, Output};
+use lexopt::{Arg, Parser, ValueExt};
+use log::LevelFilter;
+use thiserror::Error;
+
+/// What `--help` prints.
+pub const HELP: &str = include_str!("help.txt");
+
+/// What the user wants.
+#[derive(Debug)]
+pub enum Action {
+    /// Print [`HELP`].
+    Help,
+    /// Print the version.
+    Version,
+    /// Report on the host.
+    Check,
+    /// Run a VM.
+    Run(Box<RunOptions>),
+}
+
+/// A VM as the arguments describe it.
+#[derive(Debug, Default)]
+pub struct RunOptions {
+    /// `--kernel`
+    pub kernel: Option<PathBuf>,
+    /// `--rootfs`
+    pub rootfs: Option<PathBuf>,
+    /// `--initramfs`
+    pub initramfs: Option<PathBuf>,
+    /// `--cmdline`
+    pub cmdline: String,
+    /// `--cpus`
+    pub cpus: CpusConfig,
+    /// `--memory`
+    pub memory: MemoryConfig,
+    /// `--disk`
+    pub disks: Vec<DiskConfig>,
+    /// `--serial`
+    pub serial: Option<Output>,
+    /// `--console`
+    pub console: Option<Output>,
+    /// `--log-file`
+    pub log_file: Option<PathBuf>,
+    /// `-v`, counted.
+    pub verbosity: u8,
+    /// What follows `--`; empty without a command.
+    pub command: Vec<Vec<u8>>,
+}
+
+impl RunOptions {
+    /// How much to log.
+    pub fn log_level(&self) -> LevelFilter {
+        match self.verbosity {
+            0 => LevelFilter::Warn,
+            1 => LevelFilter::Info,
+            2 => LevelFilter::Debug,
+            _ => LevelFilter::Trace,
+        }
+    }
+}
+
+/// Why the arguments make no sense.
+#[derive(Debug, Error)]
+pub enum CliError {
+    /// Unknown, incomplete or superfluous.
+    #[error(transparent)]
+    Arguments(#[from] lexopt::Error),
+    /// A value that does not parse.
+    #[error("--{option}")]
+    Value {
+        /// The option.
+        option: &'static str,
+        /// Why.
+        source: ConfigError,
+    },
+    /// Two things that cannot both be.
+    #[error("{0}")]
+    Contradiction(&'static str),
+}
+
+/// Parses the arguments after the program's name.
+pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Action, CliError> {
+    let mut parser = Parser::from_args(arguments);
+    let mut options = RunOptions::default();
+    while let Some(argument) = next(&mut parser, &mut options)? {
+        match argument {
+            Arg::Long("help") | Arg::Short('h') => return Ok(Action::Help),
+            Arg::Long("version") | Arg::Short('V') => return Ok(Action::Version),
+            Arg::Long("check") => return Ok(Action::Check),
+            Arg::Long("kernel") => options.kernel = Some(parser.value()?.into()),
+            Arg::Long("rootfs") => options.rootfs = Some(parser.value()?.into()),
+            Arg::Long("initramfs") => options.initramfs = Some(parser.value()?.into()),
+            Arg::Long("cmdline") => options.cmdline = parser.value()?.string()?,
+            Arg::Long("cpus") => options.cpus = value(&mut parser, "cpus")?,
+            Arg::Long("memory") => options.memory = value(&mut parser, "memory")?,
+            Arg::Long("disk") => options.disks.push(value(&mut parser, "disk")?),
+            Arg::Long("serial") => options.serial = Some(value(&mut parser, "serial")?),
+            Arg::Long("console") => options.console = Some(value(&mut parser, "console")?),
+            Arg::Long("log-file") => options.log_file = Some(parser.value()?.into()),
+            Arg::Short('v') => options.verbosity = options.verbosity.saturating_add(1),
+            unexpected => return Err(unexpected.unexpected().into()),
+        }
+    }
+    check(&options)?;
+    Ok(Action::Run(Box::new(options)))
+}
+
+/// The next argument, unless it is `--`: then the rest is the command.
+fn next<'a>(
+    parser: &'a mut Parser,
+    options: &mut RunOptions,
+) -> Result<Option<Arg<'a>>, lexopt::Error> {
+    if let Some(mut raw) = parser.try_raw_args()
+        && raw.next_if(|argument| argument == "--").is_some()
+    {
+        options.command = raw.map(OsString::into_vec).collect();
+        return Ok(None);
+    }
+    parser.next()
+}
+
+fn value<T>(parser: &mut Parser, option: &'static str) -> Result<T, CliError>
+where
+    T: std::str::FromStr<Err = ConfigError>,
+{
+    parser
+        .value()?
+        .string()?
+        .parse()
+        .map_err(|source| CliError::Value { option, source })
+}
+
+fn check(options: &RunOptions) -> Result<(), CliError> {
+    let tty = Some(&Output::Tty);
+    if options.serial.as_ref() == tty && options.console.as_ref() == tty {
+        return Err(CliError::Contradiction(
+            "--serial tty and --console tty: there is one terminal; give one of them off, null or file=PATH",
+        ));
+    }
+    let has_command = !options.command.is_empty();
+    if has_command && (options.serial.as_ref() == tty || options.console.as_ref() == tty) {
+        return Err(CliError::Contradiction(
+            "standard output is COMMAND's alone; send the console to file=PATH, such as file=/dev/stderr",
+        ));
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn run(arguments: &[&str]) -> RunOptions {
+        match parse(arguments.iter().map(OsString::from)).unwrap() {
+            Action::Run(options) => *options,
+            other => panic!("not a run: {other:?}"),
+        }
+    }
+
+    fn refusal(arguments: &[&str]) -> String {
+        let error = parse(arguments.iter().map(OsString::from)).unwrap_err();
+        let mut text = error.to_string();
+        let mut source = std::error::Error::source(&error);
+        while let Some(cause) = source {
+            text.push_str(": ");
+            text.push_str(&cause.to_string());
+            source = cause.source();
+        }
+        text
+    }
+
+    #[test]
+    fn everything_behind_two_dashes_is_the_command() {
+        let options = run(&[
+            "-v", "--cpus", "boot=2", "--", "/bin/sh", "-c", "exit 7", "--kernel",
+        ]);
+        assert_eq!(
+            options.command,
+            [&b"/bin/sh"[..], b"-c", b"exit 7", b"--kernel"]
+        );
+        assert_eq!((options.verbosity, options.cpus.boot().get()), (1, 2));
+    }
+
+    #[test]
+    fn disks_keep_their_order() {
+        let options = run(&["--disk", "path=/a", "--disk", "path=/b"]);
+        assert_eq!(
+            options
+                .disks
+                .iter()
+                .map(|disk| &disk.path)
+                .collect::<Vec<_>>(),
+            ["/a", "/b"]
+        );
+    }
+
+    #[test]
+    fn verbosity_counts() {
+        assert_eq!(run(&["-vv", "-v"]).log_level(), LevelFilter::Trace);
+        assert_eq!(run(&[]).log_level(), LevelFilter::Warn);
+    }
+
+    #[test]
+    fn mistakes_are_named() {
+        assert_eq!(refusal(&["--kernle", "x"]), "invalid option '--kernle'");
+        assert_eq!(
+            refusal(&["--memory", "sise=1"]),
+            "--memory: there is no key 'sise', the keys are size, hugepages, thp, shared"
+        );
+        assert_eq!(refusal(&["run"]), "unexpected argument \"run\"");
+    }
+
+    #[test]
+    fn a_commands_standard_output_is_its_own() {
+        assert!(refusal(&["--serial", "tty", "--", "true"]).starts_with("standard output is"));
+    }
+}

@@ -1,0 +1,160 @@
+//! Handing the guest a command to run, as docs/guest-contract.md says: its
+//! arguments as a file in the initramfs, its streams as ports of a console
+//! device, its status as a line.
+
+/// Where the agent finds the arguments, each ended by a NUL.
+const ARGV_FILE: &str = "podvmm/argv";
+
+/// Port names of the agent's streams.
+pub(crate) const STDIO_PORT: &str = "podvmm.stdio";
+pub(crate) const STDERR_PORT: &str = "podvmm.stderr";
+pub(crate) const STATUS_PORT: &str = "podvmm.status";
+
+/// A cpio archive (newc) with the arguments `argv`, to follow the initramfs.
+pub(crate) fn argv_archive(argv: &[Vec<u8>]) -> Vec<u8> {
+    const DIRECTORY: u32 = 0o040_755;
+    const FILE: u32 = 0o100_444;
+
+    let mut content = Vec::new();
+    for argument in argv {
+        content.extend_from_slice(argument);
+        content.push(0);
+    }
+    let mut archive = Vec::new();
+    append_entry(&mut archive, "podvmm", DIRECTORY, &[]);
+    append_entry(&mut archive, ARGV_FILE, FILE, &content);
+    append_entry(&mut archive, "TRAILER!!!", 0, &[]);
+    archive
+}
+
+/// One entry: a header of 13 numbers in hexadecimal, name and content, both
+/// padded to 4 bytes (Linux, buffer-format.rst of early user space).
+fn append_entry(archive: &mut Vec<u8>, name: &str, mode: u32, content: &[u8]) {
+    let links = 1;
+    let name_bytes = name.len() + 1;
+    let numbers = [
+        0, // inode
+        mode as usize,
+        0, // user
+        0, // group
+        links,
+        0, // time
+        content.len(),
+        0, // device, major and minor
+        0,
+        0, // device node, major and minor
+        0,
+        name_bytes,
+        0, // checksum
+    ];
+    archive.extend_from_slice(b"070701");
+    for number in numbers {
+        archive.extend_from_slice(format!("{number:08x}").as_bytes());
+    }
+    archive.extend_from_slice(name.as_bytes());
+    archive.push(0);
+    archive.resize(archive.len().next_multiple_of(4), 0);
+    archive.extend_from_slice(content);
+    archive.resize(archive.len().next_multiple_of(4), 0);
+}
+
+/// What the agent says on the status port.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Status {
+    /// It is about to start the command.
+    Ready,
+    /// The command has ended.
+    Exit(u8),
+    /// It could not run the command.
+    Error(String),
+}
+
+/// Turns bytes of the status port into lines and lines into [`Status`].
+/// Whatever else the guest writes there is dropped.
+#[derive(Debug, Default)]
+pub(crate) struct StatusParser {
+    line: Vec<u8>,
+}
+
+impl StatusParser {
+    /// A guest that never ends its line keeps no more than this.
+    const MAX_LINE_BYTES: usize = 1024;
+
+    /// Takes more bytes, calling `said` for each whole line that means something.
+    pub(crate) fn feed(&mut self, bytes: &[u8], mut said: impl FnMut(Status)) {
+        for &byte in bytes {
+            if byte == b'\n' {
+                if let Some(status) = parse(&String::from_utf8_lossy(&self.line)) {
+                    said(status);
+                }
+                self.line.clear();
+            } else if self.line.len() < Self::MAX_LINE_BYTES {
+                self.line.push(byte);
+            }
+        }
+    }
+}
+
+fn parse(line: &str) -> Option<Status> {
+    let line = line.trim_end();
+    match line.split_once(' ') {
+        None if line == "ready" => Some(Status::Ready),
+        Some(("exit", code)) => code.parse().ok().map(Status::Exit),
+        Some(("error", text)) => Some(Status::Error(
+            text.chars().filter(|char| !char.is_control()).collect(),
+        )),
+        _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn said(parts: &[&[u8]]) -> Vec<Status> {
+        let mut parser = StatusParser::default();
+        let mut all = Vec::new();
+        for part in parts {
+            parser.feed(part, |status| all.push(status));
+        }
+        all
+    }
+
+    #[test]
+    fn lines_may_come_in_pieces() {
+        assert_eq!(
+            said(&[b"rea", b"dy\nex", b"it 7\n"]),
+            [Status::Ready, Status::Exit(7)]
+        );
+    }
+
+    #[test]
+    fn nonsense_is_dropped() {
+        assert_eq!(said(&[b"exit 256\nexit\n\xff\xfe\nready now\n"]), []);
+    }
+
+    #[test]
+    fn an_endless_line_does_not_grow() {
+        let mut parser = StatusParser::default();
+        parser.feed(&[b'x'; 100_000], |_| {});
+        assert_eq!(parser.line.len(), StatusParser::MAX_LINE_BYTES);
+    }
+
+    #[test]
+    fn an_errors_control_characters_are_removed() {
+        assert_eq!(
+            said(&[b"error no \x1b[2Jroot\n"]),
+            [Status::Error("no [2Jroot".into())]
+        );
+    }
+
+    #[test]
+    fn the_archive_is_what_cpio_expects() {
+        let archive = argv_archive(&[b"a".to_vec(), b"b c".to_vec()]);
+        let second = 112 + 8; // the header of 110 bytes and "podvmm", padded
+        assert!(archive.starts_with(b"070701"));
+        assert!(archive[second - 4..].starts_with(b"070701") || archive.len().is_multiple_of(4));
+        assert!(archive.windows(6).any(|window| window == b"a\0b c\0"));
+        assert!(archive.len().is_multiple_of(4));
+    }
+}

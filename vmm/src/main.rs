@@ -1,0 +1,77 @@
+//! The `podvmm` binary: arguments, logging, exit code.
+
+use std::error::Error;
+use std::fs::OpenOptions;
+use std::path::Path;
+use std::process::ExitCode;
+
+use env_logger::{Builder, Target, TimestampPrecision};
+use vmm::cli::{self, Action, HELP, RunOptions};
+use vmm::{EXIT_FAILURE, check, run};
+
+fn main() -> ExitCode {
+    match cli::parse(std::env::args_os().skip(1)) {
+        Ok(Action::Help) => print!("{HELP}"),
+        Ok(Action::Version) => println!("podvmm {}", env!("CARGO_PKG_VERSION")),
+        Ok(Action::Check) => print!("{}", check::report()),
+        Ok(Action::Run(options)) => return run_vm(&options),
+        Err(error) => {
+            complain(&error);
+            eprintln!("Try 'podvmm --help'.");
+            return ExitCode::from(EXIT_FAILURE);
+        }
+    }
+    ExitCode::SUCCESS
+}
+
+fn run_vm(options: &RunOptions) -> ExitCode {
+    if let Err(error) = start_logging(options) {
+        complain(error.as_ref());
+        return ExitCode::from(EXIT_FAILURE);
+    }
+    match run::run(options) {
+        Ok(code) => ExitCode::from(code),
+        Err(error) => {
+            complain(&error);
+            ExitCode::from(EXIT_FAILURE)
+        }
+    }
+}
+
+fn start_logging(options: &RunOptions) -> Result<(), Box<dyn Error>> {
+    let mut builder = Builder::new();
+    builder
+        .filter_level(options.log_level())
+        .format_timestamp(
+            options
+                .log_file
+                .as_ref()
+                .map(|_| TimestampPrecision::Micros),
+        )
+        .format_target(false);
+    if let Some(path) = &options.log_file {
+        builder.target(Target::Pipe(Box::new(open_log(path)?)));
+    }
+    builder.init();
+    Ok(())
+}
+
+fn open_log(path: &Path) -> Result<std::fs::File, String> {
+    OpenOptions::new()
+        .append(true)
+        .create(true)
+        .open(path)
+        .map_err(|error| format!("--log-file {}: {error}", path.display()))
+}
+
+/// Prints an error and what caused it, once, on one line.
+fn complain(error: &dyn Error) {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        text.push_str(": ");
+        text.push_str(&cause.to_string());
+        source = cause.source();
+    }
+    eprintln!("podvmm: {text}");
+}

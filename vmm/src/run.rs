@@ -1,0 +1,189 @@
+//! The life of one VM that the command line describes, from options to exit
+//! code.
+
+use std::io;
+use std::path::PathBuf;
+use std::sync::mpsc::Sender;
+
+use api::{DiskConfig, KernelConfig, Output, VmConfig};
+use thiserror::Error;
+
+use crate::builder::{BuildError, Surroundings, build};
+use crate::cli::RunOptions;
+use crate::control::{self, Event};
+use crate::ending::Ending;
+use crate::guest::{GuestFolder, MissingPart};
+use crate::machine::Machine;
+use crate::signals;
+use crate::terminal::RawTerminal;
+use crate::transcript::Transcript;
+
+/// Lines of its console shown when a guest ends badly.
+const LAST_LINES: usize = 12;
+
+/// Why there was no VM to run.
+#[derive(Debug, Error)]
+pub enum RunError {
+    /// A default part is missing.
+    #[error(transparent)]
+    Guest(#[from] MissingPart),
+    /// It could not be built.
+    #[error(transparent)]
+    Build(#[from] BuildError),
+    /// Signals could not be watched.
+    #[error("watch for signals")]
+    Signals(#[source] io::Error),
+    /// The terminal could not be made raw.
+    #[error("set up the terminal")]
+    Terminal(#[source] io::Error),
+}
+
+/// Runs the VM to its end and returns podvmm's exit code.
+pub fn run(options: &RunOptions) -> Result<u8, RunError> {
+    let has_command = !options.command.is_empty();
+    let config = config(options)?;
+    let (inbox, events) = control::inbox();
+    watch_signals(inbox.clone())?;
+    let terminal = terminal(&config)?;
+    let transcript = Transcript::default();
+    let around = Surroundings {
+        command: options.command.clone(),
+        inbox,
+        transcript: transcript.clone(),
+        terminal: terminal.is_some(),
+    };
+
+    let machine = build(&config, &around)?;
+    log::info!("built; entering the guest");
+    machine.start();
+    let ending = control::wait(&machine, &events);
+    machine.stop();
+    log_exits(&machine);
+    drop(machine);
+    drop(terminal);
+
+    let ending = with_panic(ending, &transcript);
+    report(&ending, has_command, &config, &transcript);
+    Ok(ending.exit_code(has_command))
+}
+
+fn config(options: &RunOptions) -> Result<VmConfig, MissingPart> {
+    let folder = GuestFolder::of_this_user();
+    let given = |path: &Option<PathBuf>| path.clone().map(Ok);
+    let has_command = !options.command.is_empty();
+    // Somebody who names just a kernel gets just that kernel.
+    let wants_agent = has_command
+        || options.rootfs.is_some()
+        || (options.kernel.is_none() && options.initramfs.is_none());
+
+    let initramfs = given(&options.initramfs).or_else(|| wants_agent.then(|| folder.initramfs()));
+    let mut disks = Vec::with_capacity(options.disks.len() + 1);
+    let mut cmdline = consoles(options, wants_agent);
+    if wants_agent {
+        let rootfs = given(&options.rootfs).unwrap_or_else(|| folder.rootfs())?;
+        disks.push(DiskConfig::new(rootfs, true));
+        cmdline.push_str(" root=/dev/vda ro podvmm.overlay");
+    }
+    disks.extend_from_slice(&options.disks);
+    if !options.cmdline.is_empty() {
+        cmdline.push(' ');
+        cmdline.push_str(&options.cmdline);
+    }
+    Ok(VmConfig {
+        kernel: KernelConfig {
+            path: given(&options.kernel).unwrap_or_else(|| folder.kernel())?,
+            initramfs: initramfs.transpose()?,
+            cmdline,
+        },
+        cpus: options.cpus,
+        memory: options.memory,
+        disks,
+        serial: serial(options),
+        console: options.console.clone().unwrap_or(Output::Off),
+    })
+}
+
+fn serial(options: &RunOptions) -> Output {
+    match (
+        &options.serial,
+        options.command.is_empty(),
+        &options.console,
+    ) {
+        (Some(serial), _, _) => serial.clone(),
+        (None, false, _) | (None, true, Some(Output::Tty)) => Output::Null,
+        (None, true, _) => Output::Tty,
+    }
+}
+
+/// Parameters that say where the kernel prints, and how much: each byte to a
+/// serial port is an exit. With the agent only what is worth an alarm is
+/// printed, from the first moment on.
+fn consoles(options: &RunOptions, wants_agent: bool) -> String {
+    let mut words = Vec::new();
+    if wants_agent {
+        words.push("quiet loglevel=1");
+    }
+    if serial(options) != Output::Off {
+        words.push("earlycon=uart8250,io,0x3f8 console=ttyS0");
+    }
+    if options
+        .console
+        .as_ref()
+        .is_some_and(|console| *console != Output::Off)
+    {
+        words.push("console=hvc0");
+    }
+    words.join(" ")
+}
+
+fn watch_signals(inbox: Sender<Event>) -> Result<(), RunError> {
+    signals::watch(move |signal| {
+        // After the end of the VM nobody listens, and nobody need.
+        let _ = inbox.send(Event::Signal(signal));
+    })
+    .map_err(RunError::Signals)
+}
+
+fn terminal(config: &VmConfig) -> Result<Option<RawTerminal>, RunError> {
+    if config.serial == Output::Tty || config.console == Output::Tty {
+        RawTerminal::enter().map_err(RunError::Terminal)
+    } else {
+        Ok(None)
+    }
+}
+
+/// A panicked Linux resets itself; what it printed tells the two apart.
+fn with_panic(ending: Ending, transcript: &Transcript) -> Ending {
+    match ending {
+        Ending::Reset | Ending::Halted | Ending::TripleFault(_) => {
+            transcript.panic().map_or(ending, Ending::Panic)
+        }
+        other => other,
+    }
+}
+
+fn report(ending: &Ending, has_command: bool, config: &VmConfig, transcript: &Transcript) {
+    if ending.is_orderly(has_command) {
+        log::info!("{ending}");
+        return;
+    }
+    log::error!("{ending}");
+    // Whoever has the console on the terminal has seen it.
+    if config.serial == Output::Null || config.console == Output::Null {
+        for line in transcript.last_lines(LAST_LINES) {
+            log::error!("guest: {line}");
+        }
+    }
+}
+
+fn log_exits(machine: &Machine) {
+    let exits = machine.exits();
+    log::info!(
+        "exits: {} port reads, {} port writes, {} MMIO reads, {} MMIO writes, {} kicks",
+        exits.io_in.get(),
+        exits.io_out.get(),
+        exits.mmio_read.get(),
+        exits.mmio_write.get(),
+        exits.kicks.get(),
+    );
+}

@@ -1,0 +1,270 @@
+//! A vCPU: a thread named `vcpu<N>` in a loop around KVM_RUN.
+//!
+//! ```text
+//!          Run              Stop
+//! Parked ───────▶ Running ───────▶ (thread ends)
+//!    ▲   ◀───────    │
+//!    │     Park      │ the guest is over
+//!    └───────────────┘
+//! ```
+//!
+//! A parked thread is not in KVM_RUN: the host decides who runs. Commands
+//! arrive through a channel; a signal brings a running thread out of KVM_RUN to
+//! look. The thread waits on nothing but its channel and KVM; what it finds
+//! goes to `control`'s inbox.
+
+mod exit;
+mod kick;
+
+use std::io;
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::thread::{Builder, JoinHandle};
+
+use devices::bus::Bus;
+use devices::counter::Counter;
+use kvm_bindings::KVM_MP_STATE_HALTED;
+use kvm_ioctls::VcpuFd;
+use vm_memory::GuestMemoryMmap;
+
+pub use exit::Site;
+use kick::Kick;
+
+use crate::ending::Ending;
+
+/// What the guest's accesses reach.
+#[derive(Clone, Debug)]
+pub(crate) struct Buses {
+    pub(crate) ports: Arc<Bus>,
+    pub(crate) mmio: Arc<Bus>,
+}
+
+/// Exits to user space by kind. KVM's own exits do not count here.
+#[derive(Debug, Default)]
+pub struct ExitCounters {
+    /// Port reads.
+    pub io_in: Counter,
+    /// Port writes.
+    pub io_out: Counter,
+    /// MMIO reads.
+    pub mmio_read: Counter,
+    /// MMIO writes.
+    pub mmio_write: Counter,
+    /// Signals: commands from `control`.
+    pub kicks: Counter,
+}
+
+/// What a vCPU thread is told.
+enum Command {
+    /// Enter the guest.
+    Run,
+    /// Leave the guest and answer.
+    Park(Sender<()>),
+    /// Say whether nothing will ever happen on this vCPU again by itself.
+    IsHalted(Sender<bool>),
+    /// End the thread.
+    Stop,
+}
+
+/// The handle on a vCPU's thread. Dropping it stops and joins the thread.
+#[derive(Debug)]
+pub(crate) struct Vcpu {
+    index: u8,
+    commands: Sender<Command>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Vcpu {
+    /// Starts the thread, parked. `ended` gets at most one message.
+    pub(crate) fn spawn(
+        index: u8,
+        fd: VcpuFd,
+        buses: Buses,
+        memory: GuestMemoryMmap,
+        exits: Arc<ExitCounters>,
+        ended: Box<dyn Fn(Ending) + Send>,
+    ) -> io::Result<Self> {
+        kick::install_handler()?;
+        let (commands, inbox) = channel();
+        let thread = Builder::new().name(format!("vcpu{index}")).spawn(move || {
+            Thread {
+                kick: Kick::for_this_thread(fd),
+                buses,
+                memory,
+                exits,
+                inbox,
+                ended,
+            }
+            .main();
+        })?;
+        Ok(Self {
+            index,
+            commands,
+            thread: Some(thread),
+        })
+    }
+
+    pub(crate) fn run(&self) {
+        self.send(Command::Run);
+    }
+
+    /// Returns when the thread has left the guest.
+    pub(crate) fn park(&self) {
+        let (reply, parked) = channel();
+        self.send(Command::Park(reply));
+        // An error means that the thread has ended, which is as good.
+        let _ = parked.recv();
+    }
+
+    /// Whether the vCPU halted for good: HLT with interrupts off, or waiting for
+    /// another vCPU to start it.
+    pub(crate) fn is_halted(&self) -> bool {
+        let (reply, halted) = channel();
+        self.send(Command::IsHalted(reply));
+        halted.recv().unwrap_or(true)
+    }
+
+    fn send(&self, command: Command) {
+        // The receiver is gone only when the thread has ended; then there is
+        // nobody to tell.
+        let _ = self.commands.send(command);
+        if let Some(thread) = &self.thread {
+            kick::kick(thread);
+        }
+    }
+}
+
+impl Drop for Vcpu {
+    fn drop(&mut self) {
+        self.send(Command::Stop);
+        if let Some(thread) = self.thread.take()
+            && thread.join().is_err()
+        {
+            log::error!("the thread of vCPU {} panicked", self.index);
+        }
+    }
+}
+
+/// What the next step of the thread is.
+enum Step {
+    Continue,
+    Park,
+    Stop,
+}
+
+struct Thread {
+    kick: Kick,
+    buses: Buses,
+    memory: GuestMemoryMmap,
+    exits: Arc<ExitCounters>,
+    inbox: Receiver<Command>,
+    ended: Box<dyn Fn(Ending) + Send>,
+}
+
+impl Thread {
+    fn main(mut self) {
+        loop {
+            // Parked: sleep until told something.
+            match self.inbox.recv() {
+                Ok(Command::Run) => {}
+                Ok(Command::Park(reply)) => {
+                    let _ = reply.send(());
+                    continue;
+                }
+                Ok(Command::IsHalted(reply)) => {
+                    let _ = reply.send(true);
+                    continue;
+                }
+                Ok(Command::Stop) | Err(_) => return,
+            }
+            match self.run() {
+                Step::Stop => return,
+                Step::Park | Step::Continue => {}
+            }
+        }
+    }
+
+    /// Runs the guest until told otherwise or until it is over.
+    fn run(&mut self) -> Step {
+        loop {
+            match self.step() {
+                Ok(Step::Continue) => {}
+                Ok(step) => return step,
+                Err(ending) => {
+                    (self.ended)(ending);
+                    return Step::Park;
+                }
+            }
+        }
+    }
+
+    /// One KVM_RUN and what it asks for.
+    fn step(&mut self) -> Result<Step, Ending> {
+        use kvm_ioctls::VcpuExit;
+
+        match self.kick.vcpu().run() {
+            Ok(VcpuExit::IoIn(port, data)) => {
+                self.exits.io_in.increment();
+                self.buses.ports.read(port.into(), data);
+            }
+            Ok(VcpuExit::IoOut(port, data)) => {
+                self.exits.io_out.increment();
+                self.buses.ports.write(port.into(), data);
+            }
+            Ok(VcpuExit::MmioRead(address, data)) => {
+                self.exits.mmio_read.increment();
+                self.buses.mmio.read(address, data);
+            }
+            Ok(VcpuExit::MmioWrite(address, data)) => {
+                self.exits.mmio_write.increment();
+                self.buses.mmio.write(address, data);
+            }
+            // EAGAIN: a start-up interrupt made this vCPU runnable.
+            Ok(VcpuExit::Intr) => return Ok(self.obey()),
+            Err(error) if error.errno() == libc::EAGAIN => return Ok(self.obey()),
+            Err(error) if error.errno() == libc::EINTR => return Ok(self.obey()),
+            Ok(exit) => {
+                let kind = exit::Kind::of(&exit);
+                return Err(exit::ending(kind, self.kick.vcpu(), &self.memory));
+            }
+            Err(error) => {
+                let kind = exit::Kind::RunFailed(error);
+                return Err(exit::ending(kind, self.kick.vcpu(), &self.memory));
+            }
+        }
+        Ok(Step::Continue)
+    }
+
+    /// Takes the commands that a kick announced.
+    fn obey(&mut self) -> Step {
+        self.exits.kicks.increment();
+        // First clear, then look: a kick after the look finds the flag set again.
+        self.kick.clear();
+        while let Ok(command) = self.inbox.try_recv() {
+            match command {
+                Command::Run => {}
+                Command::Park(reply) => {
+                    let _ = reply.send(());
+                    return Step::Park;
+                }
+                Command::IsHalted(reply) => {
+                    let _ = reply.send(self.is_halted());
+                }
+                Command::Stop => return Step::Stop,
+            }
+        }
+        Step::Continue
+    }
+
+    fn is_halted(&mut self) -> bool {
+        const RFLAGS_IF: u64 = 1 << 9;
+        let vcpu = self.kick.vcpu();
+        match (vcpu.get_mp_state(), vcpu.get_regs()) {
+            (Ok(state), Ok(regs)) if state.mp_state == KVM_MP_STATE_HALTED => {
+                regs.rflags & RFLAGS_IF == 0
+            }
+            (Ok(state), _) => state.mp_state != kvm_bindings::KVM_MP_STATE_RUNNABLE,
+            (Err(_), _) => false,
+        }
+    }
+}
