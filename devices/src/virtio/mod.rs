@@ -15,6 +15,7 @@
 //!
 //! [`rng`] is the smallest device and the one to copy.
 
+pub mod blk;
 mod chain;
 mod counters;
 mod interrupt;
@@ -28,6 +29,7 @@ mod session;
 mod setup;
 #[cfg(any(test, feature = "test-utils"))]
 pub mod testing;
+pub mod vectored;
 
 use std::fmt::Debug;
 use std::io;
@@ -156,4 +158,14 @@ pub trait Runner: Send + Sync {
 
     /// Takes the handler back, after the event it is at. None if its loop is gone.
     fn recall(&self, ticket: Ticket) -> Option<Box<dyn Handler>>;
+}
+
+/// Copies from a configuration space that is `config`, and zero beyond it.
+fn read_config_bytes(config: &[u8], offset: u64, data: &mut [u8]) {
+    let rest = usize::try_from(offset)
+        .ok()
+        .and_then(|offset| config.get(offset..));
+    let rest = rest.unwrap_or_default();
+    let len = rest.len().min(data.len());
+    data[..len].copy_from_slice(&rest[..len]);
 }

@@ -1,0 +1,162 @@
+//! Serves one queue of a disk, on a thread of its own that waits where the host's disk does.
+
+use std::io;
+use std::sync::Arc;
+
+use event_manager::{EventOps, Events, MutEventSubscriber};
+use virtio_bindings::virtio_blk::{VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP};
+use vm_memory::{Bytes, GuestAddressSpace};
+
+use super::device::ID_LEN;
+use super::image::Image;
+use super::request::{Limits, Range, Refusal, Request};
+use crate::virtio::{Chain, Counters, GuestRam, Handler, Memory, Ring, RingState, Thread};
+
+#[derive(Debug)]
+pub(super) struct BlkHandler {
+    pub(super) thread: String,
+    pub(super) image: Arc<Image>,
+    pub(super) limits: Limits,
+    pub(super) id: [u8; ID_LEN],
+    /// Each write is made stable before it is completed.
+    pub(super) write_through: bool,
+    pub(super) memory: Memory,
+    pub(super) ring: Ring,
+    pub(super) counters: Arc<Counters>,
+}
+
+/// What a request is carried out with: the handler without its ring.
+struct Disk<'a> {
+    image: &'a Image,
+    limits: Limits,
+    id: &'a [u8; ID_LEN],
+    write_through: bool,
+    counters: &'a Counters,
+    ram: &'a GuestRam,
+}
+
+impl BlkHandler {
+    fn serve(&mut self) {
+        let ram = self.memory.memory();
+        let disk = Disk {
+            image: &self.image,
+            limits: self.limits,
+            id: &self.id,
+            write_through: self.write_through,
+            counters: &self.counters,
+            ram: &ram,
+        };
+        self.ring.serve(&ram, |chain| disk.answer(chain));
+    }
+}
+
+impl Disk<'_> {
+    /// Carries out one request and writes its status, which comes last: in the last byte, and
+    /// after all else. Returns how many bytes of the writable part are written, from its start.
+    fn answer(&self, chain: &mut Chain) -> u32 {
+        let total = u32::try_from(chain.writable.len()).unwrap_or(u32::MAX);
+        let Some(status_at) = chain.writable.split_last() else {
+            // Nowhere to put the status.
+            self.counters.bad_chains.increment();
+            return 0;
+        };
+        let request = Request::parse(self.ram, &mut chain.readable, &chain.writable, self.limits);
+        let status = match request.map(|request| self.carry_out(&request, chain)) {
+            Ok(Ok(())) => VIRTIO_BLK_S_OK,
+            Ok(Err(_)) | Err(Refusal::Invalid) => VIRTIO_BLK_S_IOERR,
+            Err(Refusal::Unsupported) => VIRTIO_BLK_S_UNSUPP,
+        };
+        if status == VIRTIO_BLK_S_OK {
+            self.counters.requests.increment();
+        } else {
+            self.counters.errors.increment();
+        }
+        // What a failed or short request left is zeroed, so that all before the status is written.
+        let rest = chain.writable.len();
+        let status = u8::try_from(status).expect("a status is a byte");
+        let done = chain
+            .writable
+            .zero(self.ram, rest)
+            .map_err(io::Error::from)
+            .and_then(|()| {
+                self.ram
+                    .write_obj(status, status_at)
+                    .map_err(io::Error::other)
+            });
+        if done.is_ok() { total } else { 0 }
+    }
+
+    fn carry_out(&self, request: &Request, chain: &mut Chain) -> io::Result<()> {
+        let Chain {
+            readable, writable, ..
+        } = chain;
+        match request {
+            Request::Read { offset } => {
+                let len = writable.len() as u64;
+                self.image.read(self.ram, writable, *offset)?;
+                self.counters.bytes_in.add(len);
+                Ok(())
+            }
+            Request::Write { offset } => {
+                let len = readable.len() as u64;
+                self.image.write(self.ram, readable, *offset)?;
+                self.counters.bytes_out.add(len);
+                self.settle()
+            }
+            Request::Flush => self.image.flush(),
+            Request::Id => {
+                let len = writable.len().min(ID_LEN);
+                Ok(writable.write(self.ram, &self.id[..len])?)
+            }
+            Request::Discard(ranges) => {
+                each(ranges, |range| self.image.discard(range.offset, range.len))
+            }
+            Request::Zero(ranges) => {
+                each(ranges, |range| {
+                    self.image.zero(range.offset, range.len, range.unmap)
+                })?;
+                self.settle()
+            }
+        }
+    }
+
+    fn settle(&self) -> io::Result<()> {
+        if self.write_through {
+            self.image.flush()
+        } else {
+            Ok(())
+        }
+    }
+}
+
+/// An empty range is no work, and fallocate(2) would not have it.
+fn each(ranges: &[Range], work: impl Fn(&Range) -> io::Result<()>) -> io::Result<()> {
+    ranges
+        .iter()
+        .filter(|range| range.len > 0)
+        .try_for_each(work)
+}
+
+impl MutEventSubscriber for BlkHandler {
+    fn init(&mut self, ops: &mut EventOps) {
+        self.ring.watch(ops);
+    }
+
+    fn process(&mut self, _events: Events, _ops: &mut EventOps) {
+        self.serve();
+    }
+}
+
+impl Handler for BlkHandler {
+    fn thread(&self) -> Thread {
+        Thread::Own(self.thread.clone())
+    }
+
+    fn drain(&mut self) {
+        self.serve();
+    }
+
+    fn rings(&self) -> Vec<RingState> {
+        vec![self.ring.state()]
+    }
+}

@@ -1,0 +1,201 @@
+//! Moves bytes between guest memory and host files in one copy, the kernel's.
+//!
+//! The place where guest memory is handed to system calls as pointers. Guest RAM has no dirty
+//! bitmap of its own; should it get one, [`read`] and [`read_exact_at`] must mark what they fill.
+
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
+use std::ptr;
+
+use super::{GuestRam, Segments};
+
+/// Pieces per system call; longer runs take several. Below the kernel's IOV_MAX of 1024 because
+/// the array lies on the stack.
+const MAX_PIECES: usize = 64;
+
+/// Fills the front of `into` with exactly `len` bytes found at `offset`.
+pub fn read_exact_at(
+    file: impl AsFd,
+    ram: &GuestRam,
+    into: &mut Segments,
+    len: usize,
+    offset: u64,
+) -> io::Result<()> {
+    let at = |fd, pieces: &[libc::iovec], offset| {
+        // SAFETY: see `transfer`, which calls this.
+        unsafe { libc::preadv(fd, pieces.as_ptr(), count_of(pieces.len()), offset) }
+    };
+    transfer_at(file.as_fd(), ram, into, len, offset, at)
+}
+
+/// Writes exactly `len` bytes from the front of `from` to `offset`.
+pub fn write_all_at(
+    file: impl AsFd,
+    ram: &GuestRam,
+    from: &mut Segments,
+    len: usize,
+    offset: u64,
+) -> io::Result<()> {
+    let at = |fd, pieces: &[libc::iovec], offset| {
+        // SAFETY: see `transfer`, which calls this.
+        unsafe { libc::pwritev(fd, pieces.as_ptr(), count_of(pieces.len()), offset) }
+    };
+    transfer_at(file.as_fd(), ram, from, len, offset, at)
+}
+
+/// Reads once, at most `max` bytes, into the front of `into`. Returns how many; 0 is the end.
+pub fn read(file: impl AsFd, ram: &GuestRam, into: &mut Segments, max: usize) -> io::Result<usize> {
+    transfer(file.as_fd(), ram, into, max, |fd, pieces| {
+        // SAFETY: see `transfer`, which calls this.
+        unsafe { libc::readv(fd, pieces.as_ptr(), count_of(pieces.len())) }
+    })
+}
+
+/// Writes once, at most `max` bytes, from the front of `from`. Returns how many.
+pub fn write(
+    file: impl AsFd,
+    ram: &GuestRam,
+    from: &mut Segments,
+    max: usize,
+) -> io::Result<usize> {
+    transfer(file.as_fd(), ram, from, max, |fd, pieces| {
+        // SAFETY: see `transfer`, which calls this.
+        unsafe { libc::writev(fd, pieces.as_ptr(), count_of(pieces.len())) }
+    })
+}
+
+fn transfer_at(
+    fd: BorrowedFd<'_>,
+    ram: &GuestRam,
+    segments: &mut Segments,
+    len: usize,
+    offset: u64,
+    call: impl Fn(RawFd, &[libc::iovec], libc::off_t) -> isize,
+) -> io::Result<()> {
+    if len > segments.len() {
+        return Err(io::ErrorKind::InvalidInput.into());
+    }
+    let mut done = 0;
+    while done < len {
+        let at = offset
+            .checked_add(done as u64)
+            .and_then(|at| libc::off_t::try_from(at).ok());
+        let at = at.ok_or(io::ErrorKind::InvalidInput)?;
+        match transfer(fd, ram, segments, len - done, |fd, pieces| {
+            call(fd, pieces, at)
+        }) {
+            Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+            Ok(count) => done += count,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
+}
+
+/// Makes `call` with the pieces at the front of `segments`, and consumes what it says it moved.
+///
+/// Each piece is guest RAM that `ram` keeps mapped for as long as the call lasts. The guest may
+/// change it meanwhile and Rust holds no reference into it, so the kernel may read and write it.
+fn transfer(
+    fd: BorrowedFd<'_>,
+    ram: &GuestRam,
+    segments: &mut Segments,
+    max: usize,
+    call: impl FnOnce(RawFd, &[libc::iovec]) -> isize,
+) -> io::Result<usize> {
+    let mut pieces = [libc::iovec {
+        iov_base: ptr::null_mut(),
+        iov_len: 0,
+    }; MAX_PIECES];
+    let mut count = 0;
+    for (piece, slice) in pieces.iter_mut().zip(segments.slices(ram, max)) {
+        let slice = slice?;
+        piece.iov_base = slice.ptr_guard_mut().as_ptr().cast();
+        piece.iov_len = slice.len();
+        count += 1;
+    }
+    let moved = call(fd.as_raw_fd(), &pieces[..count]);
+    let moved = usize::try_from(moved).map_err(|_| io::Error::last_os_error())?;
+    segments.skip(moved);
+    Ok(moved)
+}
+
+fn count_of(pieces: usize) -> libc::c_int {
+    libc::c_int::try_from(pieces).expect("at most MAX_PIECES")
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Read, Seek, Write};
+
+    use vm_memory::{Bytes, GuestAddress};
+    use vmm_sys_util::tempfile::TempFile;
+
+    use super::*;
+
+    fn ram() -> GuestRam {
+        GuestRam::from_ranges(&[(GuestAddress(0), 0x1_0000)]).unwrap()
+    }
+
+    /// `count` pieces of three bytes, four bytes apart.
+    fn pieces(ram: &GuestRam, count: u64) -> Segments {
+        let mut segments = Segments::default();
+        for index in 0..count {
+            segments.push(ram, GuestAddress(index * 4), 3).unwrap();
+        }
+        segments
+    }
+
+    #[test]
+    fn more_pieces_than_one_call_takes_are_read_and_written_in_order() {
+        let ram = ram();
+        let bytes: Vec<u8> = (0..=255).cycle().take(600).collect();
+        let mut file = TempFile::new().unwrap().into_file();
+        file.write_all(&bytes).unwrap();
+        read_exact_at(&file, &ram, &mut pieces(&ram, 200), 597, 3).unwrap();
+        let mut back = vec![0; 597];
+        pieces(&ram, 200).read(&ram, &mut back).unwrap();
+        assert_eq!(back, bytes[3..]);
+
+        write_all_at(&file, &ram, &mut pieces(&ram, 200), 597, 0).unwrap();
+        file.rewind().unwrap();
+        file.read_exact(&mut back).unwrap();
+        assert_eq!(back, bytes[3..]);
+    }
+
+    #[test]
+    fn a_file_that_ends_early_is_an_error() {
+        let ram = ram();
+        let file = TempFile::new().unwrap().into_file();
+        file.set_len(100).unwrap();
+        let error = read_exact_at(&file, &ram, &mut pieces(&ram, 10), 30, 90).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::UnexpectedEof);
+    }
+
+    #[test]
+    fn a_transfer_longer_than_the_chain_or_beyond_any_file_is_refused() {
+        let ram = ram();
+        let file = TempFile::new().unwrap().into_file();
+        read_exact_at(&file, &ram, &mut pieces(&ram, 10), 31, 0).unwrap_err();
+        write_all_at(&file, &ram, &mut pieces(&ram, 10), 30, u64::MAX).unwrap_err();
+    }
+
+    #[test]
+    fn one_read_and_one_write_move_what_they_can() {
+        let ram = ram();
+        let (read_end, mut write_end) = io::pipe().unwrap();
+        write_end.write_all(b"hello").unwrap();
+        let mut into = pieces(&ram, 3);
+        assert_eq!(read(&read_end, &ram, &mut into, 9).unwrap(), 5);
+        assert_eq!(into.len(), 4);
+        assert_eq!(write(&write_end, &ram, &mut pieces(&ram, 3), 4).unwrap(), 4);
+        drop(write_end);
+        let mut byte: [u8; 1] = [0];
+        ram.read_slice(&mut byte, GuestAddress(4)).unwrap();
+        assert_eq!(&byte, b"l");
+        let mut into = pieces(&ram, 3);
+        assert_eq!(read(&read_end, &ram, &mut into, 9).unwrap(), 4);
+        assert_eq!(read(&read_end, &ram, &mut into, 9).unwrap(), 0);
+    }
+}
