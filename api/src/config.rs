@@ -100,7 +100,7 @@ pub struct DiskConfig {
     pub direct: bool,
     /// Request queues, 1 to 16.
     pub queues: u16,
-    /// Descriptors in each queue, a power of two from 2 to 1024.
+    /// Descriptors in each queue, a power of two from 4 to 1024.
     pub queue_size: u16,
     /// What the guest reads as the disk's serial number, at most 20 bytes.
     pub id: Option<String>,
@@ -151,7 +151,7 @@ pub enum ConfigError {
     #[error("queues={0}: 1 to 16 are possible")]
     Queues(u16),
     /// Out of range.
-    #[error("queue_size={0} is not a power of two from 2 to 1024")]
+    #[error("queue_size={0} is not a power of two from 4 to 1024")]
     QueueSize(u16),
     /// virtio-blk has room for 20 bytes.
     #[error("id='{0}' is longer than 20 bytes")]
@@ -210,7 +210,7 @@ impl FromStr for DiskConfig {
         if !(1..=16).contains(&disk.queues) {
             return Err(ConfigError::Queues(disk.queues));
         }
-        if !disk.queue_size.is_power_of_two() || !(2..=1024).contains(&disk.queue_size) {
+        if !disk.queue_size.is_power_of_two() || !(4..=1024).contains(&disk.queue_size) {
             return Err(ConfigError::QueueSize(disk.queue_size));
         }
         match disk.id {
@@ -290,7 +290,7 @@ mod tests {
         );
         assert_eq!(
             refusal::<DiskConfig>("path=x,queue_size=100"),
-            "queue_size=100 is not a power of two from 2 to 1024"
+            "queue_size=100 is not a power of two from 4 to 1024"
         );
         assert_eq!(
             "path=/x,readonly=on".parse::<DiskConfig>().unwrap(),

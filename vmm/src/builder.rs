@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex};
 
-use api::{Output, VmConfig};
+use api::{DiskConfig, Output, VmConfig};
 use arch::boot::{self, BootError, BootInfo};
 use arch::irqchip::IrqchipError;
 use arch::layout::SERIAL_GSI;
@@ -17,6 +17,7 @@ use devices::bus::{Bus, BusError};
 use devices::legacy::i8042::{I8042_BASE, I8042_LEN};
 use devices::legacy::serial::{COM1_BASE, SERIAL_LEN};
 use devices::legacy::{I8042, Serial};
+use devices::virtio::blk::{Blk, BlkConfig};
 use devices::virtio::rng::Rng;
 use devices::virtio::{Memory, VirtioDevice};
 use kvm_bindings::KVM_MAX_CPUID_ENTRIES;
@@ -309,12 +310,20 @@ fn append_to(path: &PathBuf) -> Result<File, BuildError> {
         })
 }
 
-/// One line a device, in the order the guest finds them.
+/// The devices in the order the guest finds them.
 fn attach_devices(
-    _config: &VmConfig,
+    config: &VmConfig,
     _around: &Surroundings,
     attacher: &mut Attacher,
 ) -> Result<(), BuildError> {
+    for (index, disk) in config.disks.iter().enumerate() {
+        let device = format!("disk {}", disk.path.display());
+        let blk = Blk::open(blk_config(index, disk)).map_err(|source| BuildError::Device {
+            device: device.clone(),
+            source: source.into(),
+        })?;
+        attach(attacher, &device, blk)?;
+    }
     attach(attacher, "the entropy device", Rng::new())
 }
 
@@ -329,6 +338,19 @@ fn attach(
             device: device.into(),
             source,
         })
+}
+
+fn blk_config(index: usize, disk: &DiskConfig) -> BlkConfig {
+    let name = format!("blk{index}");
+    BlkConfig {
+        path: disk.path.clone(),
+        readonly: disk.readonly,
+        direct: disk.direct,
+        queues: disk.queues,
+        queue_size: disk.queue_size,
+        serial: disk.id.clone().unwrap_or_else(|| name.clone()),
+        name,
+    }
 }
 
 /// The kernel's command line: ours first, so that the user has the last word.

@@ -23,6 +23,7 @@ mod io;
 mod keyboard;
 mod machine;
 mod memory;
+mod rootfs;
 pub mod run;
 mod signals;
 mod terminal;

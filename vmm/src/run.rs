@@ -14,6 +14,7 @@ use crate::control::{self, Event};
 use crate::ending::Ending;
 use crate::guest::{GuestFolder, MissingPart};
 use crate::machine::Machine;
+use crate::rootfs::{Rootfs, RootfsError};
 use crate::signals;
 use crate::terminal::RawTerminal;
 use crate::transcript::Transcript;
@@ -27,6 +28,9 @@ pub enum RunError {
     /// A default part is missing.
     #[error(transparent)]
     Guest(#[from] MissingPart),
+    /// The root file system is none.
+    #[error(transparent)]
+    Rootfs(#[from] RootfsError),
     /// It could not be built.
     #[error(transparent)]
     Build(#[from] BuildError),
@@ -41,7 +45,7 @@ pub enum RunError {
 /// Runs the VM to its end and returns podvmm's exit code.
 pub fn run(options: &RunOptions) -> Result<u8, RunError> {
     let has_command = !options.command.is_empty();
-    let config = config(options)?;
+    let (config, rootfs) = config(options)?;
     let (inbox, events) = control::inbox();
     watch_signals(inbox.clone())?;
     let terminal = terminal(&config)?;
@@ -54,6 +58,7 @@ pub fn run(options: &RunOptions) -> Result<u8, RunError> {
     };
 
     let machine = build(&config, &around)?;
+    drop(rootfs);
     log::info!("built; entering the guest");
     machine.start();
     let ending = control::wait(&machine, &events);
@@ -67,7 +72,8 @@ pub fn run(options: &RunOptions) -> Result<u8, RunError> {
     Ok(ending.exit_code(has_command))
 }
 
-fn config(options: &RunOptions) -> Result<VmConfig, MissingPart> {
+/// The VM that `options` describe, and what must live until it is built.
+fn config(options: &RunOptions) -> Result<(VmConfig, Option<Rootfs>), RunError> {
     let folder = GuestFolder::of_this_user();
     let given = |path: &Option<PathBuf>| path.clone().map(Ok);
     let has_command = !options.command.is_empty();
@@ -76,12 +82,17 @@ fn config(options: &RunOptions) -> Result<VmConfig, MissingPart> {
         || options.rootfs.is_some()
         || (options.kernel.is_none() && options.initramfs.is_none());
 
-    let initramfs = given(&options.initramfs).or_else(|| wants_agent.then(|| folder.initramfs()));
+    let kernel = given(&options.kernel).unwrap_or_else(|| folder.kernel())?;
+    let initramfs = given(&options.initramfs)
+        .or_else(|| wants_agent.then(|| folder.initramfs()))
+        .transpose()?;
     let mut disks = Vec::with_capacity(options.disks.len() + 1);
     let mut cmdline = consoles(options, wants_agent);
+    let mut rootfs = None;
     if wants_agent {
-        let rootfs = given(&options.rootfs).unwrap_or_else(|| folder.rootfs())?;
-        disks.push(DiskConfig::new(rootfs, true));
+        let path = given(&options.rootfs).unwrap_or_else(|| folder.rootfs())?;
+        let image = rootfs.insert(Rootfs::of(path)?);
+        disks.push(DiskConfig::new(image.path().into(), true));
         cmdline.push_str(" root=/dev/vda ro podvmm.overlay");
     }
     disks.extend_from_slice(&options.disks);
@@ -89,10 +100,10 @@ fn config(options: &RunOptions) -> Result<VmConfig, MissingPart> {
         cmdline.push(' ');
         cmdline.push_str(&options.cmdline);
     }
-    Ok(VmConfig {
+    let config = VmConfig {
         kernel: KernelConfig {
-            path: given(&options.kernel).unwrap_or_else(|| folder.kernel())?,
-            initramfs: initramfs.transpose()?,
+            path: kernel,
+            initramfs,
             cmdline,
         },
         cpus: options.cpus,
@@ -100,7 +111,8 @@ fn config(options: &RunOptions) -> Result<VmConfig, MissingPart> {
         disks,
         serial: serial(options),
         console: options.console.clone().unwrap_or(Output::Off),
-    })
+    };
+    Ok((config, rootfs))
 }
 
 fn serial(options: &RunOptions) -> Output {

@@ -1,0 +1,11 @@
+//! What the tests share: the podvmm binary as a child process, and small guests
+//! without an operating system.
+//!
+//! Tests need `/dev/kvm`. Where it is missing they fail and say so, unless
+//! `PODVMM_TESTS_WITHOUT_KVM=skip` is set.
+
+pub mod payload;
+pub mod podvmm;
+
+pub use payload::Payload;
+pub use podvmm::{Outcome, Podvmm};
