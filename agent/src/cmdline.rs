@@ -106,7 +106,7 @@ mod tests {
 
     #[test]
     fn quotes_keep_spaces_within_an_argument() {
-        let root = root("dyndbg=\"file x.c +p ; root=/dev/no\" root=\"/dev/vda\" \"rw\"");
+        let root = root("root=\"/dev/vda\" \"rw\" dyndbg=\"file x.c +p ; root=/dev/no ro\"");
         assert_eq!((root.source.as_str(), root.writable), ("/dev/vda", true));
     }
 

@@ -143,7 +143,7 @@ impl StatusPort {
 mod tests {
     use super::*;
     use std::io::Read;
-    use std::os::fd::OwnedFd;
+    use std::os::fd::{AsFd, OwnedFd};
 
     #[test]
     fn a_status_is_told_as_one_line() {
@@ -155,5 +155,27 @@ mod tests {
         let mut text = String::new();
         host.read_to_string(&mut text).unwrap();
         assert_eq!(text, "ready\nexit 3\n");
+    }
+
+    #[test]
+    fn a_status_that_goes_out_in_parts_arrives_whole() {
+        let (mut host, guest) = io::pipe().unwrap();
+        sys::set_nonblocking(guest.as_fd()).unwrap();
+        let status = Status::Error("x".repeat(1_000_000));
+        let line = status.to_string();
+        let guest = std::thread::spawn(move || {
+            StatusPort(File::from(OwnedFd::from(guest))).tell(&status);
+        });
+        let mut text = String::new();
+        host.read_to_string(&mut text).unwrap();
+        guest.join().unwrap();
+        assert!(text == line);
+    }
+
+    #[test]
+    fn a_host_that_does_not_listen_is_not_waited_for() {
+        let (host, guest) = io::pipe().unwrap();
+        drop(host);
+        StatusPort(File::from(OwnedFd::from(guest))).tell(&Status::Ready);
     }
 }

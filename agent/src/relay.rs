@@ -403,6 +403,36 @@ mod tests {
     }
 
     #[test]
+    fn a_command_that_does_not_read_may_still_write() {
+        const MUCH: &[u8] = &[b'x'; 1 << 20];
+        let outcome = run(&command(&["head", "-c", "1000000", "/dev/zero"]), MUCH);
+        assert_eq!((outcome.status, outcome.stdout.len()), (0, 1_000_000));
+    }
+
+    #[test]
+    fn output_under_way_at_the_end_arrives_before_the_status() {
+        // More than the port takes at once, and no more than that, the agent and a pipe hold: the
+        // command ends before anything is read.
+        const BYTES: usize = 120_000;
+        let (children, _turn) = children();
+        let (mut host, guest) = port_to_host();
+        let script = format!("head -c {BYTES} /dev/zero");
+        let (pid, streams) = shell(&script).start(None).unwrap();
+        let Streams::Pipes { stdout, .. } = streams else {
+            panic!("no terminal was asked for")
+        };
+        let reader = thread::spawn(move || {
+            thread::sleep(Duration::from_millis(100));
+            let mut bytes = Vec::new();
+            host.read_to_end(&mut bytes).map(|_| bytes.len())
+        });
+        let status = children
+            .relay(pid, None, vec![Pump::new(stdout, guest)])
+            .unwrap();
+        assert_eq!((status, reader.join().unwrap().unwrap()), (0, BYTES));
+    }
+
+    #[test]
     fn a_command_killed_by_a_signal_tells_which() {
         assert_eq!(run(&shell("kill -KILL $$"), b""), outcome(137, "", ""));
     }
@@ -438,7 +468,7 @@ mod tests {
 
     #[test]
     fn no_signal_stays_blocked_for_the_command() {
-        let outcome_of = run(&shell("grep SigBlk /proc/self/status"), b"");
+        let outcome_of = run(&command(&["grep", "SigBlk", "/proc/self/status"]), b"");
         assert_eq!(outcome_of, outcome(0, "SigBlk:\t0000000000000000\n", ""));
     }
 
