@@ -9,5 +9,6 @@
 
 pub mod bus;
 pub mod counter;
+pub mod host;
 pub mod legacy;
 pub mod virtio;

@@ -4,6 +4,7 @@
 //! bitmap of its own; should it get one, [`read`] and [`read_exact_at`] must mark what they fill.
 
 use std::io;
+use std::mem;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 use std::ptr;
 
@@ -62,6 +63,39 @@ pub fn write(
         // SAFETY: see `transfer`, which calls this.
         unsafe { libc::writev(fd, pieces.as_ptr(), count_of(pieces.len())) }
     })
+}
+
+/// Like [`write`] to a socket, failing with WouldBlock instead of blocking, whatever its flags.
+pub fn send(
+    socket: impl AsFd,
+    ram: &GuestRam,
+    from: &mut Segments,
+    max: usize,
+) -> io::Result<usize> {
+    transfer(socket.as_fd(), ram, from, max, |fd, pieces| {
+        send_pieces(fd, pieces)
+    })
+}
+
+/// Sends once, from the front of `bytes`, without blocking.
+pub fn send_bytes(socket: impl AsFd, bytes: &[u8]) -> io::Result<usize> {
+    let piece = libc::iovec {
+        iov_base: bytes.as_ptr().cast_mut().cast(),
+        iov_len: bytes.len(),
+    };
+    let sent = send_pieces(socket.as_fd().as_raw_fd(), &[piece]);
+    usize::try_from(sent).map_err(|_| io::Error::last_os_error())
+}
+
+fn send_pieces(fd: RawFd, pieces: &[libc::iovec]) -> isize {
+    // SAFETY: a msghdr is numbers and pointers, for which zero is a value: no name, no control.
+    let mut message: libc::msghdr = unsafe { mem::zeroed() };
+    message.msg_iov = pieces.as_ptr().cast_mut();
+    message.msg_iovlen = pieces.len();
+    let flags = libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL;
+    // SAFETY: `message` and the pieces it points to live during the call, which only reads them;
+    // both callers give pieces that may be read.
+    unsafe { libc::sendmsg(fd, &raw const message, flags) }
 }
 
 fn transfer_at(
