@@ -134,6 +134,8 @@ impl Ram {
     pub fn register(&self, vm: &VmFd) -> Result<(), RamError> {
         for (slot, region) in (0..).zip(self.memory.iter()) {
             let start = region.start_addr().raw_value();
+            let (host, len) = (region.as_ptr(), region.len());
+            log::debug!("guest RAM: {len} bytes at {start:#x}, host address {host:p}");
             let slot = kvm_userspace_memory_region {
                 slot,
                 flags: 0,
