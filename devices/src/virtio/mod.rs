@@ -17,6 +17,7 @@
 
 pub mod blk;
 mod chain;
+pub mod console;
 mod counters;
 mod interrupt;
 mod lent;

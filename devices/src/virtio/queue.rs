@@ -85,9 +85,10 @@ impl Ring {
         &self.kick
     }
 
-    /// Has the handler's loop watch the kick.
+    /// Has the handler's loop watch the kick. Its events carry the queue's index as data.
     pub fn watch(&mut self, ops: &mut EventOps) {
-        if let Err(error) = ops.add(Events::new(&self.kick, EventSet::IN)) {
+        let kick = Events::with_data(&self.kick, self.index.into(), EventSet::IN);
+        if let Err(error) = ops.add(kick) {
             log::error!("watch queue {}: {error}", self.index);
             self.fail();
         }
@@ -196,19 +197,14 @@ impl Ring {
         }
     }
 
-    /// Ends a turn that stopped early because the device cannot take more for now. The driver
-    /// need not kick: the device itself comes back when it can.
-    pub fn rest_full(&mut self, ram: &GuestRam) {
-        self.signal(ram);
-    }
-
     /// Makes the handler's next turn come without the driver.
     pub fn rekick(&self) {
         // Fails only when 2^64 - 2 kicks are already due.
         let _ = self.kick.write(1);
     }
 
-    /// Tells the driver at once of what was completed, if it wants to know.
+    /// Tells the driver of what was completed, if it wants to know. All that ends a turn in which
+    /// the device cannot take more: it comes back by itself, and the driver need not kick.
     pub fn signal(&mut self, ram: &GuestRam) {
         if self.untold.take().is_some() && self.driver_listens(ram) {
             self.interrupt.notify_queue();
