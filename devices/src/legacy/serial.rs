@@ -1,9 +1,9 @@
 //! A 16550A serial port: early console and, without a command to run, the user's terminal.
 //!
 //! The registers are vm-superio's. What is added is the host's side: the guest writes one byte
-//! per exit, on a vCPU thread that must not wait for a slow terminal, so `out` is expected to
-//! take bytes without blocking; and the guest reads when it likes,
-//! so input that finds the 64-byte FIFO full stays with the host until there is room.
+//! per exit, on a vCPU thread that must not wait for a slow terminal, so what is given as `out`
+//! must not block for long (see [`crate::host::Output`]); and the guest reads when it likes, so
+//! input that finds the 64-byte FIFO full stays with the host until there is room.
 
 use std::fmt::{self, Debug};
 use std::io::{self, Write};
@@ -134,5 +134,179 @@ impl Debug for Serial {
         f.debug_struct("Serial")
             .field("counters", &self.uart.events().counters)
             .finish()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::{Mutex, mpsc};
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    // Registers, and of those behind another one the name it has when it is reached.
+    const DATA: u64 = 0;
+    const INTERRUPT_ENABLE: u64 = 1;
+    const INTERRUPT_ID: u64 = 2;
+    const FIFO_CONTROL: u64 = 2;
+    const LINE_CONTROL: u64 = 3;
+    const LINE_STATUS: u64 = 5;
+    const MODEM_STATUS: u64 = 6;
+    const SCRATCH: u64 = 7;
+
+    struct Sink(mpsc::Sender<u8>);
+
+    impl Write for Sink {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            bytes
+                .iter()
+                .try_for_each(|&byte| self.0.send(byte))
+                .map_err(io::Error::other)?;
+            Ok(bytes.len())
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    struct Port {
+        serial: Serial,
+        irq: EventFd,
+        printed: mpsc::Receiver<u8>,
+    }
+
+    fn port() -> Port {
+        let irq = EventFd::new(libc::EFD_NONBLOCK).unwrap();
+        let (sender, printed) = mpsc::channel();
+        let serial = Serial::new(irq.try_clone().unwrap(), Box::new(Sink(sender))).unwrap();
+        Port {
+            serial,
+            irq,
+            printed,
+        }
+    }
+
+    impl Port {
+        fn read(&mut self, register: u64) -> u8 {
+            let mut data = [0];
+            self.serial.read(register, &mut data);
+            data[0]
+        }
+
+        fn write(&mut self, register: u64, value: u8) {
+            self.serial.write(register, &[value]);
+        }
+    }
+
+    #[test]
+    fn what_the_guest_sends_is_printed() {
+        let mut port = port();
+        port.write(DATA, b'h');
+        port.write(DATA, b'i');
+        assert_eq!(port.printed.try_iter().collect::<Vec<_>>(), b"hi");
+        assert_eq!(port.serial.counters().sent.get(), 2);
+    }
+
+    #[test]
+    fn output_that_is_refused_is_counted_and_the_guest_goes_on() {
+        let mut port = port();
+        port.printed = mpsc::channel().1;
+        port.write(INTERRUPT_ENABLE, 0b10);
+        let raised = port.irq.read().unwrap();
+        port.read(INTERRUPT_ID);
+        port.write(DATA, b'x');
+        assert_eq!(port.serial.counters().lost.get(), 1);
+        assert_eq!((raised, port.irq.read().unwrap()), (1, 1));
+    }
+
+    /// The steps of Linux's 8250 probe that decide which chip it sees and how long it waits.
+    #[test]
+    fn linux_finds_a_16550a() {
+        let mut port = port();
+        port.write(SCRATCH, 0x5a);
+        assert_eq!(port.read(SCRATCH), 0x5a);
+        // Nothing but the four interrupts of a 16550A can be enabled.
+        port.write(INTERRUPT_ENABLE, 0xff);
+        assert_eq!(port.read(INTERRUPT_ENABLE), 0x0f);
+        port.write(INTERRUPT_ENABLE, 0);
+        // Loopback: RTS and OUT2 come back as CTS and DCD.
+        port.write(MODEM_CONTROL.into(), 0x1a);
+        assert_eq!(port.read(MODEM_STATUS) & 0xf0, 0x90);
+        port.write(MODEM_CONTROL.into(), 0);
+        port.write(FIFO_CONTROL, 0x01);
+        assert_eq!(port.read(INTERRUPT_ID) >> 6, 0b11);
+        // The transmitter is always empty, so nobody polls for it.
+        assert_eq!(port.read(LINE_STATUS), 0x60);
+    }
+
+    #[test]
+    fn input_beyond_the_fifo_stays_with_the_host_until_there_is_room() {
+        let mut port = port();
+        let room = port.serial.room().unwrap();
+        let input: Vec<u8> = (0..100).collect();
+        assert_eq!(port.serial.enqueue(&input), 64);
+        assert_eq!(
+            (port.serial.free(), port.serial.enqueue(&input[64..])),
+            (0, 0)
+        );
+        room.read().unwrap_err();
+        let first: Vec<u8> = (0..64).map(|_| port.read(DATA)).collect();
+        assert_eq!(room.read().unwrap(), 1);
+        assert_eq!(port.serial.enqueue(&input[64..]), 36);
+        let rest: Vec<u8> = (0..36).map(|_| port.read(DATA)).collect();
+        assert_eq!([first, rest].concat(), input);
+        assert_eq!(port.read(LINE_STATUS) & 1, 0);
+    }
+
+    #[test]
+    fn input_raises_the_line_if_the_guest_wants() {
+        let mut port = port();
+        port.serial.enqueue(b"a");
+        port.irq.read().unwrap_err();
+        port.write(INTERRUPT_ENABLE, 1);
+        assert_eq!(port.irq.read().unwrap(), 1);
+        assert_eq!(port.read(LINE_STATUS) & 1, 1);
+    }
+
+    #[test]
+    fn input_during_loopback_waits_for_its_end() {
+        let mut port = port();
+        let room = port.serial.room().unwrap();
+        port.write(MODEM_CONTROL.into(), 0x10);
+        room.read().unwrap();
+        assert_eq!(port.serial.enqueue(b"abc"), 0);
+        port.write(MODEM_CONTROL.into(), 0);
+        assert_eq!(room.read().unwrap(), 1);
+        assert_eq!(port.serial.enqueue(b"abc"), 3);
+    }
+
+    #[test]
+    fn accesses_wider_than_a_byte_change_nothing() {
+        let mut port = port();
+        port.serial.write(DATA, b"ab");
+        port.serial.write(LINE_CONTROL, &[]);
+        assert_eq!(port.printed.try_iter().count(), 0);
+        let mut data = [0; 2];
+        port.serial.read(SCRATCH, &mut data);
+        assert_eq!(data, [0; 2]);
+    }
+
+    proptest! {
+        #[test]
+        fn any_access_of_any_width_is_survived(
+            accesses in prop::collection::vec(
+                (any::<bool>(), 0u64..10, prop::collection::vec(any::<u8>(), 0..9)), 0..200),
+        ) {
+            let bus: Arc<Mutex<dyn BusDevice>> = Arc::new(Mutex::new(port().serial));
+            for (write, offset, mut data) in accesses {
+                let mut device = bus.lock().unwrap();
+                match write {
+                    true => device.write(offset, &data),
+                    false => device.read(offset, &mut data),
+                }
+            }
+        }
     }
 }
