@@ -96,16 +96,17 @@ impl LinuxGuest {
             .spawn()
             .expect("podvmm starts");
         let log = BufReader::new(child.stderr.take().expect("it was piped"));
-        let mut ram = Vec::new();
+        let mut guest = Self {
+            child,
+            ready: Duration::ZERO,
+            ram: Vec::new(),
+        };
         for line in log.lines() {
             let line = line.expect("the log is text");
-            ram.extend(ram_range(&line));
+            guest.ram.extend(ram_range(&line));
             if line.contains("the agent starts the command") {
-                return Self {
-                    child,
-                    ready: started.elapsed(),
-                    ram,
-                };
+                guest.ready = started.elapsed();
+                return guest;
             }
         }
         panic!("podvmm ended before its agent was ready");

@@ -11,8 +11,8 @@ pub const START: u64 = 0x10_0000;
 
 const HEADER_BYTES: usize = 64;
 const PROGRAM_HEADER_BYTES: u16 = 56;
-const NOTE_OFFSET: u64 = 0x800;
-const CODE_OFFSET: u64 = 0x1000;
+const NOTE_OFFSET: usize = 0x800;
+const CODE_OFFSET: usize = 0x1000;
 
 /// How a payload wants to be entered.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -70,8 +70,20 @@ pub fn image(code: &[u8], protocol: Protocol) -> Vec<u8> {
     }
     let code_bytes = code.len() as u64;
     let headers = [
-        program_header(1, CODE_OFFSET, START, code_bytes, code_bytes + 0x1000),
-        program_header(4, NOTE_OFFSET, 0, note.len() as u64, note.len() as u64),
+        program_header(
+            1,
+            CODE_OFFSET as u64,
+            START,
+            code_bytes,
+            code_bytes + 0x1000,
+        ),
+        program_header(
+            4,
+            NOTE_OFFSET as u64,
+            0,
+            note.len() as u64,
+            note.len() as u64,
+        ),
     ];
 
     let mut bytes = Vec::new();
@@ -89,9 +101,9 @@ pub fn image(code: &[u8], protocol: Protocol) -> Vec<u8> {
     headers
         .iter()
         .for_each(|header| bytes.extend_from_slice(header));
-    bytes.resize(NOTE_OFFSET as usize, 0);
+    bytes.resize(NOTE_OFFSET, 0);
     bytes.extend_from_slice(&note);
-    bytes.resize(CODE_OFFSET as usize, 0);
+    bytes.resize(CODE_OFFSET, 0);
     bytes.extend_from_slice(code);
     bytes
 }

@@ -1,9 +1,7 @@
 //! From a configuration to a machine: a straight line, in the order in which
 //! the parts need one another. What fails drops what was made so far.
 
-use std::fs::{File, OpenOptions};
-use std::io::{self, Write};
-use std::path::PathBuf;
+use std::io;
 use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex};
 
@@ -18,6 +16,7 @@ use devices::legacy::i8042::{I8042_BASE, I8042_LEN};
 use devices::legacy::serial::{COM1_BASE, SERIAL_LEN};
 use devices::legacy::{I8042, Serial};
 use devices::virtio::blk::{Blk, BlkConfig};
+use devices::virtio::console::Console;
 use devices::virtio::rng::Rng;
 use devices::virtio::{Memory, VirtioDevice};
 use kvm_bindings::KVM_MAX_CPUID_ENTRIES;
@@ -25,7 +24,7 @@ use kvm_ioctls::{Kvm, VmFd};
 use thiserror::Error;
 
 use crate::attach::{AttachError, Attacher, irqfd};
-use crate::command::argv_archive;
+use crate::command::Command;
 use crate::control::Event;
 use crate::ending::Ending;
 use crate::host::KvmKind;
@@ -34,7 +33,8 @@ use crate::io::IoThreads;
 use crate::keyboard;
 use crate::machine::Machine;
 use crate::memory::{Ram, RamError};
-use crate::transcript::{Recorded, Transcript};
+use crate::streams::{self, StreamError};
+use crate::transcript::Transcript;
 use crate::vcpu::{Buses, Vcpu};
 
 /// Why a machine could not be made.
@@ -85,14 +85,9 @@ pub enum BuildError {
         /// Why.
         source: AttachError,
     },
-    /// A console's output file.
-    #[error("open {} for a console", .path.display())]
-    ConsoleFile {
-        /// The file.
-        path: PathBuf,
-        /// Why.
-        source: io::Error,
-    },
+    /// A console or stream.
+    #[error(transparent)]
+    Stream(#[from] StreamError),
     /// vCPU creation.
     #[error("create vCPU {index}")]
     CreateVcpu {
@@ -116,19 +111,19 @@ pub enum BuildError {
 
 /// What a VM is given besides its configuration.
 #[derive(Debug)]
-pub(crate) struct Surroundings {
-    /// Arguments of the command for the agent; empty without one.
-    pub(crate) command: Vec<Vec<u8>>,
+pub struct Surroundings {
+    /// What the agent is to run, if anything.
+    pub command: Option<Command>,
     /// Where the machine reports.
-    pub(crate) inbox: Sender<Event>,
+    pub inbox: Sender<Event>,
     /// Keeps the end of what consoles print.
-    pub(crate) transcript: Transcript,
+    pub transcript: Transcript,
     /// Whether the terminal is in raw mode, so that escapes end the VM.
-    pub(crate) terminal: bool,
+    pub terminal: bool,
 }
 
 /// Builds a machine whose vCPUs are parked at the kernel's entry point.
-pub(crate) fn build(config: &VmConfig, around: &Surroundings) -> Result<Machine, BuildError> {
+pub fn build(config: &VmConfig, around: &Surroundings) -> Result<Machine, BuildError> {
     let kvm = open_kvm()?;
     let count = config.cpus.max().get();
     let max = kvm.get_max_vcpus();
@@ -146,11 +141,11 @@ pub(crate) fn build(config: &VmConfig, around: &Surroundings) -> Result<Machine,
     let initramfs = match &config.kernel.initramfs {
         None => None,
         Some(path) => {
-            let appended = if around.command.is_empty() {
-                vec![]
-            } else {
-                argv_archive(&around.command)
-            };
+            let appended = around
+                .command
+                .as_ref()
+                .map(Command::archive)
+                .unwrap_or_default();
             Some(load_initramfs(&ram, path, &appended, image.end)?)
         }
     };
@@ -222,10 +217,10 @@ pub(crate) fn build(config: &VmConfig, around: &Surroundings) -> Result<Machine,
         vcpus,
         running: config.cpus.boot().get().into(),
         transports,
-        io,
         exits,
-        vm,
-        ram,
+        _io: io,
+        _vm: vm,
+        _ram: ram,
     })
 }
 
@@ -260,7 +255,7 @@ fn port_devices(config: &VmConfig, around: &Surroundings, vm: &VmFd) -> Result<B
         I8042_LEN,
         Arc::new(Mutex::new(I8042::new(reset))),
     )?;
-    let Some(output) = output(&config.serial)? else {
+    let Some(output) = streams::serial(&config.serial, &around.transcript)? else {
         return Ok(bus);
     };
     let device = || "the serial port".to_string();
@@ -268,11 +263,7 @@ fn port_devices(config: &VmConfig, around: &Surroundings, vm: &VmFd) -> Result<B
         device: device(),
         source,
     })?;
-    let recorded = Recorded {
-        transcript: around.transcript.clone(),
-        output,
-    };
-    let serial = Serial::new(line, Box::new(recorded)).map_err(|source| BuildError::Device {
+    let serial = Serial::new(line, output).map_err(|source| BuildError::Device {
         device: device(),
         source: source.into(),
     })?;
@@ -289,31 +280,10 @@ fn port_devices(config: &VmConfig, around: &Surroundings, vm: &VmFd) -> Result<B
     Ok(bus)
 }
 
-/// Where a console prints; none if there is to be no console.
-fn output(config: &Output) -> Result<Option<Box<dyn Write + Send>>, BuildError> {
-    Ok(match config {
-        Output::Off => None,
-        Output::Null => Some(Box::new(io::sink())),
-        Output::Tty => Some(Box::new(io::stdout())),
-        Output::File(path) => Some(Box::new(append_to(path)?)),
-    })
-}
-
-fn append_to(path: &PathBuf) -> Result<File, BuildError> {
-    OpenOptions::new()
-        .append(true)
-        .create(true)
-        .open(path)
-        .map_err(|source| BuildError::ConsoleFile {
-            path: path.clone(),
-            source,
-        })
-}
-
 /// The devices in the order the guest finds them.
 fn attach_devices(
     config: &VmConfig,
-    _around: &Surroundings,
+    around: &Surroundings,
     attacher: &mut Attacher,
 ) -> Result<(), BuildError> {
     for (index, disk) in config.disks.iter().enumerate() {
@@ -324,7 +294,20 @@ fn attach_devices(
         })?;
         attach(attacher, &device, blk)?;
     }
-    attach(attacher, "the entropy device", Rng::new())
+    attach(attacher, "the entropy device", Rng::new())?;
+    let mut ports = Vec::from_iter(streams::console(&config.console, &around.transcript)?);
+    if around.command.is_some() {
+        ports.extend(streams::command(around.inbox.clone())?);
+    }
+    if !ports.is_empty() {
+        let device = "the console device";
+        let console = Console::new(ports).map_err(|source| BuildError::Device {
+            device: device.into(),
+            source: source.into(),
+        })?;
+        attach(attacher, device, console)?;
+    }
+    Ok(())
 }
 
 fn attach(

@@ -2,29 +2,51 @@
 //! arguments as a file in the initramfs, its streams as ports of a console
 //! device, its status as a line.
 
-/// Where the agent finds the arguments, each ended by a NUL.
+/// What the agent is told, each ended by a NUL: the arguments.
 const ARGV_FILE: &str = "podvmm/argv";
+/// "ROWS COLUMNS" of the terminal that the command gets.
+const TTY_FILE: &str = "podvmm/tty";
 
 /// Port names of the agent's streams.
-pub(crate) const STDIO_PORT: &str = "podvmm.stdio";
+pub(crate) const STDIN_PORT: &str = "podvmm.stdin";
+pub(crate) const STDOUT_PORT: &str = "podvmm.stdout";
 pub(crate) const STDERR_PORT: &str = "podvmm.stderr";
 pub(crate) const STATUS_PORT: &str = "podvmm.status";
 
-/// A cpio archive (newc) with the arguments `argv`, to follow the initramfs.
-pub(crate) fn argv_archive(argv: &[Vec<u8>]) -> Vec<u8> {
-    const DIRECTORY: u32 = 0o040_755;
-    const FILE: u32 = 0o100_444;
+/// A command for the agent.
+#[derive(Clone, Debug)]
+pub struct Command {
+    /// Its arguments, the program first.
+    pub argv: Vec<Vec<u8>>,
+    /// Rows and columns of the terminal it is to have; pipes without.
+    pub terminal: Option<(u16, u16)>,
+}
 
-    let mut content = Vec::new();
-    for argument in argv {
-        content.extend_from_slice(argument);
-        content.push(0);
+impl Command {
+    /// A cpio archive (newc) that tells the agent, to follow the initramfs.
+    pub fn archive(&self) -> Vec<u8> {
+        const DIRECTORY: u32 = 0o040_755;
+        const FILE: u32 = 0o100_444;
+
+        let mut arguments = Vec::new();
+        for argument in &self.argv {
+            arguments.extend_from_slice(argument);
+            arguments.push(0);
+        }
+        let mut archive = Vec::new();
+        append_entry(&mut archive, "podvmm", DIRECTORY, &[]);
+        append_entry(&mut archive, ARGV_FILE, FILE, &arguments);
+        if let Some((rows, columns)) = self.terminal {
+            append_entry(
+                &mut archive,
+                TTY_FILE,
+                FILE,
+                format!("{rows} {columns}").as_bytes(),
+            );
+        }
+        append_entry(&mut archive, "TRAILER!!!", 0, &[]);
+        archive
     }
-    let mut archive = Vec::new();
-    append_entry(&mut archive, "podvmm", DIRECTORY, &[]);
-    append_entry(&mut archive, ARGV_FILE, FILE, &content);
-    append_entry(&mut archive, "TRAILER!!!", 0, &[]);
-    archive
 }
 
 /// One entry: a header of 13 numbers in hexadecimal, name and content, both
@@ -60,7 +82,7 @@ fn append_entry(archive: &mut Vec<u8>, name: &str, mode: u32, content: &[u8]) {
 
 /// What the agent says on the status port.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) enum Status {
+pub enum Status {
     /// It is about to start the command.
     Ready,
     /// The command has ended.
@@ -72,7 +94,7 @@ pub(crate) enum Status {
 /// Turns bytes of the status port into lines and lines into [`Status`].
 /// Whatever else the guest writes there is dropped.
 #[derive(Debug, Default)]
-pub(crate) struct StatusParser {
+pub struct StatusParser {
     line: Vec<u8>,
 }
 
@@ -148,13 +170,37 @@ mod tests {
         );
     }
 
+    /// Name and content of every entry, as a reader of the format finds them.
+    fn entries(mut archive: &[u8]) -> Vec<(String, Vec<u8>)> {
+        let number =
+            |bytes: &[u8]| usize::from_str_radix(std::str::from_utf8(bytes).unwrap(), 16).unwrap();
+        let mut entries = Vec::new();
+        while !archive.is_empty() {
+            assert_eq!(&archive[..6], b"070701");
+            let (content_bytes, name_bytes) = (number(&archive[54..62]), number(&archive[94..102]));
+            let name = String::from_utf8(archive[110..110 + name_bytes - 1].to_vec()).unwrap();
+            let content_at = (110 + name_bytes).next_multiple_of(4);
+            let end = content_at + content_bytes;
+            entries.push((name, archive[content_at..end].to_vec()));
+            archive = &archive[end.next_multiple_of(4)..];
+        }
+        entries
+    }
+
     #[test]
-    fn the_archive_is_what_cpio_expects() {
-        let archive = argv_archive(&[b"a".to_vec(), b"b c".to_vec()]);
-        let second = 112 + 8; // the header of 110 bytes and "podvmm", padded
-        assert!(archive.starts_with(b"070701"));
-        assert!(archive[second - 4..].starts_with(b"070701") || archive.len().is_multiple_of(4));
-        assert!(archive.windows(6).any(|window| window == b"a\0b c\0"));
-        assert!(archive.len().is_multiple_of(4));
+    fn the_archive_holds_arguments_and_terminal() {
+        let argv = vec![b"a".to_vec(), b"b c".to_vec()];
+        let command = Command {
+            argv,
+            terminal: Some((24, 80)),
+        };
+        let expected: [(&str, &[u8]); 4] = [
+            ("podvmm", b""),
+            ("podvmm/argv", b"a\0b c\0"),
+            ("podvmm/tty", b"24 80"),
+            ("TRAILER!!!", b""),
+        ];
+        let expected = expected.map(|(name, content)| (name.to_owned(), content.to_vec()));
+        assert_eq!(entries(&command.archive()), expected);
     }
 }

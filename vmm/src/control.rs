@@ -8,7 +8,7 @@ use crate::machine::Machine;
 
 /// What others tell `control`.
 #[derive(Debug)]
-pub(crate) enum Event {
+pub enum Event {
     /// A vCPU or a device met the end of the guest.
     Ended(Ending),
     /// The agent reported.
@@ -18,12 +18,12 @@ pub(crate) enum Event {
 }
 
 /// Makes the inbox and the way into it.
-pub(crate) fn inbox() -> (Sender<Event>, Receiver<Event>) {
+pub fn inbox() -> (Sender<Event>, Receiver<Event>) {
     channel()
 }
 
 /// Waits for the end of `machine`'s guest and says which one it was.
-pub(crate) fn wait(machine: &Machine, inbox: &Receiver<Event>) -> Ending {
+pub fn wait(machine: &Machine, inbox: &Receiver<Event>) -> Ending {
     loop {
         match inbox.recv_timeout(Machine::HALT_CHECK) {
             Ok(Event::Ended(ending)) => return ending,

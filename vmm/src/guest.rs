@@ -13,7 +13,7 @@ use thiserror::Error;
     "no {file} in {}: run resources/guest/build to make it, or give {option}",
     .folder.display()
 )]
-pub(crate) struct MissingPart {
+pub struct MissingPart {
     file: &'static str,
     folder: PathBuf,
     option: &'static str,
@@ -21,7 +21,7 @@ pub(crate) struct MissingPart {
 
 /// A folder with the parts of a guest.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct GuestFolder(PathBuf);
+pub struct GuestFolder(PathBuf);
 
 impl GuestFolder {
     /// `$PODVMM_GUEST`, or `podvmm/guest` in the user's cache folder.

@@ -41,8 +41,9 @@ const ALWAYS: &[&str] = &[
 /// Parameters for guests on an emulating KVM, whose emulator lacks some
 /// instructions and does not let CPUID hide them from guest kernel mode.
 const EMULATING: &[&str] = &[
-    "kvm_emulated", // our kernel patches, inert without it
-    "noxsave",      // xsave, xrstor
+    "kvm_emulated",    // our kernel patches, inert without it
+    "mitigations=off", // verw; there is no hardware to attack
+    "noxsave",         // xsave, xrstor
     "clearcpuid=popcnt,smap,fsgsbase,invpcid,erms,fsrm", // popcnt, clac/stac, …
 ];
 

@@ -131,7 +131,7 @@ pub(crate) fn load_initramfs(
         .checked_sub(len_bytes.next_multiple_of(PAGE_BYTES))
         .filter(|start| *start >= kernel_end.raw_value())
         .map(GuestAddress)
-        .ok_or(LoadError::InitramfsTooLarge {
+        .ok_or_else(|| LoadError::InitramfsTooLarge {
             len_bytes,
             kernel_end: kernel_end.raw_value(),
             ram_end,

@@ -9,25 +9,26 @@
 //! `control` alone decides; vCPU threads run the guest and tell it how that
 //! ended; the `io` loop serves devices and waits on nothing but epoll.
 
-mod attach;
-mod builder;
+pub mod attach;
+pub mod builder;
 pub mod check;
 pub mod cli;
-mod command;
-mod control;
+pub mod command;
+pub mod control;
 mod ending;
-mod guest;
-mod host;
-mod image;
+pub mod guest;
+pub mod host;
+pub mod image;
 mod io;
 mod keyboard;
-mod machine;
-mod memory;
-mod rootfs;
+pub mod machine;
+pub mod memory;
+pub mod rootfs;
 pub mod run;
 mod signals;
+pub mod streams;
 mod terminal;
-mod transcript;
-mod vcpu;
+pub mod transcript;
+pub mod vcpu;
 
 pub use ending::{EXIT_FAILURE, Ending};

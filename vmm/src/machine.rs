@@ -26,10 +26,10 @@ pub struct Machine {
     /// How many of them run; the others are parked for good.
     pub(crate) running: usize,
     pub(crate) transports: Vec<Arc<Mutex<MmioTransport>>>,
-    pub(crate) io: Arc<IoThreads>,
+    pub(crate) _io: Arc<IoThreads>,
     pub(crate) exits: Arc<ExitCounters>,
-    pub(crate) vm: VmFd,
-    pub(crate) ram: Ram,
+    pub(crate) _vm: VmFd,
+    pub(crate) _ram: Ram,
 }
 
 impl Machine {

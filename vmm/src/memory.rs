@@ -27,8 +27,9 @@ use vm_memory::{
     GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap, MmapRegion,
 };
 
-/// Pages of the host and the guest.
-const PAGE_BYTES: u64 = 4096;
+/// A page of zeros; host and guest agree on the size.
+const PAGE: [u8; 4096] = [0; 4096];
+const PAGE_BYTES: u64 = PAGE.len() as u64;
 const HUGE_PAGE_BYTES: u64 = 2 << 20;
 
 /// Why RAM could not be had or filled.
@@ -240,9 +241,8 @@ impl Ram {
         }
         // What follows in the file belongs to somebody else; here follow zeros.
         let tail = usize::try_from(mapped - file_bytes).expect("less than a page");
-        let zeros = [0_u8; PAGE_BYTES as usize];
         self.memory
-            .write_slice(&zeros[..tail], start.unchecked_add(file_bytes))
+            .write_slice(&PAGE[..tail], start.unchecked_add(file_bytes))
             .map_err(|source| RamError::Copy {
                 start: start.raw_value(),
                 source,

@@ -10,13 +10,14 @@ use thiserror::Error;
 
 use crate::builder::{BuildError, Surroundings, build};
 use crate::cli::RunOptions;
+use crate::command::Command;
 use crate::control::{self, Event};
 use crate::ending::Ending;
 use crate::guest::{GuestFolder, MissingPart};
 use crate::machine::Machine;
 use crate::rootfs::{Rootfs, RootfsError};
 use crate::signals;
-use crate::terminal::RawTerminal;
+use crate::terminal::{self, RawTerminal};
 use crate::transcript::Transcript;
 
 /// Lines of its console shown when a guest ends badly.
@@ -48,10 +49,11 @@ pub fn run(options: &RunOptions) -> Result<u8, RunError> {
     let (config, rootfs) = config(options)?;
     let (inbox, events) = control::inbox();
     watch_signals(inbox.clone())?;
-    let terminal = terminal(&config)?;
+    let command = command(options);
+    let terminal = terminal(&config, command.as_ref())?;
     let transcript = Transcript::default();
     let around = Surroundings {
-        command: options.command.clone(),
+        command,
         inbox,
         transcript: transcript.clone(),
         terminal: terminal.is_some(),
@@ -156,8 +158,18 @@ fn watch_signals(inbox: Sender<Event>) -> Result<(), RunError> {
     .map_err(RunError::Signals)
 }
 
-fn terminal(config: &VmConfig) -> Result<Option<RawTerminal>, RunError> {
-    if config.serial == Output::Tty || config.console == Output::Tty {
+/// The command for the agent, which gets a terminal where podvmm has one.
+fn command(options: &RunOptions) -> Option<Command> {
+    let argv = options.command.clone();
+    (!argv.is_empty()).then(|| Command {
+        argv,
+        terminal: terminal::size(),
+    })
+}
+
+fn terminal(config: &VmConfig, command: Option<&Command>) -> Result<Option<RawTerminal>, RunError> {
+    let console = config.serial == Output::Tty || config.console == Output::Tty;
+    if console || command.is_some_and(|command| command.terminal.is_some()) {
         RawTerminal::enter().map_err(RunError::Terminal)
     } else {
         Ok(None)

@@ -1,7 +1,7 @@
 //! The user's terminal: raw while a guest's console is on it, and restored
 //! whatever happens.
 
-use std::io;
+use std::io::{self, IsTerminal};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsRawFd, RawFd};
 
@@ -42,6 +42,26 @@ impl Drop for RawTerminal {
         // The terminal may be gone; then there is nothing to restore.
         let _ = set(self.fd, &self.before);
     }
+}
+
+/// Rows and columns, if both standard input and output are a terminal.
+pub(crate) fn size() -> Option<(u16, u16)> {
+    if !io::stdin().is_terminal() || !io::stdout().is_terminal() {
+        return None;
+    }
+    let mut size = MaybeUninit::<libc::winsize>::uninit();
+    // SAFETY: TIOCGWINSZ writes a winsize, for which there is room.
+    let result = unsafe {
+        libc::ioctl(
+            io::stdout().as_raw_fd(),
+            libc::TIOCGWINSZ,
+            size.as_mut_ptr(),
+        )
+    };
+    // SAFETY: asked only if the ioctl succeeded, which has then filled `size`.
+    (result == 0)
+        .then(|| unsafe { size.assume_init() })
+        .map(|size| (size.ws_row, size.ws_col))
 }
 
 fn set(fd: RawFd, attributes: &libc::termios) -> io::Result<()> {

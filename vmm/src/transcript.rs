@@ -12,7 +12,7 @@ const PANIC: &str = "Kernel panic - not syncing: ";
 
 /// A window on the end of what was printed. Clones share it.
 #[derive(Clone, Debug, Default)]
-pub(crate) struct Transcript {
+pub struct Transcript {
     bytes: Arc<Mutex<Vec<u8>>>,
 }
 
@@ -74,7 +74,7 @@ impl Write for Transcript {
 /// Writes to a transcript and on to another output.
 #[derive(Debug)]
 pub(crate) struct Recorded<W> {
-    pub(crate) transcript: Transcript,
+    pub transcript: Transcript,
     pub(crate) output: W,
 }
 

@@ -41,7 +41,7 @@ pub(crate) struct Buses {
 
 /// Exits to user space by kind. KVM's own exits do not count here.
 #[derive(Debug, Default)]
-pub(crate) struct ExitCounters {
+pub struct ExitCounters {
     /// Port reads.
     pub io_in: Counter,
     /// Port writes.
