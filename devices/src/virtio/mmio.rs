@@ -224,3 +224,6 @@ impl BusDevice for MmioTransport {
 fn register(offset: u64) -> Option<u32> {
     u32::try_from(offset).ok().filter(|offset| offset % 4 == 0)
 }
+
+#[cfg(test)]
+mod tests;
