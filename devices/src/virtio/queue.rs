@@ -242,3 +242,6 @@ impl Ring {
         self.interrupt.notify_needs_reset();
     }
 }
+
+#[cfg(test)]
+mod tests;
