@@ -19,6 +19,8 @@ pub mod blk;
 mod chain;
 pub mod console;
 mod counters;
+#[cfg(test)]
+mod hostile;
 mod interrupt;
 mod lent;
 pub mod mmio;

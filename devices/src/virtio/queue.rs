@@ -29,6 +29,13 @@ use super::{Counters, GuestRam, Interrupt};
 /// How long a completed request may wait for others to share its interrupt.
 const BATCH: Duration = Duration::from_micros(500);
 
+/// How long a turn may last before the handler is to hear of anything else, a recall above all.
+/// One request may take longer; no further one is begun.
+const TURN: Duration = Duration::from_millis(50);
+
+/// Turns there are for what is queued when the VM ends. A driver that means well needs one.
+pub(super) const LAST_TURNS: usize = 64;
+
 /// One queue as it stands, for a snapshot.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RingState {
@@ -46,6 +53,8 @@ pub struct Ring {
     counters: Arc<Counters>,
     /// Chains that may still be popped before others get their turn.
     budget: u32,
+    /// The turn ended with chains left, and the ring has kicked itself.
+    turn_over: bool,
     /// The driver broke the ring itself; nothing in it can be trusted until the reset.
     broken: bool,
     /// Completed chains the driver has not been told of, since when.
@@ -69,6 +78,7 @@ impl Ring {
             interrupt,
             counters,
             budget: 0,
+            turn_over: false,
             broken: false,
             untold: None,
             spare: Spare::default(),
@@ -101,16 +111,21 @@ impl Ring {
         }
     }
 
-    /// Completes every chain there is, in order, with the number of bytes `serve` says it wrote.
-    pub fn serve(&mut self, ram: &GuestRam, mut serve: impl FnMut(&mut Chain) -> u32) {
+    /// Completes the chains there are, in order, with the number of bytes `serve` says it wrote.
+    /// True if none is left; false if the turn was over first and the ring has kicked itself.
+    pub fn serve(&mut self, ram: &GuestRam, mut serve: impl FnMut(&mut Chain) -> u32) -> bool {
+        let started = Instant::now();
         self.wake(ram);
         loop {
             while let Some(mut chain) = self.pop(ram) {
                 let written = serve(&mut chain);
                 self.complete(ram, chain, written);
+                if started.elapsed() >= TURN {
+                    self.budget = 0;
+                }
             }
             if !self.rest(ram) {
-                break;
+                return !self.turn_over;
             }
         }
     }
@@ -122,6 +137,7 @@ impl Ring {
             self.counters.kicks.add(kicks);
         }
         self.budget = u32::from(self.queue.size());
+        self.turn_over = false;
         // Silence is a wish (virtio 1.3 §2.7.10): if it cannot be written, kicks just come.
         let _ = self.queue.disable_notification(ram);
     }
@@ -168,7 +184,7 @@ impl Ring {
     pub fn put_back(&mut self, chain: Chain) {
         self.spare = chain.into_spare();
         self.queue.go_to_previous_position();
-        self.budget += 1;
+        self.budget = self.budget.saturating_add(1);
     }
 
     /// Ends a turn: interrupts the driver if it wants to know what was completed, and asks it to
@@ -187,6 +203,7 @@ impl Ring {
                 true
             }
             Ok(true) => {
+                self.turn_over = true;
                 self.rekick();
                 false
             }

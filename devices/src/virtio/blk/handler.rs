@@ -10,6 +10,7 @@ use vm_memory::{Bytes, GuestAddressSpace};
 use super::device::ID_LEN;
 use super::image::Image;
 use super::request::{Limits, Range, Refusal, Request};
+use crate::virtio::queue::LAST_TURNS;
 use crate::virtio::{Chain, Counters, GuestRam, Handler, Memory, Ring, RingState, Thread};
 
 #[derive(Debug)]
@@ -36,7 +37,7 @@ struct Disk<'a> {
 }
 
 impl BlkHandler {
-    fn serve(&mut self) {
+    fn serve(&mut self) -> bool {
         let ram = self.memory.memory();
         let disk = Disk {
             image: &self.image,
@@ -46,7 +47,7 @@ impl BlkHandler {
             counters: &self.counters,
             ram: &ram,
         };
-        self.ring.serve(&ram, |chain| disk.answer(chain));
+        self.ring.serve(&ram, |chain| disk.answer(chain))
     }
 }
 
@@ -153,7 +154,7 @@ impl Handler for BlkHandler {
     }
 
     fn drain(&mut self) {
-        self.serve();
+        (0..LAST_TURNS).any(|_| self.serve());
     }
 
     fn rings(&self) -> Vec<RingState> {

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use super::protocol::Untold;
 use crate::host::{Arrival, Input, Output, Progress};
+use crate::virtio::queue::LAST_TURNS;
 use crate::virtio::{Chain, Counters, GuestRam, Lent, Ring};
 
 /// Bytes one port moves each way before others get their turn.
@@ -13,9 +14,6 @@ const TURN: usize = 256 << 10;
 const CHUNK: usize = 32 << 10;
 /// How long the end of a VM waits for a host that takes nothing.
 const PATIENCE: Duration = Duration::from_secs(5);
-/// Turns the end of a VM has for what is queued. A guest that means well has less than one.
-const LAST_TURNS: usize = 64;
-
 /// The host's side of a port, which stays when the driver resets.
 #[derive(Debug)]
 pub(super) struct HostEnd {

@@ -220,10 +220,8 @@ fn kicks_are_asked_for_only_while_the_device_waits() {
     assert_eq!(asked, 1);
 }
 
-/// The device must let others work however fast the guest adds chains.
-#[test]
-fn a_guest_that_never_stops_does_not_hold_the_thread() {
-    let ram = GuestRam::from_ranges(&[(GuestAddress(0), 0x1_0000)]).unwrap();
+/// A ring of four whose one descriptor is available once.
+fn ring(ram: &GuestRam) -> Ring {
     let mut queue = Queue::new(4).unwrap();
     queue.try_set_desc_table_address(GuestAddress(0)).unwrap();
     queue
@@ -234,24 +232,55 @@ fn a_guest_that_never_stops_does_not_hold_the_thread() {
         .unwrap();
     queue.set_ready(true);
     queue.set_event_idx(true);
-    // One readable descriptor, for ever available.
     ram.write_obj(0x3000u64, GuestAddress(0)).unwrap();
-    let kick = EventFd::new(libc::EFD_NONBLOCK).unwrap();
+    make_available(ram, 1);
     let counters = Arc::new(Counters::default());
     let irqfd = EventFd::new(libc::EFD_NONBLOCK).unwrap();
     let interrupt = Interrupt::new(irqfd, counters.clone());
-    let mut ring = Ring::new(0, queue, kick.try_clone().unwrap(), interrupt, counters);
-    let mut available = 1u16;
-    let add = |available: u16| ram.write_obj(available, GuestAddress(0x1002)).unwrap();
-    add(available);
+    let kick = EventFd::new(libc::EFD_NONBLOCK).unwrap();
+    Ring::new(0, queue, kick, interrupt, counters)
+}
+
+fn ring_ram() -> GuestRam {
+    GuestRam::from_ranges(&[(GuestAddress(0), 0x1_0000)]).unwrap()
+}
+
+fn make_available(ram: &GuestRam, count: u16) {
+    ram.write_obj(count, GuestAddress(0x1002)).unwrap();
+}
+
+#[test]
+fn a_guest_that_never_stops_does_not_hold_the_thread() {
+    let ram = ring_ram();
+    let mut ring = ring(&ram);
     let mut served = 0;
-    ring.serve(&ram, |_| {
+    let rested = ring.serve(&ram, |_| {
         served += 1;
         assert!(served < 100, "the thread is held");
-        available += 1;
-        add(available);
+        make_available(&ram, served + 1);
         0
     });
-    assert_eq!(served, 4);
-    assert_eq!(kick.read().unwrap(), 1, "the ring comes back by itself");
+    assert_eq!((served, rested), (4, false));
+    assert_eq!(
+        ring.kick().read().unwrap(),
+        1,
+        "the ring comes back by itself"
+    );
+}
+
+#[test]
+fn slow_requests_do_not_hold_the_thread() {
+    let ram = ring_ram();
+    let mut ring = ring(&ram);
+    make_available(&ram, 3);
+    let mut served = 0;
+    let mut turn = || {
+        ring.serve(&ram, |_| {
+            served += 1;
+            std::thread::sleep(TURN);
+            0
+        })
+    };
+    assert_eq!([turn(), turn(), turn()], [false, false, true]);
+    assert_eq!(served, 3);
 }

@@ -9,6 +9,7 @@ use std::sync::Arc;
 use event_manager::{EventOps, Events, MutEventSubscriber};
 use vm_memory::{GuestAddressSpace, VolatileSlice};
 
+use crate::virtio::queue::LAST_TURNS;
 use crate::virtio::{Counters, GuestRam, Handler, Memory, Ring, RingState, Segments, Thread};
 
 /// Most bytes given for one request, so that none holds up the loop. The driver takes what it
@@ -31,7 +32,7 @@ impl RngHandler {
         }
     }
 
-    fn serve(&mut self) {
+    fn serve(&mut self) -> bool {
         let ram = self.memory.memory();
         self.ring
             .serve(&ram, |chain| match fill(&ram, &chain.writable) {
@@ -44,7 +45,7 @@ impl RngHandler {
                     self.counters.errors.increment();
                     0
                 }
-            });
+            })
     }
 }
 
@@ -64,7 +65,7 @@ impl Handler for RngHandler {
     }
 
     fn drain(&mut self) {
-        self.serve();
+        (0..LAST_TURNS).any(|_| self.serve());
     }
 
     fn rings(&self) -> Vec<RingState> {
