@@ -26,7 +26,7 @@ const MAGIC: u32 = 0x7472_6976;
 const VERSION: u32 = 2;
 /// "pod ", little-endian. Drivers only show it.
 const VENDOR: u32 = 0x2064_6f70;
-/// "If the region does not exist ... reading returns -1" (§4.2.2, SHMLenLow and SHMBaseLow).
+/// What the SHMLen and SHMBase registers read as for a region that does not exist.
 const NO_REGION: u32 = u32::MAX;
 const QUEUE_RESET: u32 = 0x0c0;
 

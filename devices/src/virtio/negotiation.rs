@@ -131,9 +131,9 @@ impl Negotiation {
         self.accepted = 0;
     }
 
-    /// "The device MUST NOT offer ... set FEATURES_OK" unless it can do with the subset: every
-    /// accepted bit must be one that was offered, and VERSION_1 must be among them, for there is
-    /// no legacy interface (virtio 1.3 §2.2.2 and §6.1).
+    /// A device that cannot do with what the driver accepts "MUST fail to set the FEATURES_OK
+    /// device status bit when the driver writes it" (virtio 1.3 §2.2.2). Here every accepted bit
+    /// must have been offered, and VERSION_1 be among them, for there is no legacy interface.
     fn allows(&self, bit: u32) -> bool {
         bit != VIRTIO_CONFIG_S_FEATURES_OK
             || (self.accepted & !self.offered == 0

@@ -252,8 +252,8 @@ impl Ring {
         self.queue.needs_notification(ram).unwrap_or(true)
     }
 
-    /// The ring itself makes no sense: "the device ... SHOULD set DEVICE_NEEDS_RESET ... when it
-    /// enters an error state that a reset is needed" (virtio 1.3 §2.1.2).
+    /// The ring itself makes no sense: "The device SHOULD set DEVICE_NEEDS_RESET when it enters an
+    /// error state that a reset is needed" (virtio 1.3 §2.1.2).
     fn fail(&mut self) {
         self.broken = true;
         self.interrupt.notify_needs_reset();

@@ -211,8 +211,8 @@ impl Session {
             .collect()
     }
 
-    /// "The driver ... writes 0 to reset the device" (virtio 1.3 §2.4): when this returns, the
-    /// device is as it was at first and touches no guest memory.
+    /// The driver wrote 0 (virtio 1.3 §2.4, Device Reset): when this returns, the device is as it
+    /// was at first and touches no guest memory.
     fn reset(&mut self) {
         self.pause();
         self.activity = Activity::Idle;

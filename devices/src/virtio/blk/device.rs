@@ -142,8 +142,8 @@ impl VirtioDevice for Blk {
     }
 
     fn activate(&mut self, activation: Activation) -> Result<Vec<Box<dyn Handler>>, ActivateError> {
-        // A driver that knows of no cache gets none: "if VIRTIO_BLK_F_FLUSH was not negotiated"
-        // every write is to be stable once completed (virtio 1.3 §5.2.6.2).
+        // A driver that did not take FLUSH cannot make its writes stable, so each is made so before
+        // it is completed.
         let write_through = !activation.has(VIRTIO_BLK_F_FLUSH);
         let Activation { memory, rings, .. } = activation;
         Ok(rings

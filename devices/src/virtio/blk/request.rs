@@ -88,8 +88,8 @@ impl Request {
             VIRTIO_BLK_T_FLUSH => Ok(Self::Flush),
             VIRTIO_BLK_T_GET_ID => Ok(Self::Id),
             VIRTIO_BLK_T_DISCARD => {
-                // "The device MUST set the status byte to VIRTIO_BLK_S_UNSUPP for discard ... if
-                // the unmap flag is set" (§5.2.6.2).
+                // "The device MUST set the status byte to VIRTIO_BLK_S_UNSUPP for discard commands
+                // if the unmap flag is set" (virtio 1.3 §5.2.6.2).
                 let known = 0;
                 limits
                     .ranges(ram, out, MAX_DISCARD, known)

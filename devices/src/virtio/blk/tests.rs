@@ -299,6 +299,7 @@ fn a_read_only_disk_is_never_written() {
         IOERR
     );
     assert_eq!(status(&mut guest, WRITE_ZEROES, 0, &[zeroes]), IOERR);
+    assert_eq!(status(&mut guest, OUT, 0, &[]), IOERR);
     assert_eq!(status(&mut guest, FLUSH, 0, &[]), OK);
     assert_eq!(status(&mut guest, IN, 0, &[Buffer::In(512)]), OK);
     assert_eq!(fs::read(image.as_path()).unwrap(), before);

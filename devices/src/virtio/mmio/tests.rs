@@ -217,6 +217,16 @@ fn queues_are_set_up_only_between_features_ok_and_driver_ok() {
 }
 
 #[test]
+fn a_queue_that_is_ready_does_not_move() {
+    let mut guest = Guest::new(Rng::new());
+    guest.negotiate(u64::MAX);
+    guest.set_up_queues(16);
+    guest.write(VIRTIO_MMIO_QUEUE_DESC_LOW, 0xdead_0000);
+    guest.write(VIRTIO_MMIO_STATUS, LIVE);
+    assert_eq!(guest.request(0, &[Buffer::In(8)]).unwrap().len(), 8);
+}
+
+#[test]
 fn a_live_queue_does_not_move() {
     let mut guest = Guest::live(Rng::new());
     guest.write(VIRTIO_MMIO_QUEUE_SEL, 0);

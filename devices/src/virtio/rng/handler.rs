@@ -12,8 +12,8 @@ use vm_memory::{GuestAddressSpace, VolatileSlice};
 use crate::virtio::queue::LAST_TURNS;
 use crate::virtio::{Counters, GuestRam, Handler, Memory, Ring, RingState, Segments, Thread};
 
-/// Most bytes given for one request, so that none holds up the loop. The driver takes what it
-/// gets: the device writes "one or more bytes" (virtio 1.3 §5.4.6.2).
+/// Most bytes given for one request, so that none holds up the loop: the device "MAY use less than
+/// the entire buffer length" (virtio 1.3 §5.4.6.2).
 const MAX_BYTES: usize = 64 << 10;
 
 #[derive(Debug)]
