@@ -1,1 +1,145 @@
-//! Linux in the guest.
+//! Linux in the guest: tens of seconds a boot where KVM emulates, so each boot
+//! checks several things. Needs the guest that `resources/guest/build` makes.
+
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+
+use tempfile::{NamedTempFile, TempDir};
+use tests::podvmm::kvm_is_here;
+use tests::{Outcome, Podvmm};
+
+/// Boots the default guest with `options` and runs `script` in it.
+fn shell(options: &[&str], script: &str) -> Outcome {
+    let shell = ["--", "/bin/sh", "-c", script];
+    Podvmm::new(options.iter().chain(&shell))
+        .input(b"from the host\n")
+        .run()
+}
+
+/// An ext4 image of 8 MiB.
+fn ext4() -> NamedTempFile {
+    let image = NamedTempFile::new().unwrap();
+    image.as_file().set_len(8 << 20).unwrap();
+    let made = Command::new("mkfs.ext4")
+        .args(["-q", "-F"])
+        .arg(image.path())
+        .status();
+    assert!(made.expect("e2fsprogs is installed").success());
+    image
+}
+
+/// What is in `file` on an ext4 image.
+fn read_ext4(image: &Path, file: &str) -> String {
+    let output = Command::new("debugfs")
+        .arg("-R")
+        .arg(format!("cat {file}"))
+        .arg(image)
+        .output();
+    String::from_utf8(output.expect("e2fsprogs is installed").stdout).unwrap()
+}
+
+#[test]
+fn a_command_has_its_streams_and_its_status() {
+    if !kvm_is_here() {
+        return;
+    }
+    let outcome = shell(
+        &["--memory", "size=128M"],
+        "uname -r; nproc; cat; echo oops >&2; exit 7",
+    );
+    let lines: Vec<_> = outcome.stdout.lines().collect();
+    assert_eq!(outcome.code, Some(7), "{outcome:?}");
+    assert!(lines[0].starts_with("6.12."), "{outcome:?}");
+    assert_eq!(lines[1..], ["1", "from the host"], "{outcome:?}");
+    assert_eq!(outcome.stderr, "oops\n");
+}
+
+#[test]
+fn cpus_memory_and_disks_are_as_configured_and_what_is_written_stays() {
+    if !kvm_is_here() {
+        return;
+    }
+    let (readonly, writable) = (ext4(), ext4());
+    let disks = [&readonly, &writable].map(|image| format!("path={}", image.path().display()));
+    let readonly_disk = format!("{},readonly=on", disks[0]);
+    let writable_disk = format!("{},queues=2,id=data", disks[1]);
+    let options = [
+        ["--cpus", "boot=2"],
+        ["--memory", "size=4G"],
+        ["--disk", &readonly_disk],
+        ["--disk", &writable_disk],
+    ];
+    let script = "nproc; awk '/MemTotal/ {print ($2 > 3900000)}' /proc/meminfo
+        mkdir /tmp/r /tmp/w; mount -t ext4 -o ro /dev/vdb /tmp/r && ls -d /tmp/r/lost+found
+        cat /sys/block/vdb/ro /sys/block/vdc/ro /sys/block/vdc/serial; echo
+        mount -t ext4 /dev/vdc /tmp/w && echo kept > /tmp/w/file
+        dd if=/dev/zero of=/dev/vdb bs=512 count=1 2>/dev/null || echo refused
+        echo scratch > /root.txt && cat /root.txt";
+    let outcome = shell(options.as_flattened(), script);
+    assert_eq!(outcome.code, Some(0), "{outcome:?}");
+    let expected = [
+        "2",
+        "1",
+        "/tmp/r/lost+found",
+        "1",
+        "0",
+        "data",
+        "refused",
+        "scratch",
+    ];
+    let words: Vec<_> = outcome.stdout.split_whitespace().collect();
+    assert_eq!(words, expected, "{outcome:?}");
+    assert_eq!(read_ext4(writable.path(), "/file"), "kept\n");
+}
+
+#[test]
+fn a_bzimage_boots_with_a_folder_as_root() {
+    if !kvm_is_here() {
+        return;
+    }
+    let root = TempDir::new().unwrap();
+    for folder in ["bin", "dev", "proc", "sys", "run", "tmp", "etc"] {
+        fs::create_dir(root.path().join(folder)).unwrap();
+    }
+    let busybox = guest_folder().join("busybox");
+    let busybox = if busybox.exists() {
+        busybox
+    } else {
+        "/bin/busybox".into()
+    };
+    fs::copy(busybox, root.path().join("bin/busybox")).expect("busybox-static is installed");
+    std::os::unix::fs::symlink("busybox", root.path().join("bin/sh")).unwrap();
+    fs::write(root.path().join("etc/greeting"), "from a folder\n").unwrap();
+
+    let kernel = guest_folder().join("bzImage");
+    let options = [
+        "--kernel",
+        kernel.to_str().unwrap(),
+        "--rootfs",
+        root.path().to_str().unwrap(),
+    ];
+    let outcome = shell(&options, "busybox cat /etc/greeting; exit 3");
+    let got = (outcome.code, outcome.stdout.as_str());
+    assert_eq!(got, (Some(3), "from a folder\n"), "{outcome:?}");
+}
+
+#[test]
+fn a_kernel_panic_is_told_from_a_reset() {
+    if !kvm_is_here() {
+        return;
+    }
+    let cmdline = ["--cmdline", "rdinit=/nonexistent root=/dev/nonexistent"];
+    let outcome = shell(&cmdline, "true");
+    assert_eq!(outcome.code, Some(122), "{outcome:?}");
+    assert!(
+        outcome.stderr.contains("the guest kernel panicked: "),
+        "{outcome:?}"
+    );
+}
+
+fn guest_folder() -> std::path::PathBuf {
+    std::env::var_os("PODVMM_GUEST")
+        .expect("PODVMM_GUEST names the guest's folder; resources/test sets it")
+        .into()
+}
