@@ -4,6 +4,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use proptest::prelude::*;
+use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::tempfile::TempFile;
 
 use super::*;
@@ -190,6 +191,11 @@ fn a_transfer_of_odd_length_fails() {
 fn a_failed_read_leaves_nothing_unwritten() {
     let image = image();
     let mut guest = disk(&image);
+    let stale = vec![0xff; 1 << 20];
+    guest
+        .ram()
+        .write_slice(&stale, GuestAddress(4 << 20))
+        .unwrap();
     let (status, bytes) = ask(&mut guest, IN, END, &[Buffer::In(1024)]);
     assert_eq!((status, bytes), (IOERR, vec![0; 1024]));
 }
