@@ -25,6 +25,11 @@ pub(crate) enum Error {
         port::STATUS
     )]
     Missing { missing: &'static str },
+    #[error(
+        "wait for the port {} to be open: the host did not open it",
+        port::STATUS
+    )]
+    Closed,
     #[error("open the port {name}")]
     Open {
         name: &'static str,
@@ -53,12 +58,17 @@ impl Ports {
             Found::look().map_err(|name| missing = name).ok()
         });
         let found = found.ok_or(Error::Missing { missing })?;
-        Ok(Self {
+        let ports = Self {
             stdin: open(port::STDIN, &found.stdin)?,
             stdout: open(port::STDOUT, &found.stdout)?,
             stderr: open(port::STDERR, &found.stderr)?,
             status: StatusPort(open(port::STATUS, &found.status)?),
-        })
+        };
+        // A port is named before its host side is open, and until then looks closed. This one is
+        // the last: the driver has heard of the others by then.
+        let is_open = || ports.status.is_writable(Some(Duration::ZERO)).then_some(());
+        wait::until(DEADLINE, is_open).ok_or(Error::Closed)?;
+        Ok(ports)
     }
 }
 
@@ -117,7 +127,7 @@ impl StatusPort {
             match self.0.write(rest) {
                 Ok(count) => rest = &rest[count..],
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                    if !self.wait_until_writable() {
+                    if !self.is_writable(None) {
                         return;
                     }
                 }
@@ -127,15 +137,15 @@ impl StatusPort {
         }
     }
 
-    /// Whether it became writable before the host closed it.
-    fn wait_until_writable(&self) -> bool {
+    /// Whether it takes bytes, or does so before the time is over or the host closes it.
+    fn is_writable(&self, timeout: Option<Duration>) -> bool {
         let fd = self.0.as_raw_fd();
         let mut fds = [libc::pollfd {
             fd,
             events: sys::POLLOUT,
             revents: 0,
         }];
-        sys::poll(&mut fds, None).is_ok() && fds[0].revents & sys::POLLOUT != 0
+        sys::poll(&mut fds, timeout).is_ok() && fds[0].revents & sys::POLLOUT != 0
     }
 }
 
