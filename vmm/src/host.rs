@@ -31,20 +31,20 @@ const MODULES: [(&str, KvmKind); 3] = [
 /// controller would otherwise spend time to find out, and an end that podvmm
 /// sees.
 const ALWAYS: &[&str] = &[
-    "reboot=k",       // reset through port 0x64, the only way out there is
-    "panic=1",        // a panicked guest ends instead of waiting for an operator
-    "no_timer_check", // KVM's timers work; do not measure it
-    "noreplace-smp",  // keep lock prefixes: CPUs come and go
-    "pci=off",
+    "reboot=k",           // reset through port 0x64, the only way out there is
+    "panic=1",            // a panicked guest ends instead of waiting for an operator
+    "no_timer_check",     // KVM's timers work; do not measure it
+    "noreplace-smp",      // keep lock prefixes: CPUs come and go
+    "pci=off",            // there is none
+    "dummy.numdummies=0", // no dummy0 that nobody asked for
 ];
 
-/// Parameters for guests on an emulating KVM, whose emulator lacks some
-/// instructions and does not let CPUID hide them from guest kernel mode.
+/// Parameters for guests on an emulating KVM (docs/guest-kernel.md).
 const EMULATING: &[&str] = &[
     "kvm_emulated",    // our kernel patches, inert without it
-    "mitigations=off", // verw; there is no hardware to attack
-    "noxsave",         // xsave, xrstor
-    "clearcpuid=popcnt,smap,fsgsbase,invpcid,erms,fsrm", // popcnt, clac/stac, …
+    "mitigations=off", // verw is not emulated, and no CPU runs guest kernel code
+    "rodata=off",      // changing page attributes takes a second and a half
+    "nokaslr",         // moving a bzImage's kernel takes long
 ];
 
 impl KvmKind {
