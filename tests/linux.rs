@@ -19,8 +19,8 @@ fn shell(options: &[&str], script: &str) -> Outcome {
 
 /// An ext4 image of 8 MiB.
 fn ext4() -> NamedTempFile {
-    let image = NamedTempFile::new().unwrap();
-    image.as_file().set_len(8 << 20).unwrap();
+    let image = NamedTempFile::new().expect("there is a temporary folder");
+    image.as_file().set_len(8 << 20).expect("and room in it");
     let made = Command::new("mkfs.ext4")
         .args(["-q", "-F"])
         .arg(image.path())
@@ -36,7 +36,8 @@ fn read_ext4(image: &Path, file: &str) -> String {
         .arg(format!("cat {file}"))
         .arg(image)
         .output();
-    String::from_utf8(output.expect("e2fsprogs is installed").stdout).unwrap()
+    let output = output.expect("e2fsprogs is installed");
+    String::from_utf8_lossy(&output.stdout).into_owned()
 }
 
 #[test]
