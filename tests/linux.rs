@@ -4,6 +4,7 @@
 use std::fs;
 use std::path::Path;
 use std::process::Command;
+use std::sync::Mutex;
 
 use tempfile::{NamedTempFile, TempDir};
 use tests::podvmm::kvm_is_here;
@@ -11,6 +12,9 @@ use tests::{Outcome, Podvmm};
 
 /// Boots the default guest with `options` and runs `script` in it.
 fn shell(options: &[&str], script: &str) -> Outcome {
+    // One at a time: an emulated boot keeps a processor busy.
+    static ONE_GUEST: Mutex<()> = Mutex::new(());
+    let _guard = ONE_GUEST.lock();
     let shell = ["--", "/bin/sh", "-c", script];
     Podvmm::new(options.iter().chain(&shell))
         .input(b"from the host\n")

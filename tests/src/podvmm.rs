@@ -10,7 +10,7 @@ use std::thread;
 use std::time::Duration;
 
 /// Longer than any guest of the tests lives, on the slowest KVM.
-const DEADLINE: Duration = Duration::from_secs(240);
+const DEADLINE: Duration = Duration::from_secs(600);
 
 /// Whether the tests that need KVM can run. Panics where they must and cannot.
 pub fn kvm_is_here() -> bool {
