@@ -61,10 +61,6 @@ pub const KVM_IDENTITY_MAP_START: u64 = 0xfffb_c000;
 
 /// IOAPIC pin of the first serial port, as on every PC.
 pub const SERIAL_GSI: u32 = 4;
-/// First I/O port of the first serial port.
-pub const SERIAL_PORT: u16 = 0x3f8;
-/// First I/O port of the i8042 keyboard controller; its command port is 0x64.
-pub const I8042_PORT: u16 = 0x60;
 /// IOAPIC pins for devices: 0 to 4 belong to the PIT, keyboard, cascade and
 /// serial ports.
 pub const DEVICE_GSIS: std::ops::RangeInclusive<u32> = 5..=23;
