@@ -1,0 +1,87 @@
+//! What a VM is made of, a file for each kind of part.
+
+mod cpus;
+mod disk;
+mod memory;
+mod output;
+
+use std::path::PathBuf;
+
+use thiserror::Error;
+
+use crate::options::OptionsError;
+use crate::units::CpuCount;
+
+pub use self::cpus::CpusConfig;
+pub use self::disk::DiskConfig;
+pub use self::memory::MemoryConfig;
+pub use self::output::Output;
+
+/// A whole VM.
+#[derive(Clone, Debug)]
+pub struct VmConfig {
+    /// What to boot.
+    pub kernel: KernelConfig,
+    /// vCPUs.
+    pub cpus: CpusConfig,
+    /// RAM.
+    pub memory: MemoryConfig,
+    /// Disks in the order the guest finds them: the first is `/dev/vda`.
+    pub disks: Vec<DiskConfig>,
+    /// The first serial port, `ttyS0`.
+    pub serial: Output,
+    /// The virtio console, `hvc0`.
+    pub console: Output,
+}
+
+/// What to boot.
+#[derive(Clone, Debug)]
+pub struct KernelConfig {
+    /// An ELF image (`vmlinux`) or a bzImage.
+    pub path: PathBuf,
+    /// Initial RAM file system, a cpio archive.
+    pub initramfs: Option<PathBuf>,
+    /// Command line; podvmm appends what its devices and this host's KVM need.
+    pub cmdline: String,
+}
+
+/// Why an option was refused.
+#[derive(Debug, Error)]
+pub enum ConfigError {
+    /// It does not parse.
+    #[error(transparent)]
+    Options(#[from] OptionsError),
+    /// Fewer vCPUs at most than at boot.
+    #[error("max={max} is less than boot={boot}")]
+    MaxBelowBoot {
+        /// vCPUs at boot.
+        boot: CpuCount,
+        /// vCPUs at most.
+        max: CpuCount,
+    },
+    /// Out of range.
+    #[error("queues={0}: 1 to 16 are possible")]
+    Queues(u16),
+    /// Out of range.
+    #[error("queue_size={0} is not a power of two from 4 to 1024")]
+    QueueSize(u16),
+    /// virtio-blk has room for 20 bytes.
+    #[error("id='{0}' is longer than 20 bytes")]
+    IdTooLong(String),
+    /// No such output.
+    #[error("'{0}' is none of off, null, tty, file=PATH")]
+    Output(String),
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fmt::Debug;
+    use std::str::FromStr;
+
+    use super::ConfigError;
+
+    /// What the user reads when `text` is refused as a `T`.
+    pub(super) fn refusal<T: FromStr<Err = ConfigError> + Debug>(text: &str) -> String {
+        text.parse::<T>().unwrap_err().to_string()
+    }
+}
