@@ -5,6 +5,8 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use serde::{Serialize, Serializer};
+
 /// A number that only grows, wrapping after 2^64.
 #[derive(Debug, Default)]
 pub struct Counter(AtomicU64);
@@ -23,6 +25,13 @@ impl Counter {
     }
 }
 
+/// As the number it is at.
+impl Serialize for Counter {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_u64(self.get())
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -33,5 +42,6 @@ mod tests {
         counter.increment();
         counter.add(41);
         assert_eq!(counter.get(), 42);
+        assert_eq!(serde_json::to_string(&counter).unwrap(), "42");
     }
 }

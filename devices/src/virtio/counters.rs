@@ -1,9 +1,11 @@
 //! What one virtio device has done, readable from any thread.
 
+use serde::Serialize;
+
 use crate::counter::Counter;
 
 /// Shared by a device's transport and handlers; each counts its own part.
-#[derive(Debug, Default)]
+#[derive(Debug, Default, Serialize)]
 pub struct Counters {
     /// Times the driver notified the device.
     pub kicks: Counter,
@@ -19,6 +21,8 @@ pub struct Counters {
     pub errors: Counter,
     /// Descriptor chains that were not well formed and so were dropped.
     pub bad_chains: Counter,
+    /// Times the device had something for the driver, and the driver no buffer for it.
+    pub queue_full: Counter,
     /// Register accesses that the specification forbids the driver.
     pub bad_accesses: Counter,
     /// Times the device asked for a reset because it could not go on.

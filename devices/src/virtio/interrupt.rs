@@ -7,10 +7,19 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
+use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_mmio::{VIRTIO_MMIO_INT_CONFIG, VIRTIO_MMIO_INT_VRING};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::Counters;
+
+/// What the driver has yet to learn, for a snapshot.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct InterruptState {
+    pending: u32,
+    needs_reset: bool,
+    generation: u32,
+}
 
 #[derive(Debug)]
 struct Shared {
@@ -90,6 +99,23 @@ impl Interrupt {
         if self.pending() != 0 {
             self.raise(0);
         }
+    }
+
+    pub(super) fn state(&self) -> InterruptState {
+        InterruptState {
+            pending: self.pending(),
+            needs_reset: self.needs_reset(),
+            generation: self.generation(),
+        }
+    }
+
+    /// Whoever restores replays what is pending once the device goes on.
+    pub(super) fn restore(&self, state: InterruptState) {
+        self.0.pending.store(state.pending, Ordering::SeqCst);
+        self.0
+            .needs_reset
+            .store(state.needs_reset, Ordering::SeqCst);
+        self.0.generation.store(state.generation, Ordering::SeqCst);
     }
 
     /// Nothing is pending after a device reset.

@@ -12,7 +12,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::session::Session;
 use super::setup::{Area, Half, QueueSetup};
-use super::{Counters, Memory, Runner, VirtioDevice};
+use super::{Counters, Memory, Runner, StateError, TransportState, VirtioDevice};
 use crate::bus::BusDevice;
 
 /// Size of a device's window: its registers and its configuration space.
@@ -79,6 +79,42 @@ impl MmioTransport {
     /// Puts the handlers back on their loops. Does nothing to a device that was not paused.
     pub fn resume(&mut self) -> io::Result<()> {
         self.session.resume()
+    }
+
+    /// Pauses the device and says all that another one needs to go on in its place.
+    pub fn state(&mut self) -> TransportState {
+        let (device, rings) = self.session.state();
+        TransportState {
+            device_features_page: self.device_features_page,
+            driver_features_page: self.driver_features_page,
+            selected_queue: self.selected_queue,
+            negotiation: self.session.negotiation.state(),
+            interrupt: self.session.interrupt.state(),
+            queues: self.session.queues.clone(),
+            rings,
+            device,
+        }
+    }
+
+    /// Takes over where the device that `state` is of was paused; [`resume`](Self::resume) goes
+    /// on. Only for a device no driver has touched, and to be thrown away if it fails.
+    pub fn restore(&mut self, state: TransportState) -> Result<(), StateError> {
+        let TransportState {
+            device_features_page,
+            driver_features_page,
+            selected_queue,
+            negotiation,
+            interrupt,
+            queues,
+            rings,
+            device,
+        } = state;
+        self.device_features_page = device_features_page;
+        self.driver_features_page = driver_features_page;
+        self.selected_queue = selected_queue;
+        self.session.negotiation.restore(negotiation)?;
+        self.session.interrupt.restore(interrupt);
+        self.session.restore(queues, rings, device)
     }
 
     fn queue(&mut self) -> Option<&mut QueueSetup> {

@@ -30,6 +30,7 @@ pub mod rng;
 mod segments;
 mod session;
 mod setup;
+mod state;
 #[cfg(any(test, feature = "test-utils"))]
 pub mod testing;
 pub mod vectored;
@@ -48,6 +49,7 @@ pub use self::lent::{Lender, Lent};
 pub use self::mmio::MmioTransport;
 pub use self::queue::{Ring, RingState};
 pub use self::segments::{AccessError, Segments};
+pub use self::state::{DeviceState, StateError, TransportState};
 
 /// Guest RAM as one reader sees it.
 pub type GuestRam = GuestMemoryMmap<()>;
@@ -78,6 +80,14 @@ pub trait VirtioDevice: Send + Debug {
 
     /// Shared with the device's handlers and whoever gathers metrics.
     fn counters(&self) -> &Arc<Counters>;
+
+    /// What a snapshot must keep that neither the configuration nor the transport says. Handlers
+    /// add what they own ([`Handler::add_state`]).
+    fn state(&self) -> DeviceState;
+
+    /// Takes over the state of another device of the same configuration, before the first
+    /// activation, which is then to go on where that one was.
+    fn restore(&mut self, state: DeviceState) -> Result<(), StateError>;
 
     /// The driver has set DRIVER_OK: queues move into handlers. After a device reset this happens
     /// again, so what a handler takes from the device must return when it is dropped ([`Lent`]).
@@ -137,6 +147,11 @@ pub trait Handler: MutEventSubscriber + Send + Debug {
 
     /// Its queues as they stand, for a snapshot.
     fn rings(&self) -> Vec<RingState>;
+
+    /// Adds what it owns to its device's state.
+    fn add_state(&self, device: &mut DeviceState) {
+        let _ = device;
+    }
 }
 
 /// Where a handler runs.

@@ -10,11 +10,14 @@
 //! (virtio 1.3 §2.1 Device Status Field, §3.1.1 Device Initialization.) FAILED stops the way at
 //! any point; DEVICE_NEEDS_RESET belongs to the device and is kept by [`super::Interrupt`].
 
+use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_config::{
     VIRTIO_CONFIG_S_ACKNOWLEDGE, VIRTIO_CONFIG_S_DRIVER, VIRTIO_CONFIG_S_DRIVER_OK,
     VIRTIO_CONFIG_S_FAILED, VIRTIO_CONFIG_S_FEATURES_OK, VIRTIO_CONFIG_S_NEEDS_RESET,
     VIRTIO_F_VERSION_1,
 };
+
+use super::StateError;
 
 /// What a write to the status register asks for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -31,6 +34,13 @@ pub(super) enum Step {
 pub(super) struct Negotiation {
     status: u32,
     offered: u64,
+    accepted: u64,
+}
+
+/// Where driver and device are, for a snapshot.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct NegotiationState {
+    status: u32,
     accepted: u64,
 }
 
@@ -124,6 +134,40 @@ impl Negotiation {
         } else {
             Step::Stay
         }
+    }
+
+    pub(super) fn state(&self) -> NegotiationState {
+        NegotiationState {
+            status: self.status,
+            accepted: self.accepted,
+        }
+    }
+
+    /// Takes over a state that some driver could have brought about.
+    pub(super) fn restore(&mut self, state: NegotiationState) -> Result<(), StateError> {
+        let NegotiationState { status, accepted } = state;
+        let known = ORDER
+            .iter()
+            .fold(VIRTIO_CONFIG_S_FAILED, |all, (bit, _)| all | bit);
+        let in_order = ORDER
+            .iter()
+            .all(|(bit, needed)| status & bit == 0 || status & needed == *needed);
+        if status & !known != 0 || !in_order {
+            return Err(StateError::Status(status));
+        }
+        let restored = Self {
+            status,
+            accepted,
+            ..*self
+        };
+        // Until FEATURES_OK a driver may have written anything.
+        if restored.has(VIRTIO_CONFIG_S_FEATURES_OK)
+            && !restored.allows(VIRTIO_CONFIG_S_FEATURES_OK)
+        {
+            return Err(StateError::Features(accepted & !self.offered));
+        }
+        *self = restored;
+        Ok(())
     }
 
     pub(super) fn reset(&mut self) {

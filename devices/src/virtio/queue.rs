@@ -18,8 +18,9 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use event_manager::{EventOps, EventSet, Events};
+use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_ring::VRING_AVAIL_F_NO_INTERRUPT;
-use virtio_queue::{Queue, QueueOwnedT, QueueState, QueueT};
+use virtio_queue::{Queue, QueueOwnedT, QueueT};
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::EventFd;
 
@@ -36,11 +37,15 @@ const TURN: Duration = Duration::from_millis(50);
 /// Turns there are for what is queued when the VM ends. A driver that means well needs one.
 pub(super) const LAST_TURNS: usize = 64;
 
-/// One queue as it stands, for a snapshot.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// How far a queue is, for a snapshot.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RingState {
+    /// The queue's number in its device.
     pub index: u16,
-    pub queue: QueueState,
+    /// The next entry of the driver area that the device looks at.
+    pub next_available: u16,
+    /// The next entry of the device area that the device fills.
+    pub next_used: u16,
 }
 
 /// One queue between DRIVER_OK and the reset.
@@ -107,8 +112,16 @@ impl Ring {
     pub fn state(&self) -> RingState {
         RingState {
             index: self.index,
-            queue: self.queue.state(),
+            next_available: self.queue.next_avail(),
+            next_used: self.queue.next_used(),
         }
+    }
+
+    /// Goes on where another ring of the same queue was. Positions are free-running, so there are
+    /// none that make no sense.
+    pub(super) fn restore(&mut self, state: RingState) {
+        self.queue.set_next_avail(state.next_available);
+        self.queue.set_next_used(state.next_used);
     }
 
     /// Completes the chains there are, in order, with the number of bytes `serve` says it wrote.

@@ -16,8 +16,8 @@ use vmm_sys_util::eventfd::EventFd;
 use super::negotiation::{Negotiation, Step};
 use super::setup::QueueSetup;
 use super::{
-    ActivateError, Activation, Counters, Handler, Interrupt, Memory, Ring, Runner, Ticket,
-    VirtioDevice,
+    ActivateError, Activation, Counters, DeviceState, Handler, Interrupt, Memory, Ring, RingState,
+    Runner, StateError, Ticket, VirtioDevice,
 };
 
 /// Offered for every device: by this transport, and by [`Ring`].
@@ -141,6 +141,69 @@ impl Session {
         self.kicks.iter().try_for_each(|kick| kick.write(1))
     }
 
+    /// Pauses, and says what the device keeps of its own and how far its queues are.
+    pub(super) fn state(&mut self) -> (DeviceState, Option<Vec<RingState>>) {
+        self.pause();
+        let mut device = self.device.state();
+        let Activity::Paused(handlers) = &self.activity else {
+            return (device, None);
+        };
+        for handler in handlers {
+            handler.add_state(&mut device);
+        }
+        let mut rings: Vec<_> = handlers
+            .iter()
+            .flat_map(|handler| handler.rings())
+            .collect();
+        rings.sort_by_key(|ring| ring.index);
+        (device, Some(rings))
+    }
+
+    /// Takes over the queues and the device of another session. What was served there is paused
+    /// here.
+    pub(super) fn restore(
+        &mut self,
+        queues: Vec<QueueSetup>,
+        rings: Option<Vec<RingState>>,
+        device: DeviceState,
+    ) -> Result<(), StateError> {
+        if queues.len() != self.queues.len() {
+            return Err(StateError::Queues {
+                expected: self.queues.len(),
+                found: queues.len(),
+            });
+        }
+        for (index, (queue, own)) in queues.iter().zip(&self.queues).enumerate() {
+            if queue.max_size != own.max_size {
+                return Err(StateError::QueueSize {
+                    index,
+                    expected: own.max_size,
+                    found: queue.max_size,
+                });
+            }
+        }
+        self.queues = queues;
+        self.device.restore(device)?;
+        let Some(states) = rings else {
+            return Ok(());
+        };
+        if !self.negotiation.is_live() {
+            return Err(StateError::NotReady);
+        }
+        let mut activation = self.activation()?;
+        let known = |(ring, state): (&Ring, &RingState)| ring.index() == state.index;
+        if activation.rings.len() != states.len()
+            || !activation.rings.iter().zip(&states).all(known)
+        {
+            return Err(StateError::RingSet);
+        }
+        for (ring, state) in activation.rings.iter_mut().zip(states) {
+            ring.restore(state);
+        }
+        self.activity = Activity::Paused(self.device.activate(activation)?);
+        Ok(())
+    }
+
     fn activate(&mut self) {
         let Err(error) = self.try_activate() else {
             return;
@@ -156,15 +219,20 @@ impl Session {
     }
 
     fn try_activate(&mut self) -> Result<(), ActivateError> {
+        let activation = self.activation()?;
+        let handlers = self.device.activate(activation)?;
+        self.start(handlers).map_err(ActivateError::Run)
+    }
+
+    fn activation(&self) -> Result<Activation, ActivateError> {
         let features = self.negotiation.accepted();
         let rings = self.build_rings(features & (1 << VIRTIO_RING_F_EVENT_IDX) != 0)?;
-        let handlers = self.device.activate(Activation {
+        Ok(Activation {
             features,
             memory: self.memory.clone(),
             rings,
             interrupt: self.interrupt.clone(),
-        })?;
-        self.start(handlers).map_err(ActivateError::Run)
+        })
     }
 
     fn build_rings(&self, event_idx: bool) -> Result<Vec<Ring>, ActivateError> {

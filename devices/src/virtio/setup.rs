@@ -1,5 +1,6 @@
 //! What the driver has said about a queue, before anything of it is believed.
 
+use serde::{Deserialize, Serialize};
 use virtio_queue::{Queue, QueueT};
 use vm_memory::{GuestAddress, GuestMemory, Permissions};
 
@@ -21,7 +22,7 @@ pub(super) enum Area {
 }
 
 /// The registers of one queue, as written.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct QueueSetup {
     pub(super) max_size: u16,
     pub(super) ready: bool,

@@ -98,10 +98,16 @@ impl Debug for InlineRunner {
     }
 }
 
-/// Takes a device through its life: activate, work, pause, resume, reset, activate again. `work`
-/// must leave no buffers behind, and works each time.
-pub fn lifecycle(device: impl VirtioDevice + 'static, mut work: impl FnMut(&mut Guest)) {
-    let mut guest = Guest::new(device);
+/// Takes a device through its life: activate, work, pause, resume, state, restore into another
+/// one that `make` makes, reset, activate again. `work` must leave no buffers behind, and works
+/// each time.
+pub fn lifecycle<D: VirtioDevice + 'static>(
+    make: impl Fn() -> D,
+    mut work: impl FnMut(&mut Guest),
+) {
+    let guest = Guest::new(make());
+    let mut guest = guest.move_to(&make);
+    assert_eq!(guest.status(), 0, "a device without a driver has a state");
     guest.settle();
     assert_eq!(
         guest.runner.running(),
@@ -128,6 +134,21 @@ pub fn lifecycle(device: impl VirtioDevice + 'static, mut work: impl FnMut(&mut 
     work(&mut guest);
     guest.transport.drain();
     guest.transport.resume().expect("resume after draining");
+    guest.settle();
+    work(&mut guest);
+
+    let mut guest = guest.move_to(&make);
+    assert_eq!(guest.status(), LIVE, "a restored device forgot its driver");
+    assert_eq!(
+        guest.runner.running(),
+        0,
+        "a handler runs before a restored device is resumed"
+    );
+    guest.transport.resume().expect("resume a restored device");
+    guest.settle();
+    work(&mut guest);
+    let mut guest = guest.move_to(&make);
+    guest.transport.resume().expect("resume it once more");
     guest.settle();
     work(&mut guest);
 
@@ -204,6 +225,10 @@ impl Guest {
         let half = usize::try_from(RAM_LEN / 2).expect("fits");
         let ranges = [(GuestAddress(0), half), (GuestAddress(RAM_LEN / 2), half)];
         let memory = Memory::new(GuestRam::from_ranges(&ranges).expect("map RAM"));
+        Self::over(memory, device)
+    }
+
+    fn over(memory: Memory, device: impl VirtioDevice + 'static) -> Self {
         let irq = EventFd::new(libc::EFD_NONBLOCK).expect("create an event fd");
         let runner = Arc::new(InlineRunner::default());
         let transport = MmioTransport::new(
@@ -220,6 +245,30 @@ impl Guest {
             queues: Vec::new(),
             event_idx: false,
             next_buffer: BUFFERS,
+        }
+    }
+
+    /// Moves the driver from the device it has to another one, by way of a snapshot, as if RAM had
+    /// been saved and loaded. The first device is gone before `make` is called.
+    pub fn move_to<D: VirtioDevice + 'static>(self, make: impl FnOnce() -> D) -> Self {
+        let Self {
+            mut transport,
+            memory,
+            queues,
+            event_idx,
+            next_buffer,
+            ..
+        } = self;
+        let state = transport.state();
+        drop(transport);
+        let mut guest = Self::over(memory, make());
+        guest.transport.restore(state.clone()).expect("restore");
+        assert_eq!(guest.transport.state(), state);
+        Self {
+            queues,
+            event_idx,
+            next_buffer,
+            ..guest
         }
     }
 

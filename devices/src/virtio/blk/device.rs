@@ -13,7 +13,8 @@ use super::handler::BlkHandler;
 use super::image::{BlkError, Image};
 use super::request::{Limits, MAX_DISCARD, MAX_RANGES, MAX_ZEROES};
 use crate::virtio::{
-    ActivateError, Activation, Counters, Handler, VirtioDevice, read_config_bytes,
+    ActivateError, Activation, Counters, DeviceState, Handler, StateError, VirtioDevice,
+    read_config_bytes,
 };
 
 pub(super) const ID_LEN: usize = VIRTIO_BLK_ID_BYTES as usize;
@@ -139,6 +140,17 @@ impl VirtioDevice for Blk {
 
     fn counters(&self) -> &Arc<Counters> {
         &self.counters
+    }
+
+    fn state(&self) -> DeviceState {
+        DeviceState::Blk
+    }
+
+    fn restore(&mut self, state: DeviceState) -> Result<(), StateError> {
+        match state {
+            DeviceState::Blk => Ok(()),
+            _ => Err(StateError::Kind),
+        }
     }
 
     fn activate(&mut self, activation: Activation) -> Result<Vec<Box<dyn Handler>>, ActivateError> {

@@ -352,7 +352,8 @@ fn a_driver_may_use_fewer_queues_than_there_are() {
 #[test]
 fn the_disk_lives_through_pause_and_reset() {
     let image = image();
-    lifecycle(Blk::open(config(image.as_path())).unwrap(), |guest| {
+    let disk = || Blk::open(config(image.as_path())).unwrap();
+    lifecycle(disk, |guest| {
         assert_eq!(status(guest, OUT, 1, &[Buffer::Out(vec![9; 512])]), OK);
         assert_eq!(ask(guest, IN, 1, &[Buffer::In(512)]), (OK, vec![9; 512]));
     });

@@ -1,18 +1,21 @@
 //! What the driver of a console configures: how many ports there may be.
 
 use std::io;
+use std::mem;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
+use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_ids::VIRTIO_ID_CONSOLE;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::Port;
 use super::handler::ConsoleHandler;
-use super::port::{HostEnd, LivePort};
+use super::port::{HostEnd, LivePort, PortState};
 use super::protocol::Size;
 use crate::virtio::{
-    ActivateError, Activation, Counters, Handler, Lender, VirtioDevice, read_config_bytes,
+    ActivateError, Activation, Counters, DeviceState, Handler, Lender, StateError, VirtioDevice,
+    read_config_bytes,
 };
 
 /// VIRTIO_CONSOLE_F_MULTIPORT (virtio 1.3 §5.3.3).
@@ -68,12 +71,20 @@ impl ConsoleHandle {
     }
 }
 
+/// What the driver knows of the ports in use, and how far they are.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ConsoleState {
+    pub(super) ports: Vec<PortState>,
+}
+
 /// A console device.
 #[derive(Debug)]
 pub struct Console {
     ports: Vec<Lender<HostEnd>>,
     queue_sizes: Vec<u16>,
     window: Arc<Window>,
+    /// Where the next activation goes on.
+    restored: ConsoleState,
     counters: Arc<Counters>,
 }
 
@@ -117,6 +128,7 @@ impl Console {
                 size: AtomicU32::new(0),
                 changed,
             }),
+            restored: ConsoleState::default(),
             counters: Arc::default(),
         })
     }
@@ -162,6 +174,25 @@ impl VirtioDevice for Console {
         &self.counters
     }
 
+    fn state(&self) -> DeviceState {
+        DeviceState::Console(ConsoleState::default())
+    }
+
+    fn restore(&mut self, state: DeviceState) -> Result<(), StateError> {
+        match state {
+            DeviceState::Console(state) if state.ports.len() <= self.ports.len() => {
+                self.restored = state;
+                Ok(())
+            }
+            DeviceState::Console(state) => Err(StateError::Device(format!(
+                "it has {} ports, the device has {}",
+                state.ports.len(),
+                self.ports.len()
+            ))),
+            _ => Err(StateError::Kind),
+        }
+    }
+
     fn activate(
         &mut self,
         mut activation: Activation,
@@ -180,7 +211,11 @@ impl VirtioDevice for Console {
                 // Without control messages a port is always open.
                 Ok(LivePort::new(host, receive, transmit, !multiport))
             });
-        let ports = ports.collect::<Result<_, _>>()?;
+        let mut ports = ports.collect::<Result<Vec<_>, _>>()?;
+        let restored = mem::take(&mut self.restored).ports;
+        for (port, state) in ports.iter_mut().zip(restored) {
+            port.restore(state);
+        }
         let handler = ConsoleHandler::new(
             activation.memory.clone(),
             ports,

@@ -10,10 +10,10 @@ use std::sync::Arc;
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use vm_memory::GuestAddressSpace;
 
-use super::device::Window;
+use super::device::{ConsoleState, Window};
 use super::port::LivePort;
 use super::protocol::{FromDriver, HEADER_LEN, Untold};
-use crate::virtio::{Counters, GuestRam, Handler, Memory, Ring, RingState, Thread};
+use crate::virtio::{Counters, DeviceState, GuestRam, Handler, Memory, Ring, RingState, Thread};
 
 /// What an event is about, as it is carried in the event's data.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -277,6 +277,11 @@ impl Handler for ConsoleHandler {
             .collect();
         states.sort_by_key(|state| state.index);
         states
+    }
+
+    fn add_state(&self, device: &mut DeviceState) {
+        let ports = self.ports.iter().map(LivePort::state).collect();
+        *device = DeviceState::Console(ConsoleState { ports });
     }
 }
 

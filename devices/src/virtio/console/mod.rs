@@ -24,7 +24,7 @@ mod tests;
 
 use crate::host::{Input, Output};
 
-pub use self::device::{Console, ConsoleError, ConsoleHandle};
+pub use self::device::{Console, ConsoleError, ConsoleHandle, ConsoleState};
 
 /// A stream to be offered to the guest.
 #[derive(Debug)]

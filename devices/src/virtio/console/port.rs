@@ -3,6 +3,8 @@
 
 use std::time::Duration;
 
+use serde::{Deserialize, Serialize};
+
 use super::protocol::Untold;
 use crate::host::{Arrival, Input, Output, Progress};
 use crate::virtio::queue::LAST_TURNS;
@@ -42,6 +44,16 @@ pub(super) struct LivePort {
     sent: usize,
 }
 
+/// What the driver knows of a port and how far its output is, for a snapshot.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct PortState {
+    guest_open: bool,
+    host_open: bool,
+    untold: Untold,
+    /// Bytes of the first chain to send that the host had already.
+    sent: usize,
+}
+
 /// Why a port stopped sending.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Stop {
@@ -69,6 +81,24 @@ impl LivePort {
             awaits_output: false,
             sent: 0,
         }
+    }
+
+    pub(super) fn state(&self) -> PortState {
+        PortState {
+            guest_open: self.guest_open,
+            host_open: self.host_open(),
+            untold: self.untold,
+            sent: self.sent,
+        }
+    }
+
+    /// Goes on where another port was, whose host's side may have been open while this one's is
+    /// not, or the other way round.
+    pub(super) fn restore(&mut self, state: PortState) {
+        self.guest_open = state.guest_open;
+        self.untold = state.untold;
+        self.untold.open |= state.guest_open && state.host_open != self.host_open();
+        self.sent = state.sent;
     }
 
     /// Whether the guest is to think that somebody is at the other end (see the module's notes).

@@ -1,5 +1,7 @@
 //! Messages of the control queues (virtio 1.3 §5.3.6.2, Multiport Device Operation).
 
+use serde::{Deserialize, Serialize};
+
 /// Length of `struct virtio_console_control`, which starts each message.
 pub(super) const HEADER_LEN: usize = 8;
 
@@ -40,7 +42,7 @@ impl FromDriver {
 
 /// What the device has yet to say about a port. Saying it twice is no better than once, so this
 /// does not grow however often the driver asks.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Untold {
     pub(super) add: bool,
     pub(super) console: bool,

@@ -411,11 +411,16 @@ fn a_driver_without_ports_has_one_console() {
 fn the_console_lives_through_pause_and_reset() {
     let (stdin, mut host_in) = io::pipe().unwrap();
     let (mut host_out, stdout) = io::pipe().unwrap();
-    let ports = vec![
-        port("in", Some(stdin), None),
-        port("out", None, Some(stdout)),
-    ];
-    lifecycle(Console::new(ports).unwrap(), |guest| {
+    let console = || {
+        let stdin = stdin.try_clone().unwrap();
+        let stdout = stdout.try_clone().unwrap();
+        Console::new(vec![
+            port("in", Some(stdin), None),
+            port("out", None, Some(stdout)),
+        ])
+        .unwrap()
+    };
+    lifecycle(console, |guest| {
         open_ports(guest);
         host_in.write_all(b"ping").unwrap();
         assert_eq!(guest.request(IN[0], &[Buffer::In(16)]).unwrap(), b"ping");

@@ -10,7 +10,8 @@ use super::*;
 use crate::virtio::rng::Rng;
 use crate::virtio::testing::{Buffer, Guest, InlineRunner, LIVE, Table};
 use crate::virtio::{
-    ActivateError, Activation, Handler, RingState, Thread, Ticket, read_config_bytes,
+    ActivateError, Activation, DeviceState, Handler, RingState, StateError, Thread, Ticket,
+    read_config_bytes,
 };
 
 const ACKNOWLEDGE: u32 = 1;
@@ -78,6 +79,17 @@ impl VirtioDevice for Dummy {
 
     fn counters(&self) -> &Arc<Counters> {
         &self.counters
+    }
+
+    fn state(&self) -> DeviceState {
+        DeviceState::Rng
+    }
+
+    fn restore(&mut self, state: DeviceState) -> Result<(), StateError> {
+        match state {
+            DeviceState::Rng => Ok(()),
+            _ => Err(StateError::Kind),
+        }
     }
 
     fn activate(&mut self, _: Activation) -> Result<Vec<Box<dyn Handler>>, ActivateError> {

@@ -5,7 +5,9 @@ use std::sync::Arc;
 use virtio_bindings::virtio_ids::VIRTIO_ID_RNG;
 
 use super::handler::RngHandler;
-use crate::virtio::{ActivateError, Activation, Counters, Handler, VirtioDevice};
+use crate::virtio::{
+    ActivateError, Activation, Counters, DeviceState, Handler, StateError, VirtioDevice,
+};
 
 /// requestq (virtio 1.3 §5.4.2). Linux asks with one buffer at a time.
 const QUEUE_SIZES: [u16; 1] = [16];
@@ -40,6 +42,17 @@ impl VirtioDevice for Rng {
 
     fn counters(&self) -> &Arc<Counters> {
         &self.counters
+    }
+
+    fn state(&self) -> DeviceState {
+        DeviceState::Rng
+    }
+
+    fn restore(&mut self, state: DeviceState) -> Result<(), StateError> {
+        match state {
+            DeviceState::Rng => Ok(()),
+            _ => Err(StateError::Kind),
+        }
     }
 
     fn activate(&mut self, activation: Activation) -> Result<Vec<Box<dyn Handler>>, ActivateError> {
@@ -97,7 +110,7 @@ mod tests {
 
     #[test]
     fn the_device_lives_through_pause_and_reset() {
-        lifecycle(Rng::new(), |guest| {
+        lifecycle(Rng::new, |guest| {
             assert_eq!(guest.request(0, &[Buffer::In(8)]).unwrap().len(), 8);
         });
     }
