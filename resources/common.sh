@@ -45,3 +45,13 @@ need_rust() {
 	done
 	install_packages gcc libc6-dev # rustc links with it
 }
+
+# Put a program of crates.io ($1, version $2) into the cache, unless it is there, and on the path.
+install_crate() {
+	local crate=$1 version=$2 root=$cache/crates/$1-$2
+	PATH=$root/bin:$PATH
+	[[ -e $root/done ]] && return
+	say "building $crate $version"
+	cargo install "$crate" --version "$version" --locked --quiet --root "$root" >&2
+	touch "$root/done"
+}

@@ -6,78 +6,13 @@ use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 
 use proptest::prelude::*;
-use virtio_bindings::virtio_mmio::{
-    VIRTIO_MMIO_QUEUE_NOTIFY, VIRTIO_MMIO_QUEUE_READY, VIRTIO_MMIO_QUEUE_SEL, VIRTIO_MMIO_STATUS,
-};
-use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::tempfile::TempFile;
 
-use super::VirtioDevice;
 use super::blk::{Blk, BlkConfig};
 use super::console::{Console, Port};
 use super::rng::Rng;
-use super::testing::{Guest, LIVE, RAM_LEN};
-use crate::bus::BusDevice;
+use super::testing::{QUEUES, RAM_LEN, Step, survive};
 use crate::host::{Input, Output};
-
-/// Events a device may handle after each step. Rings laid over one another can make it find work
-/// for ever, a little at a time.
-const EVENTS: usize = 50;
-/// No device here has more queues.
-const QUEUES: u32 = 8;
-
-#[derive(Clone, Debug)]
-enum Step {
-    Read {
-        offset: u64,
-        width: usize,
-    },
-    Write {
-        offset: u64,
-        data: Vec<u8>,
-    },
-    Register {
-        register: u32,
-        value: u32,
-    },
-    Ram {
-        start: u64,
-        bytes: Vec<u8>,
-    },
-    Describe {
-        queue: u32,
-        index: u16,
-        start: u64,
-        len: u32,
-        flags: u32,
-        next: u16,
-    },
-    Publish {
-        queue: u32,
-        head: u16,
-    },
-    Index {
-        queue: u32,
-        value: u16,
-    },
-    Kick {
-        queue: u32,
-    },
-    Start {
-        features: u64,
-        size: u16,
-    },
-    /// Moves one area of a queue onto anything, before DRIVER_OK.
-    Relocate {
-        queue: u32,
-        area: u32,
-        start: u32,
-        size: u32,
-    },
-    Pause,
-    Resume,
-    Drain,
-}
 
 /// Addresses that are mostly somewhere, and now and then nowhere.
 fn address() -> impl Strategy<Value = u64> {
@@ -133,82 +68,6 @@ fn step() -> impl Strategy<Value = Step> {
 
 fn steps() -> impl Strategy<Value = Vec<Step>> {
     prop::collection::vec(step(), 1..60)
-}
-
-/// Where the test driver puts the areas of a queue, whether or not it did.
-fn areas(queue: u32) -> [u64; 3] {
-    let base = 0x1_0000 * (u64::from(queue) + 1);
-    [base, base + 0x8000, base + 0xa000]
-}
-
-fn take(guest: &mut Guest, step: Step) {
-    match step {
-        Step::Read { offset, width } => guest.transport.read(offset, &mut vec![0; width]),
-        Step::Write { offset, data } => guest.transport.write(offset, &data),
-        Step::Register { register, value } => guest.write(register, value),
-        Step::Ram { start, bytes } => {
-            // Outside RAM is as good as not at all.
-            let _ = guest.ram().write(&bytes, GuestAddress(start));
-        }
-        Step::Describe {
-            queue,
-            index,
-            start,
-            len,
-            flags,
-            next,
-        } => {
-            guest.write_descriptor(areas(queue)[0], index, start, len, flags, next);
-        }
-        Step::Publish { queue, head } => {
-            let [_, driver, _] = areas(queue);
-            let ram = guest.ram();
-            let index: u16 = ram.read_obj(GuestAddress(driver + 2)).unwrap();
-            let slot = GuestAddress(driver + 4 + 2 * u64::from(index % 16));
-            ram.write_obj(head, slot).unwrap();
-            ram.write_obj(index.wrapping_add(1), GuestAddress(driver + 2))
-                .unwrap();
-        }
-        Step::Index { queue, value } => {
-            guest
-                .ram()
-                .write_obj(value, GuestAddress(areas(queue)[1] + 2))
-                .unwrap();
-        }
-        Step::Kick { queue } => guest.write(VIRTIO_MMIO_QUEUE_NOTIFY, queue),
-        Step::Start { features, size } => guest.start(features, size),
-        Step::Relocate {
-            queue,
-            area,
-            start,
-            size,
-        } => {
-            guest.negotiate(u64::MAX);
-            guest.set_up_queues(16);
-            guest.write(VIRTIO_MMIO_QUEUE_SEL, queue);
-            guest.write(VIRTIO_MMIO_QUEUE_READY, 0);
-            // Descriptor, driver and device area are 16 bytes apart, from 0x80.
-            guest.write(0x80 + area * 16, (start % 0x100_0000) & !0xf);
-            guest.write(0x38, size);
-            guest.write(VIRTIO_MMIO_QUEUE_READY, 1);
-            guest.write(VIRTIO_MMIO_STATUS, LIVE);
-        }
-        Step::Pause => guest.transport.pause(),
-        Step::Resume => guest.transport.resume().unwrap(),
-        Step::Drain => guest.transport.drain(),
-    }
-}
-
-/// Takes all steps, then finds a device that a good driver can still use.
-fn survive(device: impl VirtioDevice + 'static, steps: Vec<Step>) {
-    let mut guest = Guest::live(device);
-    for step in steps {
-        take(&mut guest, step);
-        guest.runner.settle(EVENTS);
-    }
-    guest.start(u64::MAX, 16);
-    assert_eq!(guest.status(), LIVE);
-    guest.settle();
 }
 
 fn disk(image: &TempFile, readonly: bool) -> Blk {
