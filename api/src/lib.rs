@@ -7,6 +7,7 @@
 #![forbid(unsafe_code)]
 
 mod config;
+pub mod http;
 mod options;
 mod units;
 
