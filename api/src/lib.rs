@@ -7,12 +7,19 @@
 #![forbid(unsafe_code)]
 
 mod config;
+mod error;
 pub mod http;
+mod json;
 mod options;
+mod request;
+pub mod route;
 mod units;
 
 pub use config::{
     ConfigError, CpusConfig, DiskConfig, KernelConfig, MemoryConfig, Output, VmConfig,
 };
+pub use error::{ApiError, JsonError, State, chain};
+pub use json::Definition;
 pub use options::OptionsError;
+pub use request::{Answer, Ping, Request, Resize, VmInfo};
 pub use units::{ByteSize, CpuCount, RamSize, UnitError};

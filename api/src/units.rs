@@ -135,6 +135,18 @@ impl CpuCount {
     }
 }
 
+impl TryFrom<u8> for CpuCount {
+    type Error = UnitError;
+
+    fn try_from(count: u8) -> Result<Self, UnitError> {
+        if (Self::ONE.0..=Self::MAX.0).contains(&count) {
+            Ok(Self(count))
+        } else {
+            Err(UnitError::CpusOutOfRange(count.to_string()))
+        }
+    }
+}
+
 impl FromStr for CpuCount {
     type Err = UnitError;
 

@@ -14,6 +14,20 @@ pub struct CpusConfig {
 }
 
 impl CpusConfig {
+    /// `boot` vCPUs that can grow to `max`.
+    pub fn new(boot: u8, max: u8) -> Result<Self, ConfigError> {
+        let boot = CpuCount::try_from(boot).map_err(ConfigError::Unit)?;
+        let max = CpuCount::try_from(max).map_err(ConfigError::Unit)?;
+        Self::ordered(boot, max)
+    }
+
+    fn ordered(boot: CpuCount, max: CpuCount) -> Result<Self, ConfigError> {
+        if max < boot {
+            return Err(ConfigError::MaxBelowBoot { boot, max });
+        }
+        Ok(Self { boot, max })
+    }
+
     /// vCPUs that run from the start.
     pub fn boot(&self) -> CpuCount {
         self.boot
@@ -41,10 +55,7 @@ impl FromStr for CpusConfig {
         let options = Options::parse(text, &["boot", "max"])?;
         let boot = options.required("boot")?;
         let max = options.value("max")?.unwrap_or(boot);
-        if max < boot {
-            return Err(ConfigError::MaxBelowBoot { boot, max });
-        }
-        Ok(Self { boot, max })
+        Self::ordered(boot, max)
     }
 }
 

@@ -36,6 +36,20 @@ impl DiskConfig {
             id: None,
         }
     }
+
+    /// Itself, if all of it is in range.
+    pub(crate) fn checked(self) -> Result<Self, ConfigError> {
+        if !(1..=16).contains(&self.queues) {
+            return Err(ConfigError::Queues(self.queues));
+        }
+        if !self.queue_size.is_power_of_two() || !(4..=1024).contains(&self.queue_size) {
+            return Err(ConfigError::QueueSize(self.queue_size));
+        }
+        match self.id {
+            Some(id) if id.len() > 20 => Err(ConfigError::IdTooLong(id)),
+            _ => Ok(self),
+        }
+    }
 }
 
 impl FromStr for DiskConfig {
@@ -55,16 +69,7 @@ impl FromStr for DiskConfig {
             id: options.value("id")?,
             ..default
         };
-        if !(1..=16).contains(&disk.queues) {
-            return Err(ConfigError::Queues(disk.queues));
-        }
-        if !disk.queue_size.is_power_of_two() || !(4..=1024).contains(&disk.queue_size) {
-            return Err(ConfigError::QueueSize(disk.queue_size));
-        }
-        match disk.id {
-            Some(id) if id.len() > 20 => Err(ConfigError::IdTooLong(id)),
-            _ => Ok(disk),
-        }
+        disk.checked()
     }
 }
 

@@ -10,7 +10,7 @@ use std::path::PathBuf;
 use thiserror::Error;
 
 use crate::options::OptionsError;
-use crate::units::CpuCount;
+use crate::units::{CpuCount, UnitError};
 
 pub use self::cpus::CpusConfig;
 pub use self::disk::DiskConfig;
@@ -51,6 +51,9 @@ pub enum ConfigError {
     /// It does not parse.
     #[error(transparent)]
     Options(#[from] OptionsError),
+    /// A number or size out of range.
+    #[error(transparent)]
+    Unit(#[from] UnitError),
     /// Fewer vCPUs at most than at boot.
     #[error("max={max} is less than boot={boot}")]
     MaxBelowBoot {

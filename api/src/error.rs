@@ -1,0 +1,116 @@
+//! Why a request was refused, and the HTTP status that says so.
+
+use std::fmt;
+
+use thiserror::Error;
+
+use crate::config::ConfigError;
+
+/// A refusal.
+#[derive(Debug, Error)]
+pub enum ApiError {
+    #[error("{0}: there is no such endpoint")]
+    NoSuchEndpoint(String),
+    #[error("{path} takes {expected}, not {found}")]
+    Method {
+        path: String,
+        expected: &'static str,
+        found: String,
+    },
+    /// JSON that does not parse, or not as what is wanted.
+    #[error("the body is not what {request} takes")]
+    Body {
+        request: &'static str,
+        source: JsonError,
+    },
+    /// A state in which the request makes no sense.
+    #[error("{request}: the VM is {state}, it must be {needed}")]
+    State {
+        request: &'static str,
+        state: State,
+        needed: &'static str,
+    },
+    /// A VM that cannot be, for a reason the client can do something about. Outermost cause first.
+    #[error("{}", .0.join(": "))]
+    Impossible(Vec<String>),
+    /// The host failed. Outermost cause first.
+    #[error("{}", .0.join(": "))]
+    Host(Vec<String>),
+    #[error("{0} is not implemented")]
+    NotImplemented(String),
+    /// podvmm is on its way out.
+    #[error("podvmm is ending")]
+    Ending,
+}
+
+/// Why JSON was refused.
+#[derive(Debug, Error)]
+pub enum JsonError {
+    #[error("{path}: {source}")]
+    Value {
+        /// Where in the body, `.` for all of it.
+        path: String,
+        #[source]
+        source: serde_json::Error,
+    },
+    #[error("{path}: {why}")]
+    Unsupported { path: String, why: &'static str },
+    #[error("{path}: {source}")]
+    Config {
+        path: &'static str,
+        #[source]
+        source: ConfigError,
+    },
+}
+
+/// Where in its life a VM is, in Cloud Hypervisor's words.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum State {
+    /// There is none.
+    None,
+    Created,
+    Running,
+    Paused,
+    Shutdown,
+}
+
+impl fmt::Display for State {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::None => "not created",
+            Self::Created => "Created",
+            Self::Running => "Running",
+            Self::Paused => "Paused",
+            Self::Shutdown => "Shutdown",
+        })
+    }
+}
+
+impl ApiError {
+    /// The HTTP status for it (RFC 9110 §15).
+    pub fn status(&self) -> u16 {
+        match self {
+            Self::Body { .. } | Self::Impossible(_) => 400,
+            Self::NoSuchEndpoint(_) => 404,
+            Self::Method { .. } => 405,
+            Self::State { .. } => 409,
+            Self::Host(_) => 500,
+            Self::NotImplemented(_) => 501,
+            Self::Ending => 503,
+        }
+    }
+
+    /// The error and its causes, outermost first.
+    pub fn chain(&self) -> Vec<String> {
+        match self {
+            Self::Impossible(chain) | Self::Host(chain) => chain.clone(),
+            other => chain(other),
+        }
+    }
+}
+
+/// An error and its causes, outermost first.
+pub fn chain(error: &dyn std::error::Error) -> Vec<String> {
+    let causes = std::iter::successors(Some(error), |error| error.source());
+    causes.map(ToString::to_string).collect()
+}

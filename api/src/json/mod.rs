@@ -1,0 +1,136 @@
+//! A VM as Cloud Hypervisor's clients define it, in JSON.
+//!
+//! Fields nobody here knows are ignored, as they are there. A field we know and cannot honour is
+//! refused by name, unless it asks for what is so anyway.
+
+mod parts;
+mod unsupported;
+
+use serde::de::DeserializeOwned;
+use serde_json::{Map, Value, json};
+
+use crate::config::{Output, VmConfig};
+use crate::error::JsonError;
+
+use self::parts::VmJson;
+
+/// What a client defined, and what it means.
+#[derive(Clone, Debug)]
+pub struct Definition {
+    pub config: VmConfig,
+    /// As the client wrote it, with defaults for what Kata's clients read back.
+    pub json: Value,
+}
+
+impl Definition {
+    /// Understands the body of vm.create.
+    pub fn parse(body: &[u8]) -> Result<Self, JsonError> {
+        let mut json: Value = parse(body)?;
+        unsupported::refuse(&json)?;
+        let vm: VmJson = from_value(json.clone())?;
+        let config = vm.config()?;
+        if let Value::Object(object) = &mut json {
+            fill_in(object, &config);
+        }
+        Ok(Self { config, json })
+    }
+}
+
+/// Parses `body`; an error says where in it.
+pub(crate) fn parse<T: DeserializeOwned>(body: &[u8]) -> Result<T, JsonError> {
+    let mut deserializer = serde_json::Deserializer::from_slice(body);
+    let value = serde_path_to_error::deserialize(&mut deserializer).map_err(located)?;
+    deserializer.end().map_err(|source| JsonError::Value {
+        path: ".".into(),
+        source,
+    })?;
+    Ok(value)
+}
+
+fn from_value<T: DeserializeOwned>(value: Value) -> Result<T, JsonError> {
+    serde_path_to_error::deserialize(value).map_err(located)
+}
+
+fn located(error: serde_path_to_error::Error<serde_json::Error>) -> JsonError {
+    JsonError::Value {
+        path: error.path().to_string(),
+        source: error.into_inner(),
+    }
+}
+
+/// Writes `value` in ASCII alone: Kata's Rust client decodes answers piece by piece and panics
+/// where a piece ends within a character.
+pub(crate) fn ascii(value: &Value) -> String {
+    let text = value.to_string();
+    if text.is_ascii() {
+        return text;
+    }
+    // Outside strings JSON is ASCII, so what is not is a part of one.
+    let mut ascii = String::with_capacity(text.len());
+    for char in text.chars() {
+        if char.is_ascii() {
+            ascii.push(char);
+        } else {
+            let mut units = [0; 2];
+            for unit in char.encode_utf16(&mut units) {
+                ascii.push_str(&format!("\\u{unit:04x}"));
+            }
+        }
+    }
+    ascii
+}
+
+/// What Kata's Rust client insists on finding.
+fn fill_in(vm: &mut Map<String, Value>, config: &VmConfig) {
+    let cpus = section(vm, "cpus");
+    default(cpus, "boot_vcpus", json!(config.cpus.boot().get()));
+    default(cpus, "max_vcpus", json!(config.cpus.max().get()));
+    default(cpus, "max_phys_bits", json!(46));
+    default(
+        section(vm, "memory"),
+        "size",
+        json!(config.memory.size.bytes()),
+    );
+    default(section(vm, "rng"), "src", json!("/dev/urandom"));
+    default(section(vm, "serial"), "mode", mode(&config.serial));
+    default(section(vm, "console"), "mode", mode(&config.console));
+    let disks = vm.get_mut("disks").and_then(Value::as_array_mut);
+    let queues = config
+        .disks
+        .iter()
+        .map(|disk| (disk.queues, disk.queue_size));
+    for (disk, (queues, size)) in disks.into_iter().flatten().zip(queues) {
+        if let Value::Object(disk) = disk {
+            default(disk, "num_queues", json!(queues));
+            default(disk, "queue_size", json!(size));
+            default(disk, "image_type", json!("Raw"));
+        }
+    }
+}
+
+/// The object at `key`, made if it is missing or null.
+fn section<'a>(vm: &'a mut Map<String, Value>, key: &str) -> &'a mut Map<String, Value> {
+    let value = vm.entry(key).or_insert(Value::Null);
+    if !value.is_object() {
+        *value = Value::Object(Map::new());
+    }
+    value.as_object_mut().expect("just made one")
+}
+
+fn default(object: &mut Map<String, Value>, key: &str, value: Value) {
+    if object.get(key).is_none_or(Value::is_null) {
+        object.insert(key.into(), value);
+    }
+}
+
+fn mode(output: &Output) -> Value {
+    Value::from(match output {
+        Output::Off => "Off",
+        Output::Null => "Null",
+        Output::Tty => "Tty",
+        Output::File(_) => "File",
+    })
+}
+
+#[cfg(test)]
+mod tests;

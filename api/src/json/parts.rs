@@ -1,0 +1,181 @@
+//! The parts of a VM as they are written in JSON. Every field may be missing or null, but where a
+//! VM makes no sense without.
+
+use std::path::PathBuf;
+
+use serde::Deserialize;
+
+use crate::config::{
+    ConfigError, CpusConfig, DiskConfig, KernelConfig, MemoryConfig, Output, VmConfig,
+};
+use crate::error::JsonError;
+use crate::units::ByteSize;
+
+#[derive(Debug, Deserialize)]
+pub(super) struct VmJson {
+    payload: PayloadJson,
+    cpus: Option<CpusJson>,
+    memory: Option<MemoryJson>,
+    disks: Option<Vec<DiskJson>>,
+    #[expect(dead_code, reason = "parsing it checks it")]
+    rng: Option<RngJson>,
+    serial: Option<ConsoleJson>,
+    console: Option<ConsoleJson>,
+}
+
+#[derive(Debug, Deserialize)]
+struct PayloadJson {
+    kernel: PathBuf,
+    initramfs: Option<PathBuf>,
+    cmdline: Option<String>,
+}
+
+#[derive(Debug, Deserialize)]
+struct CpusJson {
+    boot_vcpus: u8,
+    max_vcpus: Option<u8>,
+}
+
+#[derive(Debug, Deserialize)]
+struct MemoryJson {
+    /// Bytes.
+    size: Option<u64>,
+    hugepages: Option<bool>,
+    thp: Option<bool>,
+    shared: Option<bool>,
+}
+
+#[derive(Debug, Deserialize)]
+struct DiskJson {
+    path: PathBuf,
+    readonly: Option<bool>,
+    direct: Option<bool>,
+    num_queues: Option<u16>,
+    queue_size: Option<u16>,
+    serial: Option<String>,
+    #[expect(dead_code, reason = "parsing it checks it")]
+    image_type: Option<ImageType>,
+}
+
+/// Kata's Rust client does not know what its images are, and they are raw.
+#[derive(Debug, Deserialize)]
+enum ImageType {
+    Raw,
+    Unknown,
+}
+
+#[derive(Debug, Deserialize)]
+struct RngJson {
+    #[expect(dead_code, reason = "parsing it checks it")]
+    src: Option<RngSource>,
+}
+
+/// Any of them stands for the host's random numbers.
+#[derive(Debug, Deserialize)]
+enum RngSource {
+    #[serde(rename = "/dev/urandom")]
+    Urandom,
+    #[serde(rename = "/dev/random")]
+    Random,
+    #[serde(rename = "/dev/hwrng")]
+    Hwrng,
+}
+
+#[derive(Debug, Deserialize)]
+struct ConsoleJson {
+    mode: Mode,
+    file: Option<PathBuf>,
+}
+
+#[derive(Debug, Deserialize)]
+enum Mode {
+    Off,
+    Null,
+    Tty,
+    File,
+}
+
+impl VmJson {
+    pub(super) fn config(self) -> Result<VmConfig, JsonError> {
+        let disks = self.disks.unwrap_or_default().into_iter();
+        Ok(VmConfig {
+            kernel: KernelConfig {
+                path: self.payload.kernel,
+                initramfs: self.payload.initramfs,
+                cmdline: self.payload.cmdline.unwrap_or_default(),
+            },
+            cpus: self
+                .cpus
+                .map_or(Ok(CpusConfig::default()), CpusJson::config)?,
+            memory: self
+                .memory
+                .map_or(Ok(MemoryConfig::default()), MemoryJson::config)?,
+            disks: disks.map(DiskJson::config).collect::<Result<_, _>>()?,
+            serial: self
+                .serial
+                .map_or(Ok(Output::Null), |serial| serial.output("serial"))?,
+            console: self
+                .console
+                .map_or(Ok(Output::Off), |console| console.output("console"))?,
+        })
+    }
+}
+
+fn at(path: &'static str) -> impl Fn(ConfigError) -> JsonError {
+    move |source| JsonError::Config { path, source }
+}
+
+impl CpusJson {
+    fn config(self) -> Result<CpusConfig, JsonError> {
+        let max = self.max_vcpus.unwrap_or(self.boot_vcpus);
+        CpusConfig::new(self.boot_vcpus, max).map_err(at("cpus"))
+    }
+}
+
+impl MemoryJson {
+    fn config(self) -> Result<MemoryConfig, JsonError> {
+        let default = MemoryConfig::default();
+        let size = match self.size {
+            None => default.size,
+            Some(bytes) => ByteSize(bytes)
+                .try_into()
+                .map_err(|error| at("memory.size")(ConfigError::Unit(error)))?,
+        };
+        Ok(MemoryConfig {
+            size,
+            hugepages: self.hugepages.unwrap_or(default.hugepages),
+            thp: self.thp.unwrap_or(default.thp),
+            shared: self.shared.unwrap_or(default.shared),
+        })
+    }
+}
+
+impl DiskJson {
+    fn config(self) -> Result<DiskConfig, JsonError> {
+        let default = DiskConfig::new(self.path, self.readonly.unwrap_or(false));
+        DiskConfig {
+            direct: self.direct.unwrap_or(default.direct),
+            queues: self.num_queues.unwrap_or(default.queues),
+            queue_size: self.queue_size.unwrap_or(default.queue_size),
+            id: self.serial,
+            ..default
+        }
+        .checked()
+        .map_err(at("disks"))
+    }
+}
+
+impl ConsoleJson {
+    fn output(self, path: &'static str) -> Result<Output, JsonError> {
+        match (self.mode, self.file) {
+            (Mode::Off, _) => Ok(Output::Off),
+            (Mode::Null, _) => Ok(Output::Null),
+            (Mode::Tty, _) => Ok(Output::Tty),
+            (Mode::File, Some(file)) => Ok(Output::File(file)),
+            (Mode::File, None) => Err(JsonError::Unsupported {
+                path: path.into(),
+                why: "mode File needs a file",
+            }),
+        }
+    }
+}

@@ -1,0 +1,119 @@
+use serde_json::json;
+
+use super::*;
+
+fn definition(json: &Value) -> Definition {
+    Definition::parse(json.to_string().as_bytes()).unwrap()
+}
+
+fn refusal(json: &Value) -> String {
+    let error = Definition::parse(json.to_string().as_bytes()).unwrap_err();
+    error.to_string()
+}
+
+#[test]
+fn a_kernel_is_enough() {
+    let Definition { config, json } = definition(&json!({"payload": {"kernel": "/k"}}));
+    assert_eq!(config.cpus.boot().get(), 1);
+    assert_eq!(config.memory.size.bytes(), 512 << 20);
+    assert_eq!((config.serial, config.console), (Output::Null, Output::Off));
+    assert_eq!(json["serial"]["mode"], "Null");
+    assert_eq!(json["memory"]["size"], 512 << 20);
+    assert_eq!(json["cpus"]["max_phys_bits"], 46);
+}
+
+#[test]
+fn nulls_and_unknown_fields_mean_nothing() {
+    let config = definition(&json!({
+        "payload": {"kernel": "/k", "initramfs": null, "cmdline": null, "mrconfigid": null},
+        "cpus": null, "memory": {"size": null, "zones": null}, "disks": null, "devices": [],
+        "iommu": false, "rng": {"src": "/dev/urandom", "iommu": false}, "flavour": {"sweet": true},
+    }))
+    .config;
+    assert!(config.disks.is_empty());
+}
+
+#[test]
+fn what_kata_sends_is_understood() {
+    let config = definition(&json!({
+        "iommu": false, "watchdog": false, "pvpanic": false, "landlock_enable": false,
+        "payload": {"kernel": "/k", "cmdline": "quiet"},
+        "cpus": {"boot_vcpus": 1, "max_vcpus": 4, "kvm_hyperv": false, "nested": true,
+                 "topology": {"threads_per_core": 1, "cores_per_die": 4}},
+        "memory": {"size": 2147483648_u64, "mergeable": false, "hotplug_method": "Acpi",
+                   "shared": true, "hugepages": false, "prefault": false, "thp": true},
+        "disks": [{"path": "/d", "readonly": true, "direct": false, "iommu": false,
+                   "num_queues": 1, "queue_size": 128, "vhost_user": false,
+                   "backing_files": false, "sparse": true, "image_type": "Unknown"}],
+        "rng": {"src": "/dev/urandom", "iommu": false},
+        "serial": {"mode": "Off", "iommu": false}, "console": {"mode": "Off", "iommu": false},
+        "platform": {"num_pci_segments": 2, "tdx": false, "sev_snp": false},
+    }))
+    .config;
+    assert_eq!((config.cpus.boot().get(), config.cpus.max().get()), (1, 4));
+    assert!(config.memory.shared);
+    assert_eq!(config.disks, [crate::DiskConfig::new("/d".into(), true)]);
+}
+
+#[test]
+fn what_cannot_be_honoured_is_named() {
+    let with = |key: &str, value: Value| {
+        let mut vm = json!({"payload": {"kernel": "/k"}});
+        vm[key] = value;
+        refusal(&vm)
+    };
+    assert_eq!(
+        with("devices", json!([{"path": "/sys/x"}])),
+        "devices: there is no PCI, and so no VFIO"
+    );
+    assert_eq!(
+        with(
+            "disks",
+            json!([{"path": "/a"}, {"path": "/b", "iommu": true}])
+        ),
+        "disks.*.iommu: there is no virtual IOMMU"
+    );
+    assert_eq!(
+        with("memory", json!({"size": 5 << 20})),
+        "memory.size: 5M of RAM: 32M to 1024G is possible"
+    );
+    assert_eq!(
+        with("cpus", json!({"boot_vcpus": 2, "max_vcpus": 1})),
+        "cpus: max=1 is less than boot=2"
+    );
+    assert_eq!(
+        with("disks", json!([{"path": "/a", "num_queues": 99}])),
+        "disks: queues=99: 1 to 16 are possible"
+    );
+    assert_eq!(
+        with("serial", json!({"mode": "File"})),
+        "serial: mode File needs a file"
+    );
+    let pty = with("console", json!({"mode": "Pty"}));
+    assert!(
+        pty.starts_with("console.mode: unknown variant `Pty`"),
+        "{pty}"
+    );
+    let qcow = with("disks", json!([{"path": "/a", "image_type": "Qcow2"}]));
+    assert!(
+        qcow.starts_with("disks[0].image_type: unknown variant `Qcow2`"),
+        "{qcow}"
+    );
+}
+
+#[test]
+fn a_body_that_is_no_vm_says_where_it_stops_being_one() {
+    assert!(refusal(&json!({})).starts_with(".: missing field `payload`"));
+    assert!(refusal(&json!({"payload": {}})).starts_with("payload: missing field `kernel`"));
+    assert!(refusal(&json!([1])).contains("invalid"));
+    let error = Definition::parse(b"{} x").unwrap_err().to_string();
+    assert!(error.contains("trailing characters"), "{error}");
+}
+
+#[test]
+fn answers_are_ascii() {
+    let value = json!({"path": "/größe/🦀"});
+    let text = ascii(&value);
+    assert!(text.is_ascii());
+    assert_eq!(serde_json::from_str::<Value>(&text).unwrap(), value);
+}

@@ -1,0 +1,80 @@
+//! Fields of Cloud Hypervisor's that podvmm knows and cannot honour.
+
+use serde_json::Value;
+
+use crate::error::JsonError;
+
+/// Where, `*` being each element of an array, and why not. Null, false, 0 and what is empty ask
+/// for nothing and are let through.
+const FIELDS: &[(&str, &str)] = &[
+    ("payload.firmware", "podvmm boots kernels"),
+    ("payload.igvm", "there are no confidential VMs"),
+    ("payload.mrconfigid", "there are no confidential VMs"),
+    ("payload.host_data", "there are no confidential VMs"),
+    (
+        "cpus.affinity",
+        "pin the threads vcpu0, vcpu1, ... from outside",
+    ),
+    ("cpus.kvm_hyperv", "guests are Linux"),
+    ("cpus.features.amx", "AMX is not enabled for guests"),
+    ("memory.zones", "RAM is one zone"),
+    (
+        "memory.mergeable",
+        "pages are not offered to KSM: it leaks between pods",
+    ),
+    ("memory.prefault", "RAM is given when it is touched"),
+    ("memory.hugepage_size", "huge pages are of 2 MiB"),
+    ("disks.*.vhost_user", "disks are files"),
+    ("disks.*.iommu", "there is no virtual IOMMU"),
+    ("disks.*.backing_files", "images are raw"),
+    ("net.*.iommu", "there is no virtual IOMMU"),
+    ("net.*.vhost_user", "networks are taps"),
+    ("fs.*.iommu", "there is no virtual IOMMU"),
+    ("vsock.iommu", "there is no virtual IOMMU"),
+    ("rng.iommu", "there is no virtual IOMMU"),
+    ("console.iommu", "there is no virtual IOMMU"),
+    ("serial.iommu", "there is no virtual IOMMU"),
+    ("iommu", "there is no virtual IOMMU"),
+    ("platform.iommu_segments", "there is no virtual IOMMU"),
+    ("platform.tdx", "there are no confidential VMs"),
+    ("platform.sev_snp", "there are no confidential VMs"),
+    ("devices", "there is no PCI, and so no VFIO"),
+    ("user_devices", "there is no PCI"),
+    ("pmem", "use a disk"),
+    ("vdpa", "there is no vDPA"),
+    ("numa", "guests have one node"),
+    ("sgx_epc", "there is no SGX"),
+    ("tpm", "there is no TPM"),
+    ("ivshmem", "there is no PCI"),
+    ("watchdog", "there is no watchdog"),
+    ("pvpanic", "a panic is seen on the console"),
+    ("landlock_enable", "podvmm does not use Landlock"),
+];
+
+/// Refuses the first field of `vm` that asks for something podvmm has not.
+pub(super) fn refuse(vm: &Value) -> Result<(), JsonError> {
+    for (path, why) in FIELDS {
+        if asks(vm, path) {
+            return Err(JsonError::Unsupported {
+                path: (*path).into(),
+                why,
+            });
+        }
+    }
+    Ok(())
+}
+
+fn asks(value: &Value, path: &str) -> bool {
+    let (first, rest) = path.split_once('.').unwrap_or((path, ""));
+    match (first, value) {
+        ("", Value::Null | Value::Bool(false)) => false,
+        ("", Value::Bool(true)) => true,
+        ("", Value::Number(number)) => number.as_f64() != Some(0.0),
+        ("", Value::String(text)) => !text.is_empty(),
+        ("", Value::Array(items)) => !items.is_empty(),
+        ("", Value::Object(fields)) => !fields.is_empty(),
+        ("*", Value::Array(items)) => items.iter().any(|item| asks(item, rest)),
+        (key, Value::Object(fields)) => fields.get(key).is_some_and(|field| asks(field, rest)),
+        _ => false,
+    }
+}

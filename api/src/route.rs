@@ -1,0 +1,188 @@
+//! From an HTTP request to what it asks, and from what it is answered to an HTTP response.
+
+use serde::de::DeserializeOwned;
+
+use crate::error::ApiError;
+use crate::http;
+use crate::http::{Method, Response};
+use crate::json::Definition;
+use crate::request::{Answer, Request};
+
+/// What all paths begin with, but that of the metrics.
+pub const PREFIX: &str = "/api/v1/";
+
+type Parse = fn(&str, http::Request) -> Result<Request, ApiError>;
+
+/// One endpoint.
+#[derive(Clone, Copy, Debug)]
+pub struct Route {
+    pub method: &'static str,
+    pub path: &'static str,
+    parse: Parse,
+}
+
+const fn get(path: &'static str, parse: Parse) -> Route {
+    Route {
+        method: "GET",
+        path,
+        parse,
+    }
+}
+
+const fn put(path: &'static str, parse: Parse) -> Route {
+    Route {
+        method: "PUT",
+        path,
+        parse,
+    }
+}
+
+/// All endpoints.
+pub const ROUTES: &[Route] = &[
+    get("/api/v1/vmm.ping", |_, _| Ok(Request::Ping)),
+    put("/api/v1/vmm.shutdown", |_, _| Ok(Request::Exit)),
+    put("/api/v1/vm.create", |_, request| {
+        let definition = Definition::parse(&request.body);
+        let definition = definition.map_err(|source| ApiError::Body {
+            request: "vm.create",
+            source,
+        })?;
+        Ok(Request::Create(Box::new(definition)))
+    }),
+    put("/api/v1/vm.boot", |_, _| Ok(Request::Boot)),
+    get("/api/v1/vm.info", |_, _| Ok(Request::Info)),
+    get("/api/v1/vm.counters", |_, _| Ok(Request::Counters)),
+    put("/api/v1/vm.pause", |_, _| Ok(Request::Pause)),
+    put("/api/v1/vm.resume", |_, _| Ok(Request::Resume)),
+    put("/api/v1/vm.resize", |_, request| {
+        Ok(Request::Resize(json("vm.resize", &request.body)?))
+    }),
+    put("/api/v1/vm.shutdown", |_, _| Ok(Request::Shutdown)),
+    put("/api/v1/vm.reboot", |_, _| Ok(Request::Reboot)),
+    put("/api/v1/vm.delete", |_, _| Ok(Request::Delete)),
+    put("/api/v1/vm.snapshot", not_implemented),
+    put("/api/v1/vm.restore", not_implemented),
+    get("/metrics", |_, _| Ok(Request::Metrics)),
+];
+
+fn not_implemented(path: &str, _: http::Request) -> Result<Request, ApiError> {
+    Err(ApiError::NotImplemented(
+        path.trim_start_matches(PREFIX).to_string(),
+    ))
+}
+
+/// What `request` asks.
+pub fn request(request: http::Request) -> Result<Request, ApiError> {
+    let path = request.path.clone();
+    let Some(route) = ROUTES.iter().find(|route| route.path == path) else {
+        return Err(ApiError::NoSuchEndpoint(path));
+    };
+    let expected = Method::from(route.method);
+    if request.method != expected {
+        return Err(ApiError::Method {
+            path,
+            expected: route.method,
+            found: request.method.to_string(),
+        });
+    }
+    (route.parse)(&path, request)
+}
+
+/// How it is told.
+pub fn response(answer: &Result<Answer, ApiError>) -> Response {
+    match answer {
+        Ok(Answer::Done) => Response::done(),
+        Ok(Answer::Exiting) => Response::json(200, String::new()),
+        Ok(Answer::Ping(ping)) => body(ping),
+        Ok(Answer::Info(info)) => body(info),
+        Ok(Answer::Counters(counters)) => body(counters),
+        Ok(Answer::Metrics(text)) => Response::text(text.clone()),
+        Err(error) => {
+            let chain = error.chain();
+            Response::refusal(error.status(), chain.iter().map(String::as_str))
+        }
+    }
+}
+
+fn body(value: &impl serde::Serialize) -> Response {
+    match serde_json::to_value(value) {
+        Ok(value) => Response::json(200, crate::json::ascii(&value)),
+        Err(error) => Response::refusal(500, [error.to_string().as_str()]),
+    }
+}
+
+fn json<T: DeserializeOwned>(request: &'static str, body: &[u8]) -> Result<T, ApiError> {
+    crate::json::parse(body).map_err(|source| ApiError::Body { request, source })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn ask(method: &str, path: &str, body: &str) -> Result<Request, ApiError> {
+        request(http::Request {
+            method: method.into(),
+            path: path.into(),
+            body: body.into(),
+            fds: Vec::new(),
+        })
+    }
+
+    fn refusal(method: &str, path: &str, body: &str) -> (u16, String) {
+        let error = ask(method, path, body).unwrap_err();
+        (error.status(), error.chain().join(": "))
+    }
+
+    #[test]
+    fn each_path_is_one_request() {
+        assert!(matches!(
+            ask("GET", "/api/v1/vmm.ping", ""),
+            Ok(Request::Ping)
+        ));
+        assert!(matches!(
+            ask("PUT", "/api/v1/vm.boot", "{}"),
+            Ok(Request::Boot)
+        ));
+        let mut paths: Vec<_> = ROUTES.iter().map(|route| route.path).collect();
+        paths.sort_unstable();
+        paths.dedup();
+        assert_eq!(paths.len(), ROUTES.len());
+    }
+
+    #[test]
+    fn what_is_not_there_is_named() {
+        assert_eq!(
+            refusal("GET", "/api/v1/vm.fly", ""),
+            (404, "/api/v1/vm.fly: there is no such endpoint".into())
+        );
+        assert_eq!(
+            refusal("POST", "/api/v1/vm.boot", ""),
+            (405, "/api/v1/vm.boot takes PUT, not POST".into())
+        );
+        assert_eq!(
+            refusal("PUT", "/api/v1/vm.snapshot", "{}"),
+            (501, "vm.snapshot is not implemented".into())
+        );
+    }
+
+    #[test]
+    fn a_resize_may_have_nulls_and_fields_nobody_knows() {
+        let body = r#"{"desired_vcpus":2,"desired_ram":null,"color":"red"}"#;
+        let Ok(Request::Resize(resize)) = ask("PUT", "/api/v1/vm.resize", body) else {
+            panic!("refused");
+        };
+        assert_eq!((resize.desired_vcpus, resize.desired_ram), (Some(2), None));
+    }
+
+    #[test]
+    fn a_bad_body_says_where() {
+        let (status, why) = refusal("PUT", "/api/v1/vm.resize", r#"{"desired_vcpus":"two"}"#);
+        assert_eq!(status, 400);
+        assert!(
+            why.starts_with("the body is not what vm.resize takes: desired_vcpus: invalid type"),
+            "{why}"
+        );
+        let (_, why) = refusal("PUT", "/api/v1/vm.resize", "{");
+        assert!(why.contains("EOF while parsing"), "{why}");
+    }
+}
