@@ -186,6 +186,12 @@ impl Thread {
 
     /// Runs the guest until told otherwise or until it is over.
     fn run(&mut self) -> Step {
+        // A kick that came while this thread was being born left nothing but its
+        // command.
+        match self.obey() {
+            Step::Continue => {}
+            step => return step,
+        }
         loop {
             match self.step() {
                 Ok(Step::Continue) => {}
@@ -220,9 +226,9 @@ impl Thread {
                 self.buses.mmio.write(address, data);
             }
             // EAGAIN: a start-up interrupt made this vCPU runnable.
-            Ok(VcpuExit::Intr) => return Ok(self.obey()),
-            Err(error) if error.errno() == libc::EAGAIN => return Ok(self.obey()),
-            Err(error) if error.errno() == libc::EINTR => return Ok(self.obey()),
+            Ok(VcpuExit::Intr) => return Ok(self.kicked()),
+            Err(error) if error.errno() == libc::EAGAIN => return Ok(self.kicked()),
+            Err(error) if error.errno() == libc::EINTR => return Ok(self.kicked()),
             Ok(exit) => {
                 let kind = exit::Kind::of(&exit);
                 return Err(exit::ending(kind, self.kick.vcpu(), &self.memory));
@@ -235,9 +241,13 @@ impl Thread {
         Ok(Step::Continue)
     }
 
-    /// Takes the commands that a kick announced.
-    fn obey(&mut self) -> Step {
+    fn kicked(&mut self) -> Step {
         self.exits.kicks.increment();
+        self.obey()
+    }
+
+    /// Takes the commands that kicks announced.
+    fn obey(&mut self) -> Step {
         // First clear, then look: a kick after the look finds the flag set again.
         self.kick.clear();
         while let Ok(command) = self.inbox.try_recv() {
