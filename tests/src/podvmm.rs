@@ -101,7 +101,11 @@ impl Podvmm {
         let input = self.input;
         // A thread, for a guest may read late; a closed pipe is its decision.
         thread::spawn(move || stdin.write_all(&input));
-        Running { child }
+        let pid = child.id();
+        Running {
+            child: Some(child),
+            pid,
+        }
     }
 
     /// Runs it to its end.
@@ -113,12 +117,25 @@ impl Podvmm {
 /// A podvmm that runs.
 #[derive(Debug)]
 pub struct Running {
-    child: Child,
+    /// None once it is waited for.
+    child: Option<Child>,
+    pid: u32,
+}
+
+/// A test that fails leaves nothing running.
+impl Drop for Running {
+    fn drop(&mut self) {
+        if let Some(mut child) = self.child.take() {
+            // It may have ended by itself.
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+    }
 }
 
 impl Running {
     pub fn pid(&self) -> u32 {
-        self.child.id()
+        self.pid
     }
 
     pub fn signal(&self, signal: i32) {
@@ -128,7 +145,7 @@ impl Running {
     }
 
     /// Waits for its end, and kills it if that never comes.
-    pub fn wait(self) -> Outcome {
+    pub fn wait(mut self) -> Outcome {
         let pid = self.pid();
         let (done, waiting) = std::sync::mpsc::channel();
         let watchdog = thread::spawn(move || {
@@ -144,10 +161,8 @@ impl Running {
                 };
             }
         });
-        let output = self
-            .child
-            .wait_with_output()
-            .expect("podvmm is a child of ours");
+        let child = self.child.take().expect("it is waited for once");
+        let output = child.wait_with_output().expect("podvmm is a child of ours");
         // The watchdog may have ended at its deadline.
         let _ = done.send(());
         watchdog.join().expect("the watchdog does not panic");

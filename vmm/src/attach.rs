@@ -63,14 +63,18 @@ pub(crate) struct Attacher<'a> {
     pub(crate) runner: Arc<dyn Runner>,
     /// The bus being filled.
     pub(crate) mmio: Bus,
-    /// What was attached so far.
-    pub(crate) transports: Vec<Arc<Mutex<MmioTransport>>>,
+    /// What was attached so far, by id.
+    pub(crate) transports: Vec<(String, Arc<Mutex<MmioTransport>>)>,
     /// Kernel parameters that name it.
     pub(crate) parameters: Vec<String>,
 }
 
 impl Attacher<'_> {
-    pub(crate) fn attach(&mut self, device: Box<dyn VirtioDevice>) -> Result<(), AttachError> {
+    pub(crate) fn attach(
+        &mut self,
+        id: String,
+        device: Box<dyn VirtioDevice>,
+    ) -> Result<(), AttachError> {
         let index = self.transports.len();
         let gsi = DEVICE_GSIS
             .clone()
@@ -90,7 +94,7 @@ impl Attacher<'_> {
         let transport = Arc::new(Mutex::new(transport));
         self.mmio
             .insert(window, MMIO_WINDOW_BYTES, transport.clone())?;
-        self.transports.push(transport);
+        self.transports.push((id, transport));
         // Linux, virtio_mmio.c: <size>@<base address>:<interrupt>
         self.parameters
             .push(format!("virtio_mmio.device=4K@{window:#x}:{gsi}"));

@@ -2,7 +2,6 @@
 //! the parts need one another. What fails drops what was made so far.
 
 use std::io;
-use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex};
 
 use api::{DiskConfig, Output, VmConfig};
@@ -25,7 +24,7 @@ use thiserror::Error;
 
 use crate::attach::{AttachError, Attacher, irqfd};
 use crate::command::Command;
-use crate::control::Event;
+use crate::control::{Event, Inbox};
 use crate::ending::Ending;
 use crate::host::KvmKind;
 use crate::image::{LoadError, load_initramfs, load_kernel};
@@ -115,7 +114,7 @@ pub struct Surroundings {
     /// What the agent is to run, if anything.
     pub command: Option<Command>,
     /// Where the machine reports.
-    pub inbox: Sender<Event>,
+    pub inbox: Inbox,
     /// Keeps the end of what consoles print.
     pub transcript: Transcript,
     /// Whether the terminal is in raw mode, so that escapes end the VM.
@@ -216,6 +215,7 @@ pub fn build(config: &VmConfig, around: &Surroundings) -> Result<Machine, BuildE
     Ok(Machine {
         vcpus,
         running: config.cpus.boot().get().into(),
+        shrinking: None,
         transports,
         exits,
         _io: io,
@@ -292,9 +292,9 @@ fn attach_devices(
             device: device.clone(),
             source: source.into(),
         })?;
-        attach(attacher, &device, blk)?;
+        attach(attacher, &format!("disk{index}"), &device, blk)?;
     }
-    attach(attacher, "the entropy device", Rng::new())?;
+    attach(attacher, "rng", "the entropy device", Rng::new())?;
     let mut ports = Vec::from_iter(streams::console(&config.console, &around.transcript)?);
     if around.command.is_some() {
         ports.extend(streams::command(around.inbox.clone())?);
@@ -305,18 +305,19 @@ fn attach_devices(
             device: device.into(),
             source: source.into(),
         })?;
-        attach(attacher, device, console)?;
+        attach(attacher, "console", device, console)?;
     }
     Ok(())
 }
 
 fn attach(
     attacher: &mut Attacher,
+    id: &str,
     device: &str,
     made: impl VirtioDevice + 'static,
 ) -> Result<(), BuildError> {
     attacher
-        .attach(Box::new(made))
+        .attach(id.into(), Box::new(made))
         .map_err(|source| BuildError::Attach {
             device: device.into(),
             source,

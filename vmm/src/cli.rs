@@ -46,6 +46,8 @@ pub struct RunOptions {
     pub serial: Option<Output>,
     /// `--console`
     pub console: Option<Output>,
+    /// `--api-socket`
+    pub api_socket: Option<PathBuf>,
     /// `--log-file`
     pub log_file: Option<PathBuf>,
     /// `-v`, counted.
@@ -55,6 +57,25 @@ pub struct RunOptions {
 }
 
 impl RunOptions {
+    /// Whether clients are to say what to boot.
+    pub fn only_serves(&self) -> bool {
+        self.api_socket.is_some()
+            && self.kernel.is_none()
+            && self.rootfs.is_none()
+            && self.command.is_empty()
+    }
+
+    /// Whether they say anything about a VM besides what to boot.
+    fn describes_a_vm(&self) -> bool {
+        self.initramfs.is_some()
+            || !self.cmdline.is_empty()
+            || self.cpus != CpusConfig::default()
+            || self.memory != MemoryConfig::default()
+            || !self.disks.is_empty()
+            || self.serial.is_some()
+            || self.console.is_some()
+    }
+
     /// How much to log.
     pub fn log_level(&self) -> LevelFilter {
         match self.verbosity {
@@ -103,6 +124,9 @@ pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Action, Cl
             Arg::Long("disk") => options.disks.push(value(&mut parser, "disk")?),
             Arg::Long("serial") => options.serial = Some(value(&mut parser, "serial")?),
             Arg::Long("console") => options.console = Some(value(&mut parser, "console")?),
+            Arg::Long("api-socket") => options.api_socket = Some(parser.value()?.into()),
+            // What Kata says to have no filters. There are none yet.
+            Arg::Long("seccomp") => seccomp(&parser.value()?)?,
             Arg::Long("log-file") => options.log_file = Some(parser.value()?.into()),
             Arg::Short('v') => options.verbosity = options.verbosity.saturating_add(1),
             unexpected => return Err(unexpected.unexpected().into()),
@@ -137,11 +161,25 @@ where
         .map_err(|source| CliError::Value { option, source })
 }
 
+fn seccomp(value: &OsString) -> Result<(), CliError> {
+    match value.to_str() {
+        Some("false") => Ok(()),
+        _ => Err(CliError::Contradiction(
+            "--seccomp: there are no filters yet, so only false can be honoured",
+        )),
+    }
+}
+
 fn check(options: &RunOptions) -> Result<(), CliError> {
     let tty = Some(&Output::Tty);
     if options.serial.as_ref() == tty && options.console.as_ref() == tty {
         return Err(CliError::Contradiction(
             "--serial tty and --console tty: there is one terminal; give one of them off, null or file=PATH",
+        ));
+    }
+    if options.only_serves() && options.describes_a_vm() {
+        return Err(CliError::Contradiction(
+            "--api-socket without --kernel, --rootfs or COMMAND: clients say what the VM gets, not options",
         ));
     }
     let has_command = !options.command.is_empty();
@@ -199,6 +237,15 @@ mod tests {
                 .collect::<Vec<_>>(),
             ["/a", "/b"]
         );
+    }
+
+    #[test]
+    fn whoever_only_serves_describes_no_vm() {
+        assert!(run(&["--api-socket", "/s", "--seccomp", "false"]).only_serves());
+        assert!(!run(&["--api-socket", "/s", "--kernel", "k", "--cpus", "boot=2"]).only_serves());
+        let refused = refusal(&["--api-socket", "/s", "--disk", "path=/d"]);
+        assert!(refused.starts_with("--api-socket without"), "{refused}");
+        assert!(refusal(&["--seccomp", "true"]).starts_with("--seccomp: there are no"));
     }
 
     #[test]

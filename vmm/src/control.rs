@@ -1,10 +1,19 @@
-//! The inbox of a VM, and the one thread that decides what happens to it.
+//! The inbox of podvmm, and the one thread that decides what happens to its VM.
+//!
+//! Everybody else reports or asks: vCPUs and devices, the agent, signals, and
+//! clients of the API, who each get their answer through a channel of their own.
 
-use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, SendError, Sender, channel};
+use std::time::Duration;
+
+use api::{Answer, ApiError, Request};
 
 use crate::command::Status;
 use crate::ending::Ending;
-use crate::machine::Machine;
+use crate::lifecycle::Vm;
+
+/// How often to look at what nobody reports: KVM keeps a halted vCPU to itself.
+const TICK: Duration = Duration::from_secs(1);
 
 /// What others tell `control`.
 #[derive(Debug)]
@@ -15,30 +24,89 @@ pub enum Event {
     Status(Status),
     /// A signal asks podvmm to end.
     Signal(i32),
+    /// A client asks.
+    Call(Box<Request>, Sender<Result<Answer, ApiError>>),
 }
 
-/// Makes the inbox and the way into it.
-pub fn inbox() -> (Sender<Event>, Receiver<Event>) {
-    channel()
+/// The way into the inbox for those who belong to one life of the VM. What they
+/// say after its end is not heard.
+#[derive(Clone, Debug)]
+pub struct Inbox {
+    sender: Sender<(u32, Event)>,
+    life: u32,
 }
 
-/// Waits for the end of `machine`'s guest and says which one it was.
-pub fn wait(machine: &Machine, inbox: &Receiver<Event>) -> Ending {
-    loop {
-        match inbox.recv_timeout(Machine::HALT_CHECK) {
-            Ok(Event::Ended(ending)) => return ending,
-            Ok(Event::Signal(signal)) => return Ending::Signal(signal),
-            Ok(Event::Status(Status::Ready)) => log::info!("the agent starts the command"),
-            Ok(Event::Status(Status::Exit(status))) => return Ending::Command(status),
-            Ok(Event::Status(Status::Error(why))) => return Ending::Agent(why),
+impl Inbox {
+    /// The inbox of a VM that does not live yet.
+    pub fn new() -> (Self, Receiver<(u32, Event)>) {
+        let (sender, receiver) = channel();
+        (Self { sender, life: 0 }, receiver)
+    }
+
+    /// Fails when there is nobody to listen any more.
+    pub fn send(&self, event: Event) -> Result<(), SendError<(u32, Event)>> {
+        self.sender.send((self.life, event))
+    }
+
+    /// The same inbox, for those who belong to the next life.
+    pub(crate) fn next_life(&mut self) -> Self {
+        self.life += 1;
+        self.clone()
+    }
+
+    pub(crate) fn life(&self) -> u32 {
+        self.life
+    }
+}
+
+/// Why podvmm is done.
+#[derive(Debug)]
+pub enum Outcome {
+    /// The guest ended, or podvmm was told to end by a signal.
+    Ended(Ending),
+    /// A client told podvmm to end.
+    Dismissed,
+}
+
+/// Serves the inbox until podvmm is done. The VM is stopped by then, and who
+/// still waits for an answer learns that there will be none.
+pub fn serve(vm: &mut Vm, events: Receiver<(u32, Event)>) -> Outcome {
+    let outcome = loop {
+        match events.recv_timeout(TICK) {
+            Ok((_, Event::Signal(signal))) => break Outcome::Ended(Ending::Signal(signal)),
+            Ok((_, Event::Call(request, reply))) => {
+                let answer = vm.answer(*request);
+                let last = matches!(answer, Ok(Answer::Exiting));
+                if last {
+                    // The client is to hear it when it is so.
+                    vm.stop();
+                }
+                // A client that left does not want its answer.
+                let _ = reply.send(answer);
+                if last {
+                    break Outcome::Dismissed;
+                }
+            }
+            Ok((life, _)) if life != vm.life() => {}
+            Ok((_, Event::Ended(ending))) => break Outcome::Ended(ending),
+            Ok((_, Event::Status(Status::Ready))) => log::info!("the agent starts the command"),
+            Ok((_, Event::Status(Status::Exit(status)))) => {
+                break Outcome::Ended(Ending::Command(status));
+            }
+            Ok((_, Event::Status(Status::Error(why)))) => {
+                break Outcome::Ended(Ending::Agent(why));
+            }
             Err(RecvTimeoutError::Timeout) => {
-                if machine.is_halted() {
-                    return Ending::Halted;
+                if vm.tick() {
+                    break Outcome::Ended(Ending::Halted);
                 }
             }
             Err(RecvTimeoutError::Disconnected) => {
-                unreachable!("the machine's vCPUs hold senders while it lives")
+                unreachable!("the VM holds a way into its inbox")
             }
         }
-    }
+    };
+    drop(events);
+    vm.stop();
+    outcome
 }

@@ -1,9 +1,9 @@
 //! podvmm: one microVM, from its configuration to its end.
 //!
 //! ```text
-//! main ─▶ cli ─▶ run ─▶ builder ─▶ Machine {vcpus, transports, io, ram}
-//!                 │                   │ events
-//!                 └──▶ control ◀──────┘
+//! main ─▶ cli ─▶ run ─▶ control ─▶ lifecycle ─▶ builder ─▶ Machine {vcpus, transports, io, ram}
+//!                          ▲ ▲                                │
+//!        clients ─▶ service┘ └──────────── events ────────────┘
 //! ```
 //!
 //! `control` alone decides; vCPU threads run the guest and tell it how that
@@ -21,10 +21,13 @@ pub mod host;
 pub mod image;
 mod io;
 mod keyboard;
+pub mod lifecycle;
 pub mod machine;
 pub mod memory;
+mod metrics;
 pub mod rootfs;
 pub mod run;
+pub mod service;
 mod signals;
 pub mod streams;
 mod terminal;

@@ -3,9 +3,9 @@
 
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use devices::virtio::MmioTransport;
+use devices::virtio::{Counters, MmioTransport};
 use kvm_ioctls::VmFd;
 use thiserror::Error;
 
@@ -23,9 +23,11 @@ pub struct ResumeError(#[source] io::Error);
 #[derive(Debug)]
 pub struct Machine {
     pub(crate) vcpus: Vec<Vcpu>,
-    /// How many of them run; the others are parked for good.
+    /// How many of them may run, and do unless they are parked.
     pub(crate) running: usize,
-    pub(crate) transports: Vec<Arc<Mutex<MmioTransport>>>,
+    /// Until when vCPUs beyond `running` may take to halt.
+    pub(crate) shrinking: Option<Instant>,
+    pub(crate) transports: Vec<(String, Arc<Mutex<MmioTransport>>)>,
     pub(crate) _io: Arc<IoThreads>,
     pub(crate) exits: Arc<ExitCounters>,
     pub(crate) _vm: VmFd,
@@ -47,7 +49,7 @@ impl Machine {
 
     /// Puts the devices back on their loops and lets the vCPUs go on.
     pub fn resume(&self) -> Result<(), ResumeError> {
-        for transport in &self.transports {
+        for (_, transport) in &self.transports {
             lock(transport).resume().map_err(ResumeError)?;
         }
         self.start();
@@ -72,14 +74,60 @@ impl Machine {
         &self.exits
     }
 
-    /// How often to look whether the guest has halted: nobody says so, as KVM
-    /// keeps a halted vCPU to itself.
-    pub const HALT_CHECK: Duration = Duration::from_secs(1);
+    /// Each device's id and what it has done.
+    pub fn devices(&self) -> impl Iterator<Item = (&str, Arc<Counters>)> {
+        self.transports
+            .iter()
+            .map(|(id, transport)| (id.as_str(), lock(transport).counters()))
+    }
+
+    /// vCPUs that the host lets run.
+    pub fn vcpus_running(&self) -> usize {
+        if self.shrinking.is_some() {
+            self.vcpus.len()
+        } else {
+            self.running
+        }
+    }
+
+    /// Lets `count` vCPUs run, from 1 to all there are. More run at once, as far
+    /// as the guest starts them. Those that are too many are parked when the
+    /// guest has taken them offline, at the latest after [`Self::PATIENCE`]: the
+    /// guest is asked first, by others, and the host has the last word.
+    pub fn resize_vcpus(&mut self, count: usize) {
+        if count > self.running {
+            self.vcpus[self.running..count].iter().for_each(Vcpu::run);
+        }
+        if count < self.running {
+            self.shrinking = Some(Instant::now() + Self::PATIENCE);
+        }
+        self.running = count;
+        self.settle_vcpus();
+    }
+
+    /// Parks vCPUs that are too many as soon as they may be.
+    pub(crate) fn settle_vcpus(&mut self) {
+        let Some(deadline) = self.shrinking else {
+            return;
+        };
+        let extra = &self.vcpus[self.running..];
+        let late = Instant::now() >= deadline;
+        if late || extra.iter().all(Vcpu::is_halted) {
+            if late {
+                log::warn!("the guest kept vCPUs that it should give up; they are stopped");
+            }
+            extra.iter().for_each(Vcpu::park);
+            self.shrinking = None;
+        }
+    }
+
+    /// How long a guest may use vCPUs that it should have given up.
+    pub const PATIENCE: Duration = Duration::from_secs(3);
 
     fn each_transport(&self, mut act: impl FnMut(MutexGuard<'_, MmioTransport>)) {
         self.transports
             .iter()
-            .for_each(|transport| act(lock(transport)));
+            .for_each(|(_, transport)| act(lock(transport)));
     }
 }
 

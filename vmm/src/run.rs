@@ -3,19 +3,18 @@
 
 use std::io;
 use std::path::PathBuf;
-use std::sync::mpsc::Sender;
 
-use api::{DiskConfig, KernelConfig, Output, VmConfig};
+use api::{ApiError, Definition, DiskConfig, KernelConfig, Output, VmConfig};
 use thiserror::Error;
 
-use crate::builder::{BuildError, Surroundings, build};
 use crate::cli::RunOptions;
 use crate::command::Command;
-use crate::control::{self, Event};
+use crate::control::{self, Event, Inbox, Outcome};
 use crate::ending::Ending;
 use crate::guest::{GuestFolder, MissingPart};
-use crate::machine::Machine;
+use crate::lifecycle::{Surround, Vm};
 use crate::rootfs::{Rootfs, RootfsError};
+use crate::service::{Service, ServiceError};
 use crate::signals;
 use crate::terminal::{self, RawTerminal};
 use crate::transcript::Transcript;
@@ -33,8 +32,11 @@ pub enum RunError {
     #[error(transparent)]
     Rootfs(#[from] RootfsError),
     /// It could not be built.
+    #[error("{0}")]
+    Build(ApiError),
+    /// There is no API.
     #[error(transparent)]
-    Build(#[from] BuildError),
+    Service(#[from] ServiceError),
     /// Signals could not be watched.
     #[error("watch for signals")]
     Signals(#[source] io::Error),
@@ -43,35 +45,66 @@ pub enum RunError {
     Terminal(#[source] io::Error),
 }
 
-/// Runs the VM to its end and returns podvmm's exit code.
+/// Runs podvmm to its end and returns its exit code: with `--api-socket` and
+/// nothing to boot it serves clients, otherwise it runs the VM of the options.
 pub fn run(options: &RunOptions) -> Result<u8, RunError> {
-    let has_command = !options.command.is_empty();
-    let (config, rootfs) = config(options)?;
-    let (inbox, events) = control::inbox();
+    let (inbox, events) = Inbox::new();
     watch_signals(inbox.clone())?;
+    let transcript = Transcript::default();
+    let has_command = !options.command.is_empty();
+    let service = |inbox: &Inbox| match &options.api_socket {
+        None => Ok(None),
+        Some(socket) => Service::start(socket, inbox.clone()).map(Some),
+    };
+    if options.only_serves() {
+        let service = service(&inbox)?;
+        let mut vm = Vm::new(Surround {
+            inbox,
+            command: None,
+            transcript: transcript.clone(),
+            terminal: false,
+        });
+        let outcome = control::serve(&mut vm, events);
+        drop(service);
+        let output = vm.definition().map(|vm| &vm.config);
+        return Ok(conclude(outcome, false, output, &transcript));
+    }
+
+    let (config, rootfs) = config(options)?;
     let command = command(options);
     let terminal = terminal(&config, command.as_ref())?;
-    let transcript = Transcript::default();
-    let around = Surroundings {
-        command,
+    let service = service(&inbox)?;
+    let mut vm = Vm::new(Surround {
         inbox,
+        command,
         transcript: transcript.clone(),
         terminal: terminal.is_some(),
-    };
-
-    let machine = build(&config, &around)?;
+    });
+    let definition = Definition::of(config.clone());
+    vm.create(Box::new(definition)).map_err(RunError::Build)?;
+    vm.boot().map_err(RunError::Build)?;
     drop(rootfs);
-    log::info!("built; entering the guest");
-    machine.start();
-    let ending = control::wait(&machine, &events);
-    machine.stop();
-    log_exits(&machine);
-    drop(machine);
+    let outcome = control::serve(&mut vm, events);
+    drop(service);
     drop(terminal);
+    Ok(conclude(outcome, has_command, Some(&config), &transcript))
+}
 
-    let ending = with_panic(ending, &transcript);
-    report(&ending, has_command, &config, &transcript);
-    Ok(ending.exit_code(has_command))
+/// Says how it ended, if that needs to be said, and gives the exit code.
+fn conclude(
+    outcome: Outcome,
+    has_command: bool,
+    config: Option<&VmConfig>,
+    transcript: &Transcript,
+) -> u8 {
+    match outcome {
+        Outcome::Dismissed => 0,
+        Outcome::Ended(ending) => {
+            let ending = with_panic(ending, transcript);
+            report(&ending, has_command, config, transcript);
+            ending.exit_code(has_command)
+        }
+    }
 }
 
 /// The VM that `options` describe, and what must live until it is built.
@@ -150,7 +183,7 @@ fn consoles(options: &RunOptions, wants_agent: bool) -> String {
     words.join(" ")
 }
 
-fn watch_signals(inbox: Sender<Event>) -> Result<(), RunError> {
+fn watch_signals(inbox: Inbox) -> Result<(), RunError> {
     signals::watch(move |signal| {
         // After the end of the VM nobody listens, and nobody need.
         let _ = inbox.send(Event::Signal(signal));
@@ -186,28 +219,18 @@ fn with_panic(ending: Ending, transcript: &Transcript) -> Ending {
     }
 }
 
-fn report(ending: &Ending, has_command: bool, config: &VmConfig, transcript: &Transcript) {
+fn report(ending: &Ending, has_command: bool, config: Option<&VmConfig>, transcript: &Transcript) {
     if ending.is_orderly(has_command) {
         log::info!("{ending}");
         return;
     }
     log::error!("{ending}");
     // Whoever has the console on the terminal has seen it.
-    if config.serial == Output::Null || config.console == Output::Null {
+    let unseen =
+        |config: &VmConfig| config.serial == Output::Null || config.console == Output::Null;
+    if config.is_some_and(unseen) {
         for line in transcript.last_lines(LAST_LINES) {
             log::error!("guest: {line}");
         }
     }
-}
-
-fn log_exits(machine: &Machine) {
-    let exits = machine.exits();
-    log::info!(
-        "exits: {} port reads, {} port writes, {} MMIO reads, {} MMIO writes, {} kicks",
-        exits.io_in.get(),
-        exits.io_out.get(),
-        exits.mmio_read.get(),
-        exits.mmio_write.get(),
-        exits.kicks.get(),
-    );
 }

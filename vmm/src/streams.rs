@@ -5,7 +5,6 @@ use std::fs::OpenOptions;
 use std::io::{self, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
-use std::sync::mpsc::Sender;
 use std::time::Duration;
 
 use api::Output as Destination;
@@ -14,7 +13,7 @@ use devices::virtio::console::Port;
 use thiserror::Error;
 
 use crate::command::{STATUS_PORT, STDERR_PORT, STDIN_PORT, STDOUT_PORT, StatusParser};
-use crate::control::Event;
+use crate::control::{Event, Inbox};
 use crate::transcript::{Recorded, Transcript};
 
 /// Why a stream could not be had.
@@ -76,7 +75,7 @@ pub(crate) fn console(
 }
 
 /// The four ports of a command (docs/guest-contract.md, Ports).
-pub(crate) fn command(inbox: Sender<Event>) -> Result<[Port; 4], StreamError> {
+pub(crate) fn command(inbox: Inbox) -> Result<[Port; 4], StreamError> {
     let port = |name: &str, input, output| Port {
         name: name.into(),
         console: false,

@@ -40,7 +40,7 @@ pub(crate) struct Buses {
 }
 
 /// Exits to user space by kind. KVM's own exits do not count here.
-#[derive(Debug, Default)]
+#[derive(Debug, Default, serde::Serialize)]
 pub struct ExitCounters {
     /// Port reads.
     pub io_in: Counter,

@@ -23,6 +23,28 @@ pub struct Definition {
 }
 
 impl Definition {
+    /// A VM that was not defined in JSON.
+    pub fn of(config: VmConfig) -> Self {
+        let kernel = &config.kernel;
+        let mut vm = Map::new();
+        let payload = json!({
+            "kernel": kernel.path,
+            "initramfs": kernel.initramfs,
+            "cmdline": kernel.cmdline,
+        });
+        vm.insert("payload".into(), payload);
+        let disks = config
+            .disks
+            .iter()
+            .map(|disk| json!({"path": disk.path, "readonly": disk.readonly}));
+        vm.insert("disks".into(), disks.collect());
+        fill_in(&mut vm, &config);
+        Self {
+            config,
+            json: Value::Object(vm),
+        }
+    }
+
     /// Understands the body of vm.create.
     pub fn parse(body: &[u8]) -> Result<Self, JsonError> {
         let mut json: Value = parse(body)?;

@@ -1,0 +1,337 @@
+//! The HTTP API of the real binary, with guests of a few instructions.
+
+use std::fs;
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::thread;
+use std::time::Duration;
+
+use api::http::{Client, ClientError};
+use serde_json::{Value, json};
+use tempfile::TempDir;
+use tests::payload::Protocol;
+use tests::podvmm::{Running, kvm_is_here};
+use tests::{Payload, Podvmm, code};
+
+code!(spin, ".code32", "1: pause", "jmp 1b");
+code!(
+    reset,
+    ".code32",
+    "mov al, 0xfe",
+    "out 0x64, al",
+    "1: hlt",
+    "jmp 1b"
+);
+
+const PLAIN: &str = "temporary files have plain names";
+
+/// A podvmm that serves, in its own folder, and a guest for it.
+struct Service {
+    folder: TempDir,
+    payload: Payload,
+    running: Running,
+}
+
+impl Service {
+    fn start(code: &[u8]) -> Self {
+        let folder = TempDir::new().expect("there is a folder for temporary files");
+        let socket = folder.path().join("api");
+        let running = Podvmm::new(["--api-socket", socket.to_str().expect(PLAIN), "-v"]).spawn();
+        let service = Self {
+            folder,
+            payload: Payload::new(code, Protocol::Pvh),
+            running,
+        };
+        while UnixStream::connect(service.socket()).is_err() {
+            thread::sleep(Duration::from_millis(1));
+        }
+        service
+    }
+
+    fn socket(&self) -> PathBuf {
+        self.folder.path().join("api")
+    }
+
+    fn client(&self) -> Client {
+        Client::connect(&self.socket()).expect("podvmm serves")
+    }
+
+    fn definition(&self) -> Value {
+        json!({
+            "payload": {"kernel": self.payload.path()},
+            "cpus": {"boot_vcpus": 1, "max_vcpus": 3},
+            "memory": {"size": 64 << 20},
+            "serial": {"mode": "Null"},
+            "console": {"mode": "Off"},
+        })
+    }
+
+    /// Tells it to end, and sees it gone.
+    fn dismiss(self) {
+        put(&mut self.client(), "vmm.shutdown", None).expect("it may always end");
+        let outcome = self.running.wait();
+        assert_eq!(outcome.code, Some(0), "{outcome:?}");
+        assert!(!self.folder.path().join("api").exists());
+    }
+
+    fn proc(&self, folder: &str) -> usize {
+        let path = format!("/proc/{}/{folder}", self.running.pid());
+        fs::read_dir(path).expect("it runs").count()
+    }
+
+    fn maps(&self) -> usize {
+        let path = format!("/proc/{}/maps", self.running.pid());
+        let maps = fs::read_to_string(path).expect("it runs");
+        maps.lines().count()
+    }
+}
+
+fn put(client: &mut Client, name: &str, body: Option<Value>) -> Result<Vec<u8>, ClientError> {
+    let body = body.map(|body| body.to_string());
+    client.call("PUT", &format!("/api/v1/{name}"), body.as_deref(), &[])
+}
+
+fn get(client: &mut Client, name: &str) -> Value {
+    let body = client
+        .call("GET", &format!("/api/v1/{name}"), None, &[])
+        .expect("it is not refused");
+    serde_json::from_slice(&body).expect("answers are JSON")
+}
+
+fn refusal(result: Result<Vec<u8>, ClientError>) -> (u16, String) {
+    match result {
+        Err(ClientError::Refused { status, why }) => (status, why.join(": ")),
+        other => panic!("not refused: {other:?}"),
+    }
+}
+
+#[test]
+fn a_vm_is_created_booted_looked_at_paused_and_ended() {
+    if !kvm_is_here() {
+        return;
+    }
+    let service = Service::start(spin());
+    let mut client = service.client();
+    assert!(get(&mut client, "vmm.ping")["pid"].is_u64());
+    put(&mut client, "vm.create", Some(service.definition())).unwrap();
+    assert_eq!(get(&mut client, "vm.info")["state"], "Created");
+    put(&mut client, "vm.boot", None).unwrap();
+    let info = get(&mut client, "vm.info");
+    assert_eq!(info["state"], "Running");
+    assert_eq!(info["memory_actual_size"], 64 << 20);
+    assert_eq!(info["config"]["cpus"]["max_vcpus"], 3);
+    put(&mut client, "vm.pause", None).unwrap();
+    assert_eq!(get(&mut client, "vm.info")["state"], "Paused");
+    put(&mut client, "vm.resume", None).unwrap();
+    assert_eq!(get(&mut client, "vm.info")["state"], "Running");
+    put(&mut client, "vm.shutdown", None).unwrap();
+    assert_eq!(get(&mut client, "vm.info")["state"], "Shutdown");
+    put(&mut client, "vm.boot", None).unwrap();
+    put(&mut client, "vm.reboot", None).unwrap();
+    assert_eq!(get(&mut client, "vm.info")["state"], "Running");
+    put(&mut client, "vm.delete", None).unwrap();
+    let (status, _) = refusal(client.call("GET", "/api/v1/vm.info", None, &[]));
+    assert_eq!(status, 409);
+    service.dismiss();
+}
+
+#[test]
+fn a_request_in_the_wrong_state_is_told_the_right_one() {
+    if !kvm_is_here() {
+        return;
+    }
+    let service = Service::start(spin());
+    let mut client = service.client();
+    assert_eq!(
+        refusal(put(&mut client, "vm.boot", None)),
+        (
+            409,
+            "vm.boot: the VM is not created, it must be Created or Shutdown".into()
+        )
+    );
+    put(&mut client, "vm.create", Some(service.definition())).unwrap();
+    assert_eq!(
+        refusal(put(&mut client, "vm.create", Some(service.definition()))),
+        (
+            409,
+            "vm.create: the VM is Created, it must be not created".into()
+        )
+    );
+    let (status, _) = refusal(put(&mut client, "vm.resume", None));
+    assert_eq!(status, 409);
+    service.dismiss();
+}
+
+#[test]
+fn a_vm_that_cannot_be_says_why_and_stays_as_it_was() {
+    if !kvm_is_here() {
+        return;
+    }
+    let service = Service::start(spin());
+    let mut client = service.client();
+    let mut definition = service.definition();
+    definition["payload"]["kernel"] = "/nonexistent".into();
+    put(&mut client, "vm.create", Some(definition)).unwrap();
+    let (status, why) = refusal(put(&mut client, "vm.boot", None));
+    assert_eq!(status, 400);
+    assert!(why.contains("/nonexistent"), "{why}");
+    assert_eq!(get(&mut client, "vm.info")["state"], "Created");
+    service.dismiss();
+}
+
+#[test]
+fn vcpus_come_and_go_within_bounds() {
+    if !kvm_is_here() {
+        return;
+    }
+    let service = Service::start(spin());
+    let mut client = service.client();
+    put(&mut client, "vm.create", Some(service.definition())).unwrap();
+    put(&mut client, "vm.boot", None).unwrap();
+    let resize = |client: &mut Client, count: u8| {
+        put(client, "vm.resize", Some(json!({"desired_vcpus": count})))
+    };
+    resize(&mut client, 1).unwrap();
+    resize(&mut client, 3).unwrap();
+    let info = get(&mut client, "vm.info");
+    assert_eq!(info["config"]["cpus"]["boot_vcpus"], 3);
+    assert_eq!(info["vcpus_actual"], 3);
+    // The others wait to be started, so they stand still at once.
+    resize(&mut client, 1).unwrap();
+    assert_eq!(get(&mut client, "vm.info")["vcpus_actual"], 1);
+    for count in [0, 4] {
+        let why = format!("desired_vcpus: {count}: this VM can have 1 to 3");
+        assert_eq!(refusal(resize(&mut client, count)), (400, why));
+    }
+    service.dismiss();
+}
+
+#[test]
+fn counters_and_metrics_name_devices_and_exits() {
+    if !kvm_is_here() {
+        return;
+    }
+    let service = Service::start(spin());
+    let mut client = service.client();
+    put(&mut client, "vm.create", Some(service.definition())).unwrap();
+    put(&mut client, "vm.boot", None).unwrap();
+    let counters = get(&mut client, "vm.counters");
+    assert_eq!(counters["rng"]["requests"], 0);
+    assert!(counters["exits"]["io_out"].is_u64());
+    let metrics = client.call("GET", "/metrics", None, &[]).unwrap();
+    let metrics = String::from_utf8(metrics).unwrap();
+    for line in [
+        "podvmm_vm_state{state=\"Running\"} 1",
+        "podvmm_device_requests_total{device=\"rng\"} 0",
+        "# TYPE podvmm_vcpu_exits_total counter",
+    ] {
+        assert!(metrics.lines().any(|have| have == line), "{metrics}");
+    }
+    service.dismiss();
+}
+
+#[test]
+fn a_guest_that_ends_ends_podvmm() {
+    if !kvm_is_here() {
+        return;
+    }
+    let service = Service::start(reset());
+    let mut client = service.client();
+    put(&mut client, "vm.create", Some(service.definition())).unwrap();
+    put(&mut client, "vm.boot", None).unwrap();
+    let outcome = service.running.wait();
+    assert_eq!(outcome.code, Some(0), "{outcome:?}");
+    assert!(
+        outcome.stderr.contains("the guest reset itself"),
+        "{outcome:?}"
+    );
+    assert!(!service.folder.path().join("api").exists());
+}
+
+#[test]
+fn a_signal_ends_podvmm_and_removes_its_socket() {
+    let service = Service::start(spin());
+    // A client that is there and says nothing does not delay the end.
+    let _client = service.client();
+    service.running.signal(libc::SIGTERM);
+    let outcome = service.running.wait();
+    assert_eq!(outcome.code, Some(128 + libc::SIGTERM), "{outcome:?}");
+    assert!(!service.folder.path().join("api").exists());
+}
+
+#[test]
+fn two_hundred_lives_leave_nothing_behind() {
+    if !kvm_is_here() {
+        return;
+    }
+    let service = Service::start(spin());
+    let mut client = service.client();
+    let mut live = || {
+        put(&mut client, "vm.create", Some(service.definition())).unwrap();
+        put(&mut client, "vm.boot", None).unwrap();
+        put(&mut client, "vm.delete", None).unwrap();
+    };
+    // The first lives warm up what stays: allocator arenas, thread stacks.
+    (0..5).for_each(|_| live());
+    let before = (service.proc("fd"), service.proc("task"), service.maps());
+    (0..200).for_each(|_| live());
+    let after = (service.proc("fd"), service.proc("task"), service.maps());
+    assert_eq!((before.0, before.1), (after.0, after.1));
+    assert!(
+        after.2 <= before.2 + 8,
+        "{} maps, then {}",
+        before.2,
+        after.2
+    );
+    service.dismiss();
+}
+
+#[test]
+fn many_requests_and_connections_leave_nothing_behind() {
+    let service = Service::start(spin());
+    let mut client = service.client();
+    let mut many = |count: usize| {
+        for _ in 0..count {
+            get(&mut client, "vmm.ping");
+        }
+        let clients: Vec<_> = (0..count / 10).map(|_| service.client()).collect();
+        drop(clients);
+        get(&mut client, "vmm.ping");
+    };
+    many(10_000);
+    while service.proc("fd") > 20 {
+        thread::sleep(Duration::from_millis(1));
+    }
+    let before = (service.proc("fd"), service.proc("task"), service.maps());
+    many(10_000);
+    // Those that left are noticed in the order in which they come to be looked at.
+    while service.proc("fd") > before.0 {
+        thread::sleep(Duration::from_millis(1));
+    }
+    assert_eq!(
+        before,
+        (service.proc("fd"), service.proc("task"), service.maps())
+    );
+    service.dismiss();
+}
+
+#[test]
+fn kata_rust_clients_read_the_status_their_own_way() {
+    let service = Service::start(spin());
+    let mut stream = UnixStream::connect(service.socket()).unwrap();
+    for piece in [
+        "GET /api/v1/vmm.ping HTTP/1.1\r\nHost: localhost\r\nAccept: */*\r\n",
+        "\r\n",
+    ] {
+        stream.write_all(piece.as_bytes()).unwrap();
+    }
+    let mut bytes = [0; 256];
+    let count = stream.read(&mut bytes).unwrap();
+    let text = str::from_utf8(&bytes[..count]).unwrap();
+    let (_, rest) = text.split_once("HTTP/1.1 ").unwrap();
+    let (status, _) = rest.split_once('\r').unwrap();
+    assert_eq!(status.trim().parse::<u16>().unwrap(), 200);
+    assert!(text.contains("\r\nContent-Length: "), "{text}");
+    service.dismiss();
+}

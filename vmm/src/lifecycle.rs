@@ -1,0 +1,344 @@
+//! The life of a VM: what it is at each time, and what it can become.
+//!
+//! ```text
+//!          create          boot             pause
+//!   None ─────────▶ Created ────▶ Running ─────────▶ Paused
+//!     ▲                │            │  ▲               │
+//!     │                │   shutdown │  └──── resume ───┤
+//!     │                │            ▼                  │ shutdown
+//!     └──── delete ────┴──────── Shutdown ◀────────────┘
+//! ```
+//!
+//! Owned by `control`, which carries out one request at a time. None of them
+//! waits for the guest.
+
+use api::{Answer, ApiError, Definition, Ping, Request, Resize, State, VmInfo, chain};
+use serde_json::{Value, json};
+
+use crate::builder::{BuildError, Surroundings, build};
+use crate::command::Command;
+use crate::control::Inbox;
+use crate::machine::Machine;
+use crate::metrics;
+use crate::transcript::Transcript;
+
+/// What outlives a machine.
+#[derive(Debug)]
+pub struct Surround {
+    /// Where machines report.
+    pub inbox: Inbox,
+    /// What the agent is to run, if anything.
+    pub command: Option<Command>,
+    /// Keeps the end of what consoles print.
+    pub transcript: Transcript,
+    /// Whether the terminal is in raw mode, so that escapes end the VM.
+    pub terminal: bool,
+}
+
+/// A VM and where it is in its life.
+#[derive(Debug)]
+pub struct Vm {
+    around: Surround,
+    phase: Phase,
+}
+
+#[derive(Debug)]
+enum Phase {
+    None,
+    Created(Box<Definition>),
+    Running(Box<Definition>, Box<Machine>),
+    Paused(Box<Definition>, Box<Machine>),
+    Shutdown(Box<Definition>),
+}
+
+impl Phase {
+    fn state(&self) -> State {
+        match self {
+            Self::None => State::None,
+            Self::Created(_) => State::Created,
+            Self::Running(..) => State::Running,
+            Self::Paused(..) => State::Paused,
+            Self::Shutdown(_) => State::Shutdown,
+        }
+    }
+
+    fn definition(&self) -> Option<&Definition> {
+        match self {
+            Self::None => None,
+            Self::Created(definition)
+            | Self::Running(definition, _)
+            | Self::Paused(definition, _)
+            | Self::Shutdown(definition) => Some(definition),
+        }
+    }
+
+    fn machine(&self) -> Option<&Machine> {
+        match self {
+            Self::Running(_, machine) | Self::Paused(_, machine) => Some(machine),
+            Self::None | Self::Created(_) | Self::Shutdown(_) => None,
+        }
+    }
+}
+
+impl Vm {
+    /// No VM yet.
+    pub fn new(around: Surround) -> Self {
+        Self {
+            around,
+            phase: Phase::None,
+        }
+    }
+
+    /// Which life of the VM it is.
+    pub(crate) fn life(&self) -> u32 {
+        self.around.inbox.life()
+    }
+
+    /// The definition, if there is a VM.
+    pub fn definition(&self) -> Option<&Definition> {
+        self.phase.definition()
+    }
+
+    /// Carries out a request.
+    pub fn answer(&mut self, request: Request) -> Result<Answer, ApiError> {
+        match request {
+            Request::Ping => Ok(Answer::Ping(ping())),
+            Request::Exit => Ok(Answer::Exiting),
+            Request::Create(definition) => self.create(definition).map(done),
+            Request::Boot => self.boot().map(done),
+            Request::Info => self.info().map(|info| Answer::Info(Box::new(info))),
+            Request::Counters => self.counters().map(Answer::Counters),
+            Request::Pause => self.pause().map(done),
+            Request::Resume => self.resume().map(done),
+            Request::Resize(sizes) => self.resize(sizes).map(done),
+            Request::Shutdown => self.shutdown().map(done),
+            Request::Reboot => {
+                self.shutdown()?;
+                self.boot().map(done)
+            }
+            Request::Delete => self.delete().map(done),
+            Request::Metrics => Ok(Answer::Metrics(metrics::text(
+                self.phase.state(),
+                self.phase.machine(),
+            ))),
+        }
+    }
+
+    /// Defines the VM.
+    pub fn create(&mut self, definition: Box<Definition>) -> Result<(), ApiError> {
+        match self.phase {
+            Phase::None => {
+                self.phase = Phase::Created(definition);
+                Ok(())
+            }
+            _ => Err(self.wrong("vm.create", "not created")),
+        }
+    }
+
+    /// Builds the machine and lets it run. A VM that cannot be built stays what
+    /// it was.
+    pub fn boot(&mut self) -> Result<(), ApiError> {
+        let (Phase::Created(definition) | Phase::Shutdown(definition)) = &self.phase else {
+            return Err(self.wrong("vm.boot", "Created or Shutdown"));
+        };
+        let definition = definition.clone();
+        let around = Surroundings {
+            command: self.around.command.clone(),
+            inbox: self.around.inbox.next_life(),
+            transcript: self.around.transcript.clone(),
+            terminal: self.around.terminal,
+        };
+        let machine = build(&definition.config, &around).map_err(refusal)?;
+        log::info!("built; entering the guest");
+        machine.start();
+        self.phase = Phase::Running(definition, Box::new(machine));
+        Ok(())
+    }
+
+    fn pause(&mut self) -> Result<(), ApiError> {
+        match std::mem::replace(&mut self.phase, Phase::None) {
+            Phase::Running(definition, machine) => {
+                machine.pause();
+                self.phase = Phase::Paused(definition, machine);
+                Ok(())
+            }
+            other => {
+                self.phase = other;
+                Err(self.wrong("vm.pause", "Running"))
+            }
+        }
+    }
+
+    fn resume(&mut self) -> Result<(), ApiError> {
+        match std::mem::replace(&mut self.phase, Phase::None) {
+            Phase::Paused(definition, machine) => {
+                let resumed = machine.resume();
+                self.phase = if resumed.is_ok() {
+                    Phase::Running(definition, machine)
+                } else {
+                    Phase::Paused(definition, machine)
+                };
+                resumed.map_err(|error| ApiError::Host(chain(&error)))
+            }
+            other => {
+                self.phase = other;
+                Err(self.wrong("vm.resume", "Paused"))
+            }
+        }
+    }
+
+    /// Ends the guest at once; what it has queued for its devices is done first.
+    fn shutdown(&mut self) -> Result<(), ApiError> {
+        match std::mem::replace(&mut self.phase, Phase::None) {
+            Phase::Running(definition, machine) | Phase::Paused(definition, machine) => {
+                end(&machine);
+                // Whatever the machine still had to say is of an earlier life.
+                self.around.inbox.next_life();
+                self.phase = Phase::Shutdown(definition);
+                Ok(())
+            }
+            other => {
+                self.phase = other;
+                Err(self.wrong("vm.shutdown", "Running or Paused"))
+            }
+        }
+    }
+
+    fn delete(&mut self) -> Result<(), ApiError> {
+        if let Phase::None = self.phase {
+            return Err(self.wrong("vm.delete", "created"));
+        }
+        self.stop();
+        self.phase = Phase::None;
+        Ok(())
+    }
+
+    /// Ends the guest if there is one.
+    pub fn stop(&mut self) {
+        if self.phase.machine().is_some() {
+            // It is running or paused, so it can be shut down.
+            let _ = self.shutdown();
+        }
+    }
+
+    /// Looks at what nobody reports. True if the guest has halted for good.
+    pub(crate) fn tick(&mut self) -> bool {
+        match &mut self.phase {
+            Phase::Running(_, machine) => {
+                machine.settle_vcpus();
+                machine.is_halted()
+            }
+            Phase::None | Phase::Created(_) | Phase::Paused(..) | Phase::Shutdown(_) => false,
+        }
+    }
+
+    fn resize(&mut self, sizes: Resize) -> Result<(), ApiError> {
+        let (Phase::Running(definition, machine) | Phase::Paused(definition, machine)) =
+            &mut self.phase
+        else {
+            return Err(self.wrong("vm.resize", "Running or Paused"));
+        };
+        let cpus = definition.config.cpus;
+        let current = definition.config.memory.size.bytes();
+        if let Some(ram) = sizes.desired_ram
+            && ram != current
+        {
+            return Err(ApiError::Impossible(vec![format!(
+                "desired_ram: {ram} bytes: this VM has {current} and cannot grow"
+            )]));
+        }
+        if sizes.desired_balloon.is_some_and(|bytes| bytes != 0) {
+            return Err(ApiError::Impossible(vec![
+                "desired_balloon: this VM has no balloon".into(),
+            ]));
+        }
+        if let Some(wanted) = sizes.desired_vcpus {
+            let max = cpus.max().get();
+            if !(1..=max).contains(&wanted) {
+                return Err(ApiError::Impossible(vec![format!(
+                    "desired_vcpus: {wanted}: this VM can have 1 to {max}"
+                )]));
+            }
+            machine.resize_vcpus(wanted.into());
+            definition.json["cpus"]["boot_vcpus"] = json!(wanted);
+        }
+        Ok(())
+    }
+
+    fn info(&self) -> Result<VmInfo, ApiError> {
+        let definition = self
+            .phase
+            .definition()
+            .ok_or_else(|| self.wrong("vm.info", "created"))?;
+        let vcpus = self.phase.machine().map_or(0, Machine::vcpus_running);
+        Ok(VmInfo {
+            config: definition.json.clone(),
+            state: self.phase.state(),
+            memory_actual_size: definition.config.memory.size.bytes(),
+            vcpus_actual: u8::try_from(vcpus).unwrap_or(u8::MAX),
+        })
+    }
+
+    fn counters(&self) -> Result<Value, ApiError> {
+        let machine = self
+            .phase
+            .machine()
+            .ok_or_else(|| self.wrong("vm.counters", "Running or Paused"))?;
+        Ok(metrics::counters(machine))
+    }
+
+    fn wrong(&self, request: &'static str, needed: &'static str) -> ApiError {
+        ApiError::State {
+            request,
+            state: self.phase.state(),
+            needed,
+        }
+    }
+}
+
+fn done((): ()) -> Answer {
+    Answer::Done
+}
+
+fn ping() -> Ping {
+    Ping {
+        version: env!("CARGO_PKG_VERSION"),
+        build_version: env!("CARGO_PKG_VERSION"),
+        pid: std::process::id(),
+        features: Vec::new(),
+    }
+}
+
+fn end(machine: &Machine) {
+    machine.stop();
+    let exits = machine.exits();
+    log::info!(
+        "exits: {} port reads, {} port writes, {} MMIO reads, {} MMIO writes, {} kicks",
+        exits.io_in.get(),
+        exits.io_out.get(),
+        exits.mmio_read.get(),
+        exits.mmio_write.get(),
+        exits.kicks.get(),
+    );
+}
+
+/// Whether the client or the host is to blame.
+fn refusal(error: BuildError) -> ApiError {
+    let chain = chain(&error);
+    match error {
+        BuildError::Kvm(..)
+        | BuildError::Irqchip(_)
+        | BuildError::Bus(_)
+        | BuildError::CreateVcpu { .. }
+        | BuildError::ConfigureVcpu { .. }
+        | BuildError::Thread(..) => ApiError::Host(chain),
+        BuildError::TooManyCpus { .. }
+        | BuildError::Ram(_)
+        | BuildError::Load(_)
+        | BuildError::Boot(_)
+        | BuildError::Mptable(_)
+        | BuildError::Device { .. }
+        | BuildError::Attach { .. }
+        | BuildError::Stream(_) => ApiError::Impossible(chain),
+    }
+}
