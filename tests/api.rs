@@ -335,3 +335,37 @@ fn kata_rust_clients_read_the_status_their_own_way() {
     assert!(text.contains("\r\nContent-Length: "), "{text}");
     service.dismiss();
 }
+
+#[test]
+fn a_person_talks_to_it_with_the_same_binary() {
+    if !kvm_is_here() {
+        return;
+    }
+    let service = Service::start(spin());
+    let socket = service.socket();
+    let socket = socket.to_str().unwrap();
+    let ask = |command: &[&str]| {
+        let arguments = ["api", "--socket", socket].into_iter();
+        Podvmm::new(arguments.chain(command.iter().copied())).run()
+    };
+    let definition = service.folder.path().join("vm.json");
+    fs::write(&definition, service.definition().to_string()).unwrap();
+    assert_eq!(ask(&["create", definition.to_str().unwrap()]).code, Some(0));
+    assert_eq!(ask(&["boot"]).code, Some(0));
+    let info = ask(&["info"]);
+    assert!(
+        info.stdout
+            .lines()
+            .any(|line| line.split_whitespace().eq(["state", "Running"]))
+    );
+    let info: Value = serde_json::from_str(&ask(&["--json", "info"]).stdout).unwrap();
+    assert_eq!(info["vcpus_actual"], 1);
+    let refused = ask(&["resize", "--cpus", "9"]);
+    assert_eq!(refused.code, Some(125));
+    assert_eq!(
+        refused.stderr,
+        "podvmm: desired_vcpus: 9: this VM can have 1 to 3\n"
+    );
+    assert_eq!(ask(&["exit"]).code, Some(0));
+    assert_eq!(service.running.wait().code, Some(0));
+}

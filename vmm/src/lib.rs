@@ -13,6 +13,7 @@ pub mod attach;
 pub mod builder;
 pub mod check;
 pub mod cli;
+pub mod client;
 pub mod command;
 pub mod control;
 mod ending;

@@ -1,16 +1,21 @@
 //! The `podvmm` binary: arguments, logging, exit code.
 
 use std::error::Error;
+use std::ffi::OsString;
 use std::fs::OpenOptions;
 use std::path::Path;
 use std::process::ExitCode;
 
 use env_logger::{Builder, Target, TimestampPrecision};
 use vmm::cli::{self, Action, HELP, RunOptions};
-use vmm::{EXIT_FAILURE, check, run};
+use vmm::{EXIT_FAILURE, check, client, run};
 
 fn main() -> ExitCode {
-    match cli::parse(std::env::args_os().skip(1)) {
+    let mut arguments = std::env::args_os().skip(1).peekable();
+    if arguments.next_if(|first| first == "api").is_some() {
+        return call(arguments);
+    }
+    match cli::parse(arguments) {
         Ok(Action::Help) => print!("{HELP}"),
         Ok(Action::Version) => println!("podvmm {}", env!("CARGO_PKG_VERSION")),
         Ok(Action::Check) => print!("{}", check::report()),
@@ -22,6 +27,23 @@ fn main() -> ExitCode {
         }
     }
     ExitCode::SUCCESS
+}
+
+fn call(arguments: impl Iterator<Item = OsString>) -> ExitCode {
+    let made = client::parse(arguments).and_then(|call| match call {
+        None => Ok(client::HELP.into()),
+        Some(call) => call.make(),
+    });
+    match made {
+        Ok(text) => {
+            print!("{text}");
+            ExitCode::SUCCESS
+        }
+        Err(error) => {
+            complain(&error);
+            ExitCode::from(EXIT_FAILURE)
+        }
+    }
 }
 
 fn run_vm(options: &RunOptions) -> ExitCode {
