@@ -5,7 +5,7 @@ use api::{Definition, Resize};
 use serde_json::Value;
 
 fn document() -> Value {
-    serde_norway::from_str(include_str!("../resources/openapi.yaml")).unwrap()
+    serde_norway::from_str(include_str!("../resources/openapi.yaml")).expect("it is YAML")
 }
 
 #[test]
