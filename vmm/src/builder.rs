@@ -133,8 +133,10 @@ pub fn build(config: &VmConfig, around: &Surroundings) -> Result<Machine, BuildE
     let vm = kvm
         .create_vm()
         .map_err(|source| BuildError::Kvm("create a VM".into(), source))?;
-    irqchip::create(&vm)?;
+    // RAM first: both calls change what vCPUs read under SRCU, but the change of
+    // RAM alone waits for readers, and long after another one has just begun.
     ram.register(&vm)?;
+    irqchip::create(&vm)?;
 
     let image = load_kernel(&ram, &config.kernel.path)?;
     let initramfs = match &config.kernel.initramfs {

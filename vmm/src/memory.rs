@@ -112,7 +112,7 @@ impl Ram {
         let ranges = ram::ranges(config.size.bytes());
         let mut regions = Vec::with_capacity(ranges.len());
         for range in &ranges {
-            let region = map(range.len_bytes, config)?;
+            let region = map(range.start, range.len_bytes, config)?;
             regions.push(
                 GuestRegionMmap::new(region, range.start)
                     .expect("RAM is 1 TiB at most, far from the end of the address space"),
@@ -250,7 +250,7 @@ impl Ram {
     }
 }
 
-fn map(len_bytes: u64, config: &MemoryConfig) -> Result<MmapRegion, RamError> {
+fn map(start: GuestAddress, len_bytes: u64, config: &MemoryConfig) -> Result<MmapRegion, RamError> {
     let size = ByteSize(len_bytes);
     let len = usize::try_from(len_bytes).expect("RAM is 1 TiB at most");
     let builder = MmapRegionBuilder::new(len).with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE);
@@ -277,24 +277,28 @@ fn map(len_bytes: u64, config: &MemoryConfig) -> Result<MmapRegion, RamError> {
         }
     })?;
     if !config.hugepages {
-        advise(
-            &region,
-            if config.thp {
-                libc::MADV_HUGEPAGE
-            } else {
-                libc::MADV_NOHUGEPAGE
-            },
-        );
+        if config.thp {
+            advise(&region, region.size(), libc::MADV_HUGEPAGE);
+            // The first two megabytes hold the tables we write for the kernel:
+            // a few pages, for which a huge one would have to be cleared.
+            if start == GuestAddress(0) {
+                let low = usize::try_from(HUGE_PAGE_BYTES).expect("it is 2 MiB");
+                advise(&region, low.min(region.size()), libc::MADV_NOHUGEPAGE);
+            }
+        } else {
+            advise(&region, region.size(), libc::MADV_NOHUGEPAGE);
+        }
     }
     Ok(region)
 }
 
-/// Advice only: a kernel without transparent huge pages refuses it, and RAM
-/// works all the same.
-fn advise(region: &MmapRegion, advice: libc::c_int) {
-    // SAFETY: the range is one mapping of ours, and neither advice changes what
-    // it contains.
-    let result = unsafe { libc::madvise(region.as_ptr().cast(), region.size(), advice) };
+/// Advice for the first `len` bytes. A kernel without transparent huge pages
+/// refuses it, and RAM works all the same.
+fn advise(region: &MmapRegion, len: usize, advice: libc::c_int) {
+    debug_assert!(len <= region.size());
+    // SAFETY: the range is within one mapping of ours, and neither advice changes
+    // what it contains.
+    let result = unsafe { libc::madvise(region.as_ptr().cast(), len, advice) };
     if result != 0 {
         log::debug!("no transparent huge pages: {}", io::Error::last_os_error());
     }
