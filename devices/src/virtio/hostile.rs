@@ -3,15 +3,18 @@
 
 use std::io::{self, Write};
 use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 
 use proptest::prelude::*;
+use vmm_sys_util::tempdir::TempDir;
 use vmm_sys_util::tempfile::TempFile;
 
 use super::blk::{Blk, BlkConfig};
 use super::console::{Console, Port};
 use super::rng::Rng;
 use super::testing::{QUEUES, RAM_LEN, Step, survive};
+use super::vsock::{Vsock, VsockConfig};
 use crate::host::{Input, Output};
 
 /// Addresses that are mostly somewhere, and now and then nowhere.
@@ -111,6 +114,18 @@ proptest! {
         image.as_file().set_len(1 << 16).unwrap();
         survive(disk(&image, readonly), steps);
         prop_assert_eq!(image.as_file().metadata().unwrap().len(), 1 << 16);
+    }
+
+    #[test]
+    fn vsock_survives_any_guest(steps in steps()) {
+        let folder = TempDir::new().unwrap();
+        let socket = folder.as_path().join("vsock");
+        let vsock = Vsock::new(VsockConfig { cid: 3, socket: socket.clone() }).unwrap();
+        let mut callers: Vec<_> = (0..3).map(|_| UnixStream::connect(&socket).unwrap()).collect();
+        for caller in &mut callers {
+            caller.write_all(b"CONNECT 1\nand more").unwrap();
+        }
+        survive(vsock, steps);
     }
 
     #[test]

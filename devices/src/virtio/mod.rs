@@ -34,6 +34,7 @@ mod state;
 #[cfg(any(test, feature = "test-utils"))]
 pub mod testing;
 pub mod vectored;
+pub mod vsock;
 
 use std::fmt::Debug;
 use std::io;

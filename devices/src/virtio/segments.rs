@@ -108,6 +108,20 @@ impl Segments {
         self.first = self.first.min(self.pieces.len());
     }
 
+    /// Moves the first `count` bytes into `front`, which forgets what it had.
+    pub fn split_front(&mut self, count: usize, front: &mut Self) -> Result<(), AccessError> {
+        self.check(count)?;
+        front.clear();
+        while front.len < count {
+            let piece = self.pieces[self.first];
+            let len = piece.len.min(count - front.len);
+            front.pieces.push(Piece { len, ..piece });
+            front.len += len;
+            self.skip(len);
+        }
+        Ok(())
+    }
+
     /// Takes the last byte away and says where it is: the place for a status that comes last.
     pub fn split_last(&mut self) -> Option<GuestAddress> {
         let start = self.len.checked_sub(1)?;

@@ -33,6 +33,7 @@ pub enum DeviceState {
     Blk,
     Console(ConsoleState),
     Rng,
+    Vsock,
 }
 
 /// Why a state does not fit the device that is to take it over.

@@ -380,6 +380,11 @@ impl Guest {
         self.take(queue)
     }
 
+    /// How many chains the device has and has not returned.
+    pub fn in_flight(&self, queue: usize) -> usize {
+        self.queues[queue].chains.len()
+    }
+
     /// Takes the next used chain: the bytes the device says it wrote.
     pub fn take(&mut self, queue: usize) -> Option<Vec<u8>> {
         self.take_used(queue).map(|(_, bytes)| bytes)
