@@ -4,17 +4,14 @@
 use std::fs;
 use std::path::Path;
 use std::process::Command;
-use std::sync::Mutex;
 
-use tempfile::{NamedTempFile, TempDir};
+use tempfile::NamedTempFile;
 use tests::podvmm::kvm_is_here;
-use tests::{Outcome, Podvmm};
+use tests::{Outcome, Podvmm, guest};
 
 /// Boots the default guest with `options` and runs `script` in it.
 fn shell(options: &[&str], script: &str) -> Outcome {
-    // One at a time: an emulated boot keeps a processor busy.
-    static ONE_GUEST: Mutex<()> = Mutex::new(());
-    let _guard = ONE_GUEST.lock();
+    let _one = guest::one_at_a_time();
     let shell = ["--", "/bin/sh", "-c", script];
     Podvmm::new(options.iter().chain(&shell))
         .input(b"from the host\n")
@@ -103,16 +100,10 @@ fn a_bzimage_boots_with_a_folder_as_root() {
     if !kvm_is_here() {
         return;
     }
-    let root = TempDir::new().unwrap();
-    for folder in ["bin", "dev", "proc", "sys", "run", "tmp", "etc"] {
-        fs::create_dir(root.path().join(folder)).unwrap();
-    }
-    let busybox = guest_folder().join("../busybox-static/bin/busybox");
-    fs::copy(busybox, root.path().join("bin/busybox")).expect("the guest's build fetched it");
-    std::os::unix::fs::symlink("busybox", root.path().join("bin/sh")).unwrap();
+    let root = guest::root(&["sh"]);
     fs::write(root.path().join("etc/greeting"), "from a folder\n").unwrap();
 
-    let kernel = guest_folder().join("bzImage");
+    let kernel = guest::folder().join("bzImage");
     let options = [
         "--kernel",
         kernel.to_str().unwrap(),
@@ -136,10 +127,4 @@ fn a_kernel_panic_is_told_from_a_reset() {
         outcome.stderr.contains("the guest kernel panicked: "),
         "{outcome:?}"
     );
-}
-
-fn guest_folder() -> std::path::PathBuf {
-    std::env::var_os("PODVMM_GUEST")
-        .expect("PODVMM_GUEST names the guest's folder; resources/test sets it")
-        .into()
 }

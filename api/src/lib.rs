@@ -16,7 +16,7 @@ pub mod route;
 mod units;
 
 pub use config::{
-    ConfigError, CpusConfig, DiskConfig, KernelConfig, MemoryConfig, Output, VmConfig,
+    ConfigError, CpusConfig, DiskConfig, KernelConfig, MemoryConfig, Output, VmConfig, VsockConfig,
 };
 pub use error::{ApiError, JsonError, State, chain};
 pub use json::Definition;

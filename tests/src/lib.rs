@@ -4,8 +4,10 @@
 //! Tests need `/dev/kvm`. Where it is missing they fail and say so, unless
 //! `PODVMM_TESTS_WITHOUT_KVM=skip` is set.
 
+pub mod guest;
 pub mod payload;
 pub mod podvmm;
+pub mod transfer;
 
 pub use payload::Payload;
 pub use podvmm::{Outcome, Podvmm};

@@ -4,7 +4,7 @@
 use std::io;
 use std::sync::{Arc, Mutex};
 
-use api::{DiskConfig, Output, VmConfig};
+use api::{DiskConfig, Output, VmConfig, VsockConfig};
 use arch::boot::{self, BootError, BootInfo};
 use arch::irqchip::IrqchipError;
 use arch::layout::SERIAL_GSI;
@@ -17,6 +17,7 @@ use devices::legacy::{I8042, Serial};
 use devices::virtio::blk::{Blk, BlkConfig};
 use devices::virtio::console::Console;
 use devices::virtio::rng::Rng;
+use devices::virtio::vsock::{self, Vsock};
 use devices::virtio::{Memory, VirtioDevice};
 use kvm_bindings::KVM_MAX_CPUID_ENTRIES;
 use kvm_ioctls::{Kvm, VmFd};
@@ -295,6 +296,18 @@ fn attach_devices(
             source: source.into(),
         })?;
         attach(attacher, &format!("disk{index}"), &device, blk)?;
+    }
+    if let Some(VsockConfig { cid, socket }) = &config.vsock {
+        let device = "vsock";
+        let vsock = Vsock::new(vsock::VsockConfig {
+            cid: *cid,
+            socket: socket.clone(),
+        });
+        let vsock = vsock.map_err(|source| BuildError::Device {
+            device: device.into(),
+            source: source.into(),
+        })?;
+        attach(attacher, "vsock", device, vsock)?;
     }
     attach(attacher, "rng", "the entropy device", Rng::new())?;
     let mut ports = Vec::from_iter(streams::console(&config.console, &around.transcript)?);

@@ -4,7 +4,7 @@ use std::ffi::OsString;
 use std::os::unix::ffi::OsStringExt;
 use std::path::PathBuf;
 
-use api::{ConfigError, CpusConfig, DiskConfig, MemoryConfig, Output};
+use api::{ConfigError, CpusConfig, DiskConfig, MemoryConfig, Output, VsockConfig};
 use lexopt::{Arg, Parser, ValueExt};
 use log::LevelFilter;
 use thiserror::Error;
@@ -42,6 +42,8 @@ pub struct RunOptions {
     pub memory: MemoryConfig,
     /// `--disk`
     pub disks: Vec<DiskConfig>,
+    /// `--vsock`
+    pub vsock: Option<VsockConfig>,
     /// `--serial`
     pub serial: Option<Output>,
     /// `--console`
@@ -72,6 +74,7 @@ impl RunOptions {
             || self.cpus != CpusConfig::default()
             || self.memory != MemoryConfig::default()
             || !self.disks.is_empty()
+            || self.vsock.is_some()
             || self.serial.is_some()
             || self.console.is_some()
     }
@@ -122,6 +125,7 @@ pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Action, Cl
             Arg::Long("cpus") => options.cpus = value(&mut parser, "cpus")?,
             Arg::Long("memory") => options.memory = value(&mut parser, "memory")?,
             Arg::Long("disk") => options.disks.push(value(&mut parser, "disk")?),
+            Arg::Long("vsock") => options.vsock = Some(value(&mut parser, "vsock")?),
             Arg::Long("serial") => options.serial = Some(value(&mut parser, "serial")?),
             Arg::Long("console") => options.console = Some(value(&mut parser, "console")?),
             Arg::Long("api-socket") => options.api_socket = Some(parser.value()?.into()),

@@ -5,6 +5,7 @@ use std::io;
 use std::path::PathBuf;
 
 use api::{ApiError, Definition, DiskConfig, KernelConfig, Output, VmConfig};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use thiserror::Error;
 
 use crate::cli::RunOptions;
@@ -48,6 +49,7 @@ pub enum RunError {
 /// Runs podvmm to its end and returns its exit code: with `--api-socket` and
 /// nothing to boot it serves clients, otherwise it runs the VM of the options.
 pub fn run(options: &RunOptions) -> Result<u8, RunError> {
+    allow_many_descriptors();
     let (inbox, events) = Inbox::new();
     watch_signals(inbox.clone())?;
     let transcript = Transcript::default();
@@ -88,6 +90,19 @@ pub fn run(options: &RunOptions) -> Result<u8, RunError> {
     drop(service);
     drop(terminal);
     Ok(conclude(outcome, has_command, Some(&config), &transcript))
+}
+
+/// Connections of vsock and of the API each take one. What a shell allows is
+/// made for programs that use select.
+fn allow_many_descriptors() {
+    let limit = getrlimit(Resource::Nofile);
+    let all = Rlimit {
+        current: limit.maximum,
+        ..limit
+    };
+    if let Err(error) = setrlimit(Resource::Nofile, all) {
+        log::debug!("keep the limit of {:?} descriptors: {error}", limit.current);
+    }
 }
 
 /// Says how it ended, if that needs to be said, and gives the exit code.
@@ -144,6 +159,7 @@ fn config(options: &RunOptions) -> Result<(VmConfig, Option<Rootfs>), RunError> 
         cpus: options.cpus,
         memory: options.memory,
         disks,
+        vsock: options.vsock.clone(),
         serial: serial(options),
         console: options.console.clone().unwrap_or(Output::Off),
     };

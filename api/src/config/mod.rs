@@ -4,6 +4,7 @@ mod cpus;
 mod disk;
 mod memory;
 mod output;
+mod vsock;
 
 use std::path::PathBuf;
 
@@ -16,6 +17,7 @@ pub use self::cpus::CpusConfig;
 pub use self::disk::DiskConfig;
 pub use self::memory::MemoryConfig;
 pub use self::output::Output;
+pub use self::vsock::VsockConfig;
 
 /// A whole VM.
 #[derive(Clone, Debug)]
@@ -28,6 +30,8 @@ pub struct VmConfig {
     pub memory: MemoryConfig,
     /// Disks in the order the guest finds them: the first is `/dev/vda`.
     pub disks: Vec<DiskConfig>,
+    /// vsock, if there is to be one.
+    pub vsock: Option<VsockConfig>,
     /// The first serial port, `ttyS0`.
     pub serial: Output,
     /// The virtio console, `hvc0`.
@@ -71,6 +75,17 @@ pub enum ConfigError {
     /// virtio-blk has room for 20 bytes.
     #[error("id='{0}' is longer than 20 bytes")]
     IdTooLong(String),
+    /// Reserved for others (virtio 1.3 §5.10.4).
+    #[error("cid={0}: 3 to 4294967294 is possible")]
+    Cid(u32),
+    /// Longer than unix sockets allow.
+    #[error("the socket's path is {len} bytes long, {max} is possible")]
+    SocketPath {
+        /// Of the path.
+        len: usize,
+        /// With room for a port behind it.
+        max: usize,
+    },
     /// No such output.
     #[error("'{0}' is none of off, null, tty, file=PATH")]
     Output(String),

@@ -38,6 +38,10 @@ impl Definition {
             .iter()
             .map(|disk| json!({"path": disk.path, "readonly": disk.readonly}));
         vm.insert("disks".into(), disks.collect());
+        if let Some(vsock) = &config.vsock {
+            let vsock = json!({"cid": vsock.cid, "socket": vsock.socket});
+            vm.insert("vsock".into(), vsock);
+        }
         fill_in(&mut vm, &config);
         Self {
             config,

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use serde::Deserialize;
 
 use crate::config::{
-    ConfigError, CpusConfig, DiskConfig, KernelConfig, MemoryConfig, Output, VmConfig,
+    ConfigError, CpusConfig, DiskConfig, KernelConfig, MemoryConfig, Output, VmConfig, VsockConfig,
 };
 use crate::error::JsonError;
 use crate::units::ByteSize;
@@ -19,6 +19,7 @@ pub(super) struct VmJson {
     disks: Option<Vec<DiskJson>>,
     #[expect(dead_code, reason = "parsing it checks it")]
     rng: Option<RngJson>,
+    vsock: Option<VsockJson>,
     serial: Option<ConsoleJson>,
     console: Option<ConsoleJson>,
 }
@@ -82,6 +83,12 @@ enum RngSource {
 }
 
 #[derive(Debug, Deserialize)]
+struct VsockJson {
+    cid: u32,
+    socket: PathBuf,
+}
+
+#[derive(Debug, Deserialize)]
 struct ConsoleJson {
     mode: Mode,
     file: Option<PathBuf>,
@@ -111,6 +118,7 @@ impl VmJson {
                 .memory
                 .map_or(Ok(MemoryConfig::default()), MemoryJson::config)?,
             disks: disks.map(DiskJson::config).collect::<Result<_, _>>()?,
+            vsock: self.vsock.map(VsockJson::config).transpose()?,
             serial: self
                 .serial
                 .map_or(Ok(Output::Null), |serial| serial.output("serial"))?,
@@ -162,6 +170,13 @@ impl DiskJson {
         }
         .checked()
         .map_err(at("disks"))
+    }
+}
+
+impl VsockJson {
+    fn config(self) -> Result<VsockConfig, JsonError> {
+        let Self { cid, socket } = self;
+        VsockConfig { cid, socket }.checked().map_err(at("vsock"))
     }
 }
 
