@@ -7,14 +7,18 @@ use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 
 use proptest::prelude::*;
+use vm_memory::GuestAddress;
 use vmm_sys_util::tempdir::TempDir;
 use vmm_sys_util::tempfile::TempFile;
 
+use super::balloon::{Balloon, BalloonConfig};
 use super::blk::{Blk, BlkConfig};
 use super::console::{Console, Port};
+use super::mem::Mem;
 use super::rng::Rng;
 use super::testing::{QUEUES, RAM_LEN, Step, survive};
 use super::vsock::{Vsock, VsockConfig};
+use super::{GuestRam, Memory};
 use crate::host::{Input, Output};
 
 /// Addresses that are mostly somewhere, and now and then nowhere.
@@ -126,6 +130,25 @@ proptest! {
             caller.write_all(b"CONNECT 1\nand more").unwrap();
         }
         survive(vsock, steps);
+    }
+
+    #[test]
+    fn the_memory_device_survives_any_guest(steps in steps()) {
+        let (start, len) = (GuestAddress(1 << 32), 32 << 20);
+        let memory = Memory::new(GuestRam::from_ranges(&[(start, len)]).unwrap());
+        let mem = Mem::new(memory, start, len as u64).unwrap();
+        mem.handle().request(8 << 20).unwrap();
+        let handle = mem.handle();
+        survive(mem, steps);
+        prop_assert!(handle.sizes().plugged <= 8 << 20);
+    }
+
+    #[test]
+    fn the_balloon_survives_any_guest(steps in steps(), free_page_reporting in any::<bool>()) {
+        let config = BalloonConfig { size: 1 << 20, deflate_on_oom: true, free_page_reporting };
+        let balloon = Balloon::new(config).unwrap();
+        balloon.handle().statistics();
+        survive(balloon, steps);
     }
 
     #[test]

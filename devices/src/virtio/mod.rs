@@ -15,6 +15,7 @@
 //!
 //! [`rng`] is the smallest device and the one to copy.
 
+pub mod balloon;
 pub mod blk;
 mod chain;
 pub mod console;
@@ -23,6 +24,7 @@ mod counters;
 mod hostile;
 mod interrupt;
 mod lent;
+pub mod mem;
 pub mod mmio;
 mod negotiation;
 mod queue;

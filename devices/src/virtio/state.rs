@@ -7,8 +7,10 @@
 use serde::{Deserialize, Serialize};
 
 use super::ActivateError;
+use super::balloon::BalloonState;
 use super::console::ConsoleState;
 use super::interrupt::InterruptState;
+use super::mem::MemState;
 use super::negotiation::NegotiationState;
 use super::queue::RingState;
 use super::setup::QueueSetup;
@@ -30,8 +32,10 @@ pub struct TransportState {
 /// What a device adds to that of its transport.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum DeviceState {
+    Balloon(BalloonState),
     Blk,
     Console(ConsoleState),
+    Mem(MemState),
     Rng,
     Vsock,
 }

@@ -346,6 +346,20 @@ impl Guest {
         Some(head)
     }
 
+    /// Makes one writable buffer available that lies at `start`. None if the queue is full.
+    pub fn add_at(&mut self, queue: usize, start: u64, len: u32) -> Option<u16> {
+        let head = self.queues[queue].free.pop_front()?;
+        let base = self.queues[queue].base;
+        self.write_descriptor(base, head, start, len, VRING_DESC_F_WRITE, 0);
+        let sent = Sent {
+            descriptors: vec![head],
+            writable: vec![(start, len)],
+        };
+        self.queues[queue].chains.insert(head, sent);
+        self.publish(queue, head);
+        Some(head)
+    }
+
     /// Puts `head` into the available ring, whatever it is.
     pub fn publish(&mut self, queue: usize, head: u16) {
         let ring = &mut self.queues[queue];
