@@ -16,7 +16,8 @@ pub mod route;
 mod units;
 
 pub use config::{
-    ConfigError, CpusConfig, DiskConfig, KernelConfig, MemoryConfig, Output, VmConfig, VsockConfig,
+    BalloonConfig, ConfigError, CpusConfig, DiskConfig, KernelConfig, MemoryConfig, Output,
+    VmConfig, VsockConfig,
 };
 pub use error::{ApiError, JsonError, State, chain};
 pub use json::Definition;

@@ -37,11 +37,29 @@ pub fn ranges(size_bytes: u64) -> Vec<RamRange> {
     ranges
 }
 
+/// Linux handles memory in blocks of at most this, and plugs only whole ones.
+const HOTPLUG_ALIGNMENT: u64 = 2 << 30;
+
+/// Where memory can be plugged, beside `size_bytes` of RAM: past all of it, and never below 4 GiB.
+pub fn hotplug_start(size_bytes: u64) -> GuestAddress {
+    let end = ranges(size_bytes)
+        .last()
+        .map_or(HIGH_RAM_START, RamRange::end)
+        .max(HIGH_RAM_START);
+    GuestAddress(end.raw_value().next_multiple_of(HOTPLUG_ALIGNMENT))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
     const GIB: u64 = 1 << 30;
+
+    #[test]
+    fn memory_is_plugged_past_all_ram_on_a_block_of_linux() {
+        let starts = [512 << 20, 3 * GIB, 4 * GIB, 5 * GIB, 6 * GIB].map(hotplug_start);
+        assert_eq!(starts, [4, 4, 6, 6, 8].map(|gib| GuestAddress(gib * GIB)));
+    }
 
     #[test]
     fn ram_below_the_hole_is_one_range() {

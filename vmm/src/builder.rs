@@ -14,8 +14,10 @@ use devices::bus::{Bus, BusError};
 use devices::legacy::i8042::{I8042_BASE, I8042_LEN};
 use devices::legacy::serial::{COM1_BASE, SERIAL_LEN};
 use devices::legacy::{I8042, Serial};
+use devices::virtio::balloon::{self, Balloon};
 use devices::virtio::blk::{Blk, BlkConfig};
 use devices::virtio::console::Console;
+use devices::virtio::mem::{self, Mem};
 use devices::virtio::rng::Rng;
 use devices::virtio::vsock::{self, Vsock};
 use devices::virtio::{Memory, VirtioDevice};
@@ -33,6 +35,7 @@ use crate::io::IoThreads;
 use crate::keyboard;
 use crate::machine::Machine;
 use crate::memory::{Ram, RamError};
+use crate::resize::MemoryHandles;
 use crate::streams::{self, StreamError};
 use crate::transcript::Transcript;
 use crate::vcpu::{Buses, Vcpu};
@@ -164,6 +167,7 @@ pub fn build(config: &VmConfig, around: &Surroundings) -> Result<Machine, BuildE
         parameters: Vec::new(),
     };
     attach_devices(config, around, &mut attacher)?;
+    let memory = attach_memory(config, &mut attacher)?;
     let Attacher {
         mmio,
         transports,
@@ -220,6 +224,7 @@ pub fn build(config: &VmConfig, around: &Surroundings) -> Result<Machine, BuildE
         running: config.cpus.boot().get().into(),
         shrinking: None,
         transports,
+        memory,
         exits,
         _io: io,
         _vm: vm,
@@ -325,6 +330,46 @@ fn attach_devices(
     Ok(())
 }
 
+/// Memory that can be plugged, and the balloon.
+fn attach_memory(config: &VmConfig, attacher: &mut Attacher) -> Result<MemoryHandles, BuildError> {
+    let mut handles = MemoryHandles::default();
+    let memory = &config.memory;
+    if memory.hotplug_size.0 > 0 {
+        let device = "the memory device";
+        let failed = |source: mem::MemError| BuildError::Device {
+            device: device.into(),
+            source: source.into(),
+        };
+        let start = ram::hotplug_start(memory.size.bytes());
+        let mem =
+            Mem::new(attacher.memory.clone(), start, memory.hotplug_size.0).map_err(failed)?;
+        let handle = handles.mem.insert(mem.handle());
+        handle.request(memory.hotplugged_size.0).map_err(failed)?;
+        attach(attacher, "mem", device, mem)?;
+    }
+    if let Some(balloon) = config.balloon {
+        let device = "the balloon";
+        if memory.hugepages {
+            return Err(BuildError::Device {
+                device: device.into(),
+                source: "it gives back pages of 4K, and those of hugepages=on are of 2M".into(),
+            });
+        }
+        let made = Balloon::new(balloon::BalloonConfig {
+            size: balloon.size.0,
+            deflate_on_oom: balloon.deflate_on_oom,
+            free_page_reporting: balloon.free_page_reporting,
+        });
+        let made = made.map_err(|source| BuildError::Device {
+            device: device.into(),
+            source: source.into(),
+        })?;
+        handles.balloon = Some(made.handle());
+        attach(attacher, "balloon", device, made)?;
+    }
+    Ok(handles)
+}
+
 fn attach(
     attacher: &mut Attacher,
     id: &str,
@@ -361,6 +406,10 @@ fn cmdline(config: &VmConfig, devices: &[String]) -> String {
     let (boot, max) = (config.cpus.boot(), config.cpus.max());
     if boot < max {
         words.push(format!("maxcpus={boot}"));
+    }
+    if config.memory.hotplug_size.0 > 0 {
+        // Plugged memory is used at once, for what can be moved and so taken away again.
+        words.push("memhp_default_state=online_movable".into());
     }
     words.extend_from_slice(devices);
     if !config.kernel.cmdline.is_empty() {

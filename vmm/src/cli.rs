@@ -4,7 +4,7 @@ use std::ffi::OsString;
 use std::os::unix::ffi::OsStringExt;
 use std::path::PathBuf;
 
-use api::{ConfigError, CpusConfig, DiskConfig, MemoryConfig, Output, VsockConfig};
+use api::{BalloonConfig, ConfigError, CpusConfig, DiskConfig, MemoryConfig, Output, VsockConfig};
 use lexopt::{Arg, Parser, ValueExt};
 use log::LevelFilter;
 use thiserror::Error;
@@ -40,6 +40,8 @@ pub struct RunOptions {
     pub cpus: CpusConfig,
     /// `--memory`
     pub memory: MemoryConfig,
+    /// `--balloon`
+    pub balloon: Option<BalloonConfig>,
     /// `--disk`
     pub disks: Vec<DiskConfig>,
     /// `--vsock`
@@ -73,6 +75,7 @@ impl RunOptions {
             || !self.cmdline.is_empty()
             || self.cpus != CpusConfig::default()
             || self.memory != MemoryConfig::default()
+            || self.balloon.is_some()
             || !self.disks.is_empty()
             || self.vsock.is_some()
             || self.serial.is_some()
@@ -124,6 +127,7 @@ pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Action, Cl
             Arg::Long("cmdline") => options.cmdline = parser.value()?.string()?,
             Arg::Long("cpus") => options.cpus = value(&mut parser, "cpus")?,
             Arg::Long("memory") => options.memory = value(&mut parser, "memory")?,
+            Arg::Long("balloon") => options.balloon = Some(value(&mut parser, "balloon")?),
             Arg::Long("disk") => options.disks.push(value(&mut parser, "disk")?),
             Arg::Long("vsock") => options.vsock = Some(value(&mut parser, "vsock")?),
             Arg::Long("serial") => options.serial = Some(value(&mut parser, "serial")?),
@@ -263,7 +267,7 @@ mod tests {
         assert_eq!(refusal(&["--kernle", "x"]), "invalid option '--kernle'");
         assert_eq!(
             refusal(&["--memory", "sise=1"]),
-            "--memory: there is no key 'sise', the keys are size, hugepages, thp, shared"
+            "--memory: there is no key 'sise', the keys are size, hotplug_size, hotplugged_size, hugepages, thp, shared"
         );
         assert_eq!(refusal(&["run"]), "unexpected argument \"run\"");
     }

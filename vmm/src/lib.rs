@@ -26,6 +26,7 @@ pub mod lifecycle;
 pub mod machine;
 pub mod memory;
 mod metrics;
+mod resize;
 pub mod rootfs;
 pub mod run;
 pub mod service;

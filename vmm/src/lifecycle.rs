@@ -239,18 +239,9 @@ impl Vm {
             return Err(self.wrong("vm.resize", "Running or Paused"));
         };
         let cpus = definition.config.cpus;
-        let current = definition.config.memory.size.bytes();
-        if let Some(ram) = sizes.desired_ram
-            && ram != current
-        {
-            return Err(ApiError::Impossible(vec![format!(
-                "desired_ram: {ram} bytes: this VM has {current} and cannot grow"
-            )]));
-        }
-        if sizes.desired_balloon.is_some_and(|bytes| bytes != 0) {
-            return Err(ApiError::Impossible(vec![
-                "desired_balloon: this VM has no balloon".into(),
-            ]));
+        let memory = definition.config.memory;
+        if let Some(why) = machine.memory.refusal(&memory, sizes) {
+            return Err(ApiError::Impossible(vec![why]));
         }
         if let Some(wanted) = sizes.desired_vcpus {
             let max = cpus.max().get();
@@ -262,6 +253,17 @@ impl Vm {
             machine.resize_vcpus(wanted.into());
             definition.json["cpus"]["boot_vcpus"] = json!(wanted);
         }
+        machine
+            .memory
+            .request(&memory, sizes)
+            .map_err(|why| ApiError::Host(vec![why]))?;
+        if let Some(ram) = sizes.desired_ram {
+            let plugged = ram - memory.size.bytes();
+            definition.json["memory"]["hotplugged_size"] = json!(plugged);
+        }
+        if let Some(bytes) = sizes.desired_balloon {
+            definition.json["balloon"]["size"] = json!(bytes);
+        }
         Ok(())
     }
 
@@ -270,11 +272,15 @@ impl Vm {
             .phase
             .definition()
             .ok_or_else(|| self.wrong("vm.info", "created"))?;
+        let size = definition.config.memory.size.bytes();
         let vcpus = self.phase.machine().map_or(0, Machine::vcpus_running);
         Ok(VmInfo {
             config: definition.json.clone(),
             state: self.phase.state(),
-            memory_actual_size: definition.config.memory.size.bytes(),
+            memory_actual_size: match self.phase.machine() {
+                Some(machine) => machine.memory.actual(size),
+                None => size,
+            },
             vcpus_actual: u8::try_from(vcpus).unwrap_or(u8::MAX),
         })
     }

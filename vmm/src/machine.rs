@@ -11,6 +11,7 @@ use thiserror::Error;
 
 use crate::io::IoThreads;
 use crate::memory::Ram;
+use crate::resize::MemoryHandles;
 use crate::vcpu::{ExitCounters, Vcpu};
 
 /// A device could not be put back on its loop.
@@ -28,6 +29,7 @@ pub struct Machine {
     /// Until when vCPUs beyond `running` may take to halt.
     pub(crate) shrinking: Option<Instant>,
     pub(crate) transports: Vec<(String, Arc<Mutex<MmioTransport>>)>,
+    pub(crate) memory: MemoryHandles,
     pub(crate) _io: Arc<IoThreads>,
     pub(crate) exits: Arc<ExitCounters>,
     pub(crate) _vm: VmFd,

@@ -17,7 +17,7 @@ use std::io;
 use std::os::fd::{AsRawFd, FromRawFd};
 
 use api::{ByteSize, MemoryConfig};
-use arch::ram;
+use arch::ram::{self, RamRange};
 use kvm_bindings::kvm_userspace_memory_region;
 use kvm_ioctls::VmFd;
 use thiserror::Error;
@@ -109,7 +109,13 @@ pub struct Ram {
 impl Ram {
     /// Reserves RAM as configured. Nothing is touched yet.
     pub fn new(config: &MemoryConfig) -> Result<Self, RamError> {
-        let ranges = ram::ranges(config.size.bytes());
+        let mut ranges = ram::ranges(config.size.bytes());
+        if config.hotplug_size.0 > 0 {
+            ranges.push(RamRange {
+                start: ram::hotplug_start(config.size.bytes()),
+                len_bytes: config.hotplug_size.0,
+            });
+        }
         let mut regions = Vec::with_capacity(ranges.len());
         for range in &ranges {
             let region = map(range.start, range.len_bytes, config)?;

@@ -158,6 +158,7 @@ fn config(options: &RunOptions) -> Result<(VmConfig, Option<Rootfs>), RunError> 
         },
         cpus: options.cpus,
         memory: options.memory,
+        balloon: options.balloon,
         disks,
         vsock: options.vsock.clone(),
         serial: serial(options),

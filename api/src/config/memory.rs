@@ -4,13 +4,17 @@ use std::str::FromStr;
 
 use super::ConfigError;
 use crate::options::Options;
-use crate::units::RamSize;
+use crate::units::{ByteSize, RamSize};
 
-/// RAM: `size=S[,hugepages=on][,thp=off][,shared=on]`.
+/// RAM: `size=S[,hotplug_size=S][,hotplugged_size=S][,hugepages=on][,thp=off][,shared=on]`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct MemoryConfig {
     /// How much.
     pub size: RamSize,
+    /// How much more the guest can get while it runs.
+    pub hotplug_size: ByteSize,
+    /// How much of that it gets at once.
+    pub hotplugged_size: ByteSize,
     /// Back it by 2 MiB pages from the host's pool (hugetlbfs).
     pub hugepages: bool,
     /// Let the host use transparent huge pages.
@@ -23,9 +27,31 @@ impl Default for MemoryConfig {
     fn default() -> Self {
         Self {
             size: RamSize::default(),
+            hotplug_size: ByteSize(0),
+            hotplugged_size: ByteSize(0),
             hugepages: false,
             thp: true,
             shared: false,
+        }
+    }
+}
+
+impl MemoryConfig {
+    /// Linux adds memory in blocks of at least this.
+    const HOTPLUG_STEP: u64 = 128 << 20;
+
+    /// Itself, if all of it is in range.
+    pub(crate) fn checked(self) -> Result<Self, ConfigError> {
+        let (most, plugged) = (self.hotplug_size, self.hotplugged_size);
+        let total = ByteSize(self.size.bytes().saturating_add(most.0));
+        if !most.0.is_multiple_of(Self::HOTPLUG_STEP) {
+            Err(ConfigError::HotplugUnaligned(most))
+        } else if total > RamSize::MAX {
+            Err(ConfigError::HotplugTooLarge(total))
+        } else if plugged > most {
+            Err(ConfigError::HotpluggedTooLarge { plugged, most })
+        } else {
+            Ok(self)
         }
     }
 }
@@ -34,14 +60,25 @@ impl FromStr for MemoryConfig {
     type Err = ConfigError;
 
     fn from_str(text: &str) -> Result<Self, ConfigError> {
-        let options = Options::parse(text, &["size", "hugepages", "thp", "shared"])?;
+        let known = &[
+            "size",
+            "hotplug_size",
+            "hotplugged_size",
+            "hugepages",
+            "thp",
+            "shared",
+        ];
+        let options = Options::parse(text, known)?;
         let default = Self::default();
-        Ok(Self {
+        Self {
             size: options.value("size")?.unwrap_or(default.size),
+            hotplug_size: options.value("hotplug_size")?.unwrap_or(ByteSize(0)),
+            hotplugged_size: options.value("hotplugged_size")?.unwrap_or(ByteSize(0)),
             hugepages: options.switch("hugepages", default.hugepages)?,
             thp: options.switch("thp", default.thp)?,
             shared: options.switch("shared", default.shared)?,
-        })
+        }
+        .checked()
     }
 }
 
@@ -59,6 +96,30 @@ mod tests {
             ..MemoryConfig::default()
         };
         assert_eq!(memory, expected);
+    }
+
+    #[test]
+    fn memory_to_be_plugged_has_a_step_and_a_limit() {
+        let memory: MemoryConfig = "hotplug_size=1G,hotplugged_size=512M".parse().unwrap();
+        assert_eq!(memory.hotplug_size, ByteSize(1 << 30));
+        assert_eq!(memory.hotplugged_size, ByteSize(512 << 20));
+        let refusals = [
+            (
+                "hotplug_size=64M",
+                "hotplug_size=64M is not a multiple of 128M",
+            ),
+            (
+                "hotplug_size=1024G",
+                "1049088M of RAM with hotplug_size: 1024G at most is possible",
+            ),
+            (
+                "hotplug_size=1G,hotplugged_size=2G",
+                "hotplugged_size=2G is more than hotplug_size=1G",
+            ),
+        ];
+        for (text, why) in refusals {
+            assert_eq!(refusal::<MemoryConfig>(text), why);
+        }
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! What a VM is made of, a file for each kind of part.
 
+mod balloon;
 mod cpus;
 mod disk;
 mod memory;
@@ -11,8 +12,9 @@ use std::path::PathBuf;
 use thiserror::Error;
 
 use crate::options::OptionsError;
-use crate::units::{CpuCount, UnitError};
+use crate::units::{ByteSize, CpuCount, RamSize, UnitError};
 
+pub use self::balloon::BalloonConfig;
 pub use self::cpus::CpusConfig;
 pub use self::disk::DiskConfig;
 pub use self::memory::MemoryConfig;
@@ -30,6 +32,8 @@ pub struct VmConfig {
     pub memory: MemoryConfig,
     /// Disks in the order the guest finds them: the first is `/dev/vda`.
     pub disks: Vec<DiskConfig>,
+    /// The memory balloon, if there is to be one.
+    pub balloon: Option<BalloonConfig>,
     /// vsock, if there is to be one.
     pub vsock: Option<VsockConfig>,
     /// The first serial port, `ttyS0`.
@@ -65,6 +69,20 @@ pub enum ConfigError {
         boot: CpuCount,
         /// vCPUs at most.
         max: CpuCount,
+    },
+    /// Linux adds memory by this much.
+    #[error("hotplug_size={0} is not a multiple of 128M")]
+    HotplugUnaligned(ByteSize),
+    /// Past what physical addresses reach.
+    #[error("{0} of RAM with hotplug_size: {max} at most is possible", max = RamSize::MAX)]
+    HotplugTooLarge(ByteSize),
+    /// More plugged at start than can be plugged.
+    #[error("hotplugged_size={plugged} is more than hotplug_size={most}")]
+    HotpluggedTooLarge {
+        /// Plugged at start.
+        plugged: ByteSize,
+        /// At most.
+        most: ByteSize,
     },
     /// Out of range.
     #[error("queues={0}: 1 to 16 are possible")]

@@ -117,6 +117,18 @@ fn fill_in(vm: &mut Map<String, Value>, config: &VmConfig) {
         "size",
         json!(config.memory.size.bytes()),
     );
+    if config.memory.hotplug_size.0 > 0 {
+        let memory = section(vm, "memory");
+        default(memory, "hotplug_size", json!(config.memory.hotplug_size.0));
+        default(
+            memory,
+            "hotplugged_size",
+            json!(config.memory.hotplugged_size.0),
+        );
+    }
+    if let Some(balloon) = config.balloon {
+        default(section(vm, "balloon"), "size", json!(balloon.size.0));
+    }
     default(section(vm, "rng"), "src", json!("/dev/urandom"));
     default(section(vm, "serial"), "mode", mode(&config.serial));
     default(section(vm, "console"), "mode", mode(&config.console));

@@ -6,7 +6,8 @@ use std::path::PathBuf;
 use serde::Deserialize;
 
 use crate::config::{
-    ConfigError, CpusConfig, DiskConfig, KernelConfig, MemoryConfig, Output, VmConfig, VsockConfig,
+    BalloonConfig, ConfigError, CpusConfig, DiskConfig, KernelConfig, MemoryConfig, Output,
+    VmConfig, VsockConfig,
 };
 use crate::error::JsonError;
 use crate::units::ByteSize;
@@ -19,6 +20,7 @@ pub(super) struct VmJson {
     disks: Option<Vec<DiskJson>>,
     #[expect(dead_code, reason = "parsing it checks it")]
     rng: Option<RngJson>,
+    balloon: Option<BalloonJson>,
     vsock: Option<VsockJson>,
     serial: Option<ConsoleJson>,
     console: Option<ConsoleJson>,
@@ -41,9 +43,21 @@ struct CpusJson {
 struct MemoryJson {
     /// Bytes.
     size: Option<u64>,
+    /// Bytes.
+    hotplug_size: Option<u64>,
+    /// Bytes.
+    hotplugged_size: Option<u64>,
     hugepages: Option<bool>,
     thp: Option<bool>,
     shared: Option<bool>,
+}
+
+#[derive(Debug, Deserialize)]
+struct BalloonJson {
+    /// Bytes.
+    size: Option<u64>,
+    deflate_on_oom: Option<bool>,
+    free_page_reporting: Option<bool>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -117,6 +131,7 @@ impl VmJson {
             memory: self
                 .memory
                 .map_or(Ok(MemoryConfig::default()), MemoryJson::config)?,
+            balloon: self.balloon.map(BalloonJson::config),
             disks: disks.map(DiskJson::config).collect::<Result<_, _>>()?,
             vsock: self.vsock.map(VsockJson::config).transpose()?,
             serial: self
@@ -149,12 +164,26 @@ impl MemoryJson {
                 .try_into()
                 .map_err(|error| at("memory.size")(ConfigError::Unit(error)))?,
         };
-        Ok(MemoryConfig {
+        MemoryConfig {
             size,
+            hotplug_size: ByteSize(self.hotplug_size.unwrap_or(0)),
+            hotplugged_size: ByteSize(self.hotplugged_size.unwrap_or(0)),
             hugepages: self.hugepages.unwrap_or(default.hugepages),
             thp: self.thp.unwrap_or(default.thp),
             shared: self.shared.unwrap_or(default.shared),
-        })
+        }
+        .checked()
+        .map_err(at("memory"))
+    }
+}
+
+impl BalloonJson {
+    fn config(self) -> BalloonConfig {
+        BalloonConfig {
+            size: ByteSize(self.size.unwrap_or(0)),
+            deflate_on_oom: self.deflate_on_oom.unwrap_or(false),
+            free_page_reporting: self.free_page_reporting.unwrap_or(false),
+        }
     }
 }
 

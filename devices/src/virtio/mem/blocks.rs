@@ -56,7 +56,7 @@ impl Blocks {
             sink_len,
         };
         let (region_len, _) = blocks.region()?;
-        if region_len != len || len == 0 || len % block_len != 0 {
+        if region_len != len || len == 0 || !len.is_multiple_of(block_len) {
             return Err(io::ErrorKind::InvalidInput.into());
         }
         blocks.detach(0..blocks.map.blocks())?;
@@ -119,7 +119,6 @@ impl Blocks {
     }
 
     /// Length of the region, and the file behind it with the offset in it.
-    #[expect(clippy::type_complexity, reason = "it is used once or twice, here")]
     fn region(&self) -> io::Result<(u64, Option<(File, u64)>)> {
         let ram = self.memory.memory();
         let region = ram

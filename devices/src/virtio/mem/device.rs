@@ -184,7 +184,7 @@ impl VirtioDevice for Mem {
         };
         let wrong = |what: &str| StateError::Device(what.into());
         let target = &self.target;
-        if requested > target.region || requested % target.block_len != 0 {
+        if requested > target.region || !requested.is_multiple_of(target.block_len) {
             return Err(wrong("it asks for memory that the region has not"));
         }
         let mut blocks = self

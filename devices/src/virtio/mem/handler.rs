@@ -173,7 +173,7 @@ impl Server<'_> {
     /// The blocks of a request, if they lie in the region.
     fn range(&self, address: u64, count: u16) -> Option<Range<usize>> {
         let offset = address.checked_sub(self.start.0)?;
-        if count == 0 || offset % self.blocks.block_len() != 0 {
+        if count == 0 || !offset.is_multiple_of(self.blocks.block_len()) {
             return None;
         }
         let first = usize::try_from(offset / self.blocks.block_len()).ok()?;
