@@ -3,7 +3,7 @@
 
 use std::io::{self, Write};
 use std::os::fd::OwnedFd;
-use std::os::unix::net::UnixStream;
+use std::os::unix::net::{UnixDatagram, UnixStream};
 use std::path::PathBuf;
 
 use proptest::prelude::*;
@@ -15,6 +15,7 @@ use super::balloon::{Balloon, BalloonConfig};
 use super::blk::{Blk, BlkConfig};
 use super::console::{Console, Port};
 use super::mem::Mem;
+use super::net::{Net, NetConfig, Offloads, Tap};
 use super::rng::Rng;
 use super::testing::{QUEUES, RAM_LEN, Step, survive};
 use super::vsock::{Vsock, VsockConfig};
@@ -118,6 +119,27 @@ proptest! {
         image.as_file().set_len(1 << 16).unwrap();
         survive(disk(&image, readonly), steps);
         prop_assert_eq!(image.as_file().metadata().unwrap().len(), 1 << 16);
+    }
+
+    #[test]
+    fn a_network_device_survives_any_guest(steps in steps()) {
+        let (taps, hosts): (Vec<_>, Vec<_>) = (0..2)
+            .map(|_| {
+                let (tap, host) = UnixDatagram::pair().unwrap();
+                tap.set_nonblocking(true).unwrap();
+                (Tap::pretend(tap.into()), host)
+            })
+            .unzip();
+        hosts[0].send(&[7; 200]).unwrap();
+        hosts[1].send(&[7; 3]).unwrap();
+        let net = Net::new(NetConfig {
+            taps,
+            mac: [2, 0, 0, 0, 0, 1],
+            mtu: None,
+            queue_size: 16,
+            offloads: Offloads::default(),
+        });
+        survive(net.unwrap(), steps);
     }
 
     #[test]

@@ -27,6 +27,7 @@ mod lent;
 pub mod mem;
 pub mod mmio;
 mod negotiation;
+pub mod net;
 mod queue;
 pub mod rng;
 mod segments;

@@ -12,7 +12,6 @@
 //!
 //! which [`Ring::serve`] does for devices that answer each request at once.
 
-use std::mem;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
@@ -64,7 +63,8 @@ pub struct Ring {
     broken: bool,
     /// Completed chains the driver has not been told of, since when.
     untold: Option<Instant>,
-    spare: Spare,
+    /// Room of chains that are done with, for those to come.
+    spare: Vec<Spare>,
 }
 
 impl Ring {
@@ -86,13 +86,18 @@ impl Ring {
             turn_over: false,
             broken: false,
             untold: None,
-            spare: Spare::default(),
+            spare: Vec::new(),
         }
     }
 
     /// The queue's number in its device.
     pub fn index(&self) -> u16 {
         self.index
+    }
+
+    /// Descriptors in it.
+    pub fn size(&self) -> u16 {
+        self.queue.size()
     }
 
     /// Readable when the driver has notified the device; to be watched by the handler.
@@ -173,10 +178,10 @@ impl Ring {
                 self.fail();
                 return None;
             }
-            match Chain::parse(ram, descriptors, mem::take(&mut self.spare)) {
+            match Chain::parse(ram, descriptors, self.spare.pop().unwrap_or_default()) {
                 Ok(chain) => return Some(chain),
                 Err(spare) => {
-                    self.spare = spare;
+                    self.spare.push(spare);
                     self.counters.bad_chains.increment();
                     self.add_used(ram, head, 0);
                 }
@@ -189,13 +194,13 @@ impl Ring {
     pub fn complete(&mut self, ram: &GuestRam, chain: Chain, written: u32) {
         debug_assert!(written as usize <= chain.writable_len);
         let head = chain.head;
-        self.spare = chain.into_spare();
+        self.spare.push(chain.into_spare());
         self.add_used(ram, head, written);
     }
 
     /// Makes the chain that was popped last the next one again, as the driver wrote it.
     pub fn put_back(&mut self, chain: Chain) {
-        self.spare = chain.into_spare();
+        self.spare.push(chain.into_spare());
         self.queue.go_to_previous_position();
         self.budget = self.budget.saturating_add(1);
     }

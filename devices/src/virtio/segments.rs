@@ -60,6 +60,12 @@ impl Segments {
         Ok(())
     }
 
+    /// Appends what is left of `other`.
+    pub fn append(&mut self, other: &Self) {
+        self.pieces.extend_from_slice(&other.pieces[other.first..]);
+        self.len += other.len;
+    }
+
     /// Number of pieces left.
     pub fn pieces(&self) -> usize {
         self.pieces.len() - self.first

@@ -36,6 +36,7 @@ pub enum DeviceState {
     Blk,
     Console(ConsoleState),
     Mem(MemState),
+    Net,
     Rng,
     Vsock,
 }

@@ -12,7 +12,7 @@ use super::{GuestRam, Segments};
 
 /// Pieces per system call; longer runs take several. Below the kernel's IOV_MAX of 1024 because
 /// the array lies on the stack.
-const MAX_PIECES: usize = 64;
+pub const MAX_PIECES: usize = 64;
 
 /// Fills the front of `into` with exactly `len` bytes found at `offset`.
 pub fn read_exact_at(
