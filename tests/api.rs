@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::io::{Read, Write};
+use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::thread;
@@ -10,6 +11,7 @@ use std::time::Duration;
 use api::http::{Client, ClientError};
 use serde_json::{Value, json};
 use tempfile::TempDir;
+use tests::network::{alone, tap};
 use tests::payload::Protocol;
 use tests::podvmm::{Running, kvm_is_here};
 use tests::{Payload, Podvmm, code};
@@ -229,6 +231,57 @@ fn counters_and_metrics_name_devices_and_exits() {
         assert!(metrics.lines().any(|have| have == line), "{metrics}");
     }
     service.dismiss();
+}
+
+#[test]
+fn devices_are_added_before_boot_with_descriptors_passed_along() {
+    if !kvm_is_here() {
+        return;
+    }
+    alone(|| {
+        let service = Service::start(spin());
+        let mut client = service.client();
+        put(&mut client, "vm.create", Some(service.definition())).unwrap();
+        let tap = tap("podapi0");
+        // As Kata writes it: no tap's name, and numbers that are the client's own.
+        let net = json!({
+            "ip": "192.168.249.1", "mask": "255.255.255.0", "mac": "02:00:00:00:00:05",
+            "iommu": false, "num_queues": 2, "queue_size": 256, "vhost_user": false,
+            "vhost_mode": "Client", "fds": [99], "id": null, "rate_limiter_config": null,
+        });
+        let body = net.to_string();
+        let path = "/api/v1/vm.add-net";
+        client
+            .call("PUT", path, Some(&body), &[tap.as_fd()])
+            .unwrap();
+        let vsock = service.folder.path().join("vsock");
+        let vsock = json!({"cid": 3, "socket": vsock});
+        put(&mut client, "vm.add-vsock", Some(vsock)).unwrap();
+        let disk = service.folder.path().join("disk");
+        fs::write(&disk, [0; 4096]).unwrap();
+        put(
+            &mut client,
+            "vm.add-disk",
+            Some(json!({"path": disk, "readonly": true})),
+        )
+        .unwrap();
+        let none = client.call("PUT", path, Some(&body), &[]);
+        assert_eq!(refusal(none).0, 400);
+        put(&mut client, "vm.boot", None).unwrap();
+        let info = get(&mut client, "vm.info");
+        assert_eq!(info["config"]["net"][0]["mac"], "02:00:00:00:00:05");
+        assert_eq!(info["config"]["net"][0]["fds"], Value::Null);
+        assert_eq!(info["config"]["disks"][0]["num_queues"], 1);
+        let counters = get(&mut client, "vm.counters");
+        for device in ["net0", "vsock", "disk0"] {
+            assert_eq!(counters[device]["requests"], 0, "{device}");
+        }
+        // The descriptor is kept for another life.
+        put(&mut client, "vm.reboot", None).unwrap();
+        let late = client.call("PUT", path, Some(&body), &[tap.as_fd()]);
+        assert_eq!(refusal(late).0, 409);
+        service.dismiss();
+    });
 }
 
 #[test]

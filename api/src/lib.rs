@@ -16,11 +16,11 @@ pub mod route;
 mod units;
 
 pub use config::{
-    BalloonConfig, ConfigError, CpusConfig, DiskConfig, KernelConfig, MemoryConfig, Output,
-    VmConfig, VsockConfig,
+    BalloonConfig, ConfigError, CpusConfig, DiskConfig, KernelConfig, MacAddr, MemoryConfig,
+    NetConfig, Output, TapSource, VmConfig, VsockConfig,
 };
 pub use error::{ApiError, JsonError, State, chain};
-pub use json::Definition;
+pub use json::{Addition, Definition};
 pub use options::OptionsError;
 pub use request::{Answer, Ping, Request, Resize, VmInfo};
 pub use units::{ByteSize, CpuCount, RamSize, UnitError};

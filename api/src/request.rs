@@ -4,7 +4,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::error::State;
-use crate::json::Definition;
+use crate::json::{Addition, Definition};
 
 /// One request, understood.
 #[derive(Debug)]
@@ -13,6 +13,8 @@ pub enum Request {
     /// Ends podvmm.
     Exit,
     Create(Box<Definition>),
+    /// A device more, as the client wrote it.
+    Add(Addition, Value),
     Boot,
     Info,
     Counters,

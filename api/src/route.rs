@@ -1,11 +1,12 @@
 //! From an HTTP request to what it asks, and from what it is answered to an HTTP response.
 
 use serde::de::DeserializeOwned;
+use serde_json::Value;
 
-use crate::error::ApiError;
+use crate::error::{ApiError, JsonError};
 use crate::http;
 use crate::http::{Method, Response};
-use crate::json::Definition;
+use crate::json::{Addition, Definition};
 use crate::request::{Answer, Request};
 
 /// What all paths begin with, but that of the metrics.
@@ -49,6 +50,15 @@ pub const ROUTES: &[Route] = &[
         })?;
         Ok(Request::Create(Box::new(definition)))
     }),
+    put("/api/v1/vm.add-disk", |_, request| {
+        add("vm.add-disk", Addition::disk(&request.body))
+    }),
+    put("/api/v1/vm.add-net", |_, request| {
+        add("vm.add-net", Addition::net(&request.body, request.fds))
+    }),
+    put("/api/v1/vm.add-vsock", |_, request| {
+        add("vm.add-vsock", Addition::vsock(&request.body))
+    }),
     put("/api/v1/vm.boot", |_, _| Ok(Request::Boot)),
     get("/api/v1/vm.info", |_, _| Ok(Request::Info)),
     get("/api/v1/vm.counters", |_, _| Ok(Request::Counters)),
@@ -64,6 +74,14 @@ pub const ROUTES: &[Route] = &[
     put("/api/v1/vm.restore", not_implemented),
     get("/metrics", |_, _| Ok(Request::Metrics)),
 ];
+
+fn add(
+    request: &'static str,
+    addition: Result<(Addition, Value), JsonError>,
+) -> Result<Request, ApiError> {
+    let addition = addition.map_err(|source| ApiError::Body { request, source });
+    addition.map(|(device, json)| Request::Add(device, json))
+}
 
 fn not_implemented(path: &str, _: http::Request) -> Result<Request, ApiError> {
     Err(ApiError::NotImplemented(

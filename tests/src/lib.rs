@@ -5,6 +5,7 @@
 //! `PODVMM_TESTS_WITHOUT_KVM=skip` is set.
 
 pub mod guest;
+pub mod network;
 pub mod payload;
 pub mod podvmm;
 pub mod transfer;

@@ -37,6 +37,7 @@ use crate::machine::Machine;
 use crate::memory::{Ram, RamError};
 use crate::resize::MemoryHandles;
 use crate::streams::{self, StreamError};
+use crate::tap;
 use crate::transcript::Transcript;
 use crate::vcpu::{Buses, Vcpu};
 
@@ -301,6 +302,14 @@ fn attach_devices(
             source: source.into(),
         })?;
         attach(attacher, &format!("disk{index}"), &device, blk)?;
+    }
+    for (index, net) in config.nets.iter().enumerate() {
+        let device = format!("network device {index}");
+        let made = tap::device(net).map_err(|source| BuildError::Device {
+            device: device.clone(),
+            source: source.into(),
+        })?;
+        attach(attacher, &format!("net{index}"), &device, made)?;
     }
     if let Some(VsockConfig { cid, socket }) = &config.vsock {
         let device = "vsock";

@@ -4,7 +4,10 @@ use std::ffi::OsString;
 use std::os::unix::ffi::OsStringExt;
 use std::path::PathBuf;
 
-use api::{BalloonConfig, ConfigError, CpusConfig, DiskConfig, MemoryConfig, Output, VsockConfig};
+use api::{
+    BalloonConfig, ConfigError, CpusConfig, DiskConfig, MemoryConfig, NetConfig, Output,
+    VsockConfig,
+};
 use lexopt::{Arg, Parser, ValueExt};
 use log::LevelFilter;
 use thiserror::Error;
@@ -44,6 +47,8 @@ pub struct RunOptions {
     pub balloon: Option<BalloonConfig>,
     /// `--disk`
     pub disks: Vec<DiskConfig>,
+    /// `--net`
+    pub nets: Vec<NetConfig>,
     /// `--vsock`
     pub vsock: Option<VsockConfig>,
     /// `--serial`
@@ -77,6 +82,7 @@ impl RunOptions {
             || self.memory != MemoryConfig::default()
             || self.balloon.is_some()
             || !self.disks.is_empty()
+            || !self.nets.is_empty()
             || self.vsock.is_some()
             || self.serial.is_some()
             || self.console.is_some()
@@ -129,6 +135,7 @@ pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Action, Cl
             Arg::Long("memory") => options.memory = value(&mut parser, "memory")?,
             Arg::Long("balloon") => options.balloon = Some(value(&mut parser, "balloon")?),
             Arg::Long("disk") => options.disks.push(value(&mut parser, "disk")?),
+            Arg::Long("net") => options.nets.push(value(&mut parser, "net")?),
             Arg::Long("vsock") => options.vsock = Some(value(&mut parser, "vsock")?),
             Arg::Long("serial") => options.serial = Some(value(&mut parser, "serial")?),
             Arg::Long("console") => options.console = Some(value(&mut parser, "console")?),

@@ -32,6 +32,7 @@ pub mod run;
 pub mod service;
 mod signals;
 pub mod streams;
+mod tap;
 mod terminal;
 pub mod transcript;
 pub mod vcpu;

@@ -12,7 +12,7 @@
 //! Owned by `control`, which carries out one request at a time. None of them
 //! waits for the guest.
 
-use api::{Answer, ApiError, Definition, Ping, Request, Resize, State, VmInfo, chain};
+use api::{Addition, Answer, ApiError, Definition, Ping, Request, Resize, State, VmInfo, chain};
 use serde_json::{Value, json};
 
 use crate::builder::{BuildError, Surroundings, build};
@@ -105,6 +105,7 @@ impl Vm {
             Request::Ping => Ok(Answer::Ping(ping())),
             Request::Exit => Ok(Answer::Exiting),
             Request::Create(definition) => self.create(definition).map(done),
+            Request::Add(device, json) => self.add(device, json).map(done),
             Request::Boot => self.boot().map(done),
             Request::Info => self.info().map(|info| Answer::Info(Box::new(info))),
             Request::Counters => self.counters().map(Answer::Counters),
@@ -132,6 +133,17 @@ impl Vm {
                 Ok(())
             }
             _ => Err(self.wrong("vm.create", "not created")),
+        }
+    }
+
+    /// Adds a device to the definition: the guest finds devices when it boots.
+    fn add(&mut self, device: Addition, json: Value) -> Result<(), ApiError> {
+        match &mut self.phase {
+            Phase::Created(definition) | Phase::Shutdown(definition) => {
+                definition.add(device, json);
+                Ok(())
+            }
+            _ => Err(self.wrong("add a device", "Created or Shutdown")),
         }
     }
 

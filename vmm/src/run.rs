@@ -160,6 +160,7 @@ fn config(options: &RunOptions) -> Result<(VmConfig, Option<Rootfs>), RunError> 
         memory: options.memory,
         balloon: options.balloon,
         disks,
+        nets: options.nets.clone(),
         vsock: options.vsock.clone(),
         serial: serial(options),
         console: options.console.clone().unwrap_or(Output::Off),

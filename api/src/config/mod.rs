@@ -4,6 +4,7 @@ mod balloon;
 mod cpus;
 mod disk;
 mod memory;
+mod net;
 mod output;
 mod vsock;
 
@@ -18,6 +19,7 @@ pub use self::balloon::BalloonConfig;
 pub use self::cpus::CpusConfig;
 pub use self::disk::DiskConfig;
 pub use self::memory::MemoryConfig;
+pub use self::net::{MacAddr, NetConfig, TapSource};
 pub use self::output::Output;
 pub use self::vsock::VsockConfig;
 
@@ -34,6 +36,8 @@ pub struct VmConfig {
     pub disks: Vec<DiskConfig>,
     /// The memory balloon, if there is to be one.
     pub balloon: Option<BalloonConfig>,
+    /// Network devices in the order the guest finds them.
+    pub nets: Vec<NetConfig>,
     /// vsock, if there is to be one.
     pub vsock: Option<VsockConfig>,
     /// The first serial port, `ttyS0`.
@@ -104,6 +108,32 @@ pub enum ConfigError {
         /// With room for a port behind it.
         max: usize,
     },
+    /// A network device without a host side, or with two.
+    #[error("give either tap=NAME or fd=N")]
+    TapOrFd,
+    /// Not a descriptor.
+    #[error("fd='{0}' is not a number")]
+    Fd(String),
+    /// podvmm's own.
+    #[error("fd={0} is a standard stream, not a tap")]
+    StandardFd(i32),
+    /// A pair has one descriptor.
+    #[error("{pairs} pairs of queues with {fds} descriptors: one goes with each")]
+    Pairs {
+        /// Wanted.
+        pairs: u16,
+        /// Given.
+        fds: usize,
+    },
+    /// Out of range.
+    #[error("queue_size={0} is not a power of two from 16 to 1024")]
+    NetQueueSize(u16),
+    /// IPv4 needs 68 (RFC 791).
+    #[error("mtu={0}: 68 to 65535 is possible")]
+    Mtu(u16),
+    /// Not a MAC address, or one of a group.
+    #[error("'{0}' is not the address of one device, such as 02:00:00:00:00:01")]
+    Mac(String),
     /// No such output.
     #[error("'{0}' is none of off, null, tty, file=PATH")]
     Output(String),

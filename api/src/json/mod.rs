@@ -6,13 +6,15 @@
 mod parts;
 mod unsupported;
 
+use std::os::fd::OwnedFd;
+
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value, json};
 
-use crate::config::{Output, VmConfig};
+use crate::config::{DiskConfig, NetConfig, Output, TapSource, VmConfig, VsockConfig};
 use crate::error::JsonError;
 
-use self::parts::VmJson;
+use self::parts::{DiskJson, NetJson, VmJson, VsockJson};
 
 /// What a client defined, and what it means.
 #[derive(Clone, Debug)]
@@ -42,6 +44,11 @@ impl Definition {
             let vsock = json!({"cid": vsock.cid, "socket": vsock.socket});
             vm.insert("vsock".into(), vsock);
         }
+        let nets = config.nets.iter().map(|net| match &net.tap {
+            TapSource::Name(name) => json!({ "tap": name }),
+            TapSource::Numbers(_) | TapSource::Passed(_) => json!({}),
+        });
+        vm.insert("net".into(), nets.collect());
         fill_in(&mut vm, &config);
         Self {
             config,
@@ -59,6 +66,79 @@ impl Definition {
             fill_in(object, &config);
         }
         Ok(Self { config, json })
+    }
+}
+
+/// A device to be added to a VM.
+#[derive(Clone, Debug)]
+pub enum Addition {
+    Disk(DiskConfig),
+    Net(NetConfig),
+    Vsock(VsockConfig),
+}
+
+impl Addition {
+    /// Understands the body of vm.add-disk.
+    pub fn disk(body: &[u8]) -> Result<(Self, Value), JsonError> {
+        let (disk, json) = addition::<DiskJson>(body, "disks")?;
+        Ok((Self::Disk(disk.config()?), json))
+    }
+
+    /// Understands the body of vm.add-net; `fds` came with it and stand for the tap.
+    pub fn net(body: &[u8], fds: Vec<OwnedFd>) -> Result<(Self, Value), JsonError> {
+        let (net, mut json) = addition::<NetJson>(body, "net")?;
+        if let Value::Object(net) = &mut json {
+            // Numbers of the client's, which mean nothing here.
+            net.remove("fds");
+        }
+        Ok((Self::Net(net.config(fds)?), json))
+    }
+
+    /// Understands the body of vm.add-vsock.
+    pub fn vsock(body: &[u8]) -> Result<(Self, Value), JsonError> {
+        let (vsock, json) = addition::<VsockJson>(body, "vsock")?;
+        Ok((Self::Vsock(vsock.config()?), json))
+    }
+}
+
+/// One part of a VM, held to the same as in a whole one.
+fn addition<T: DeserializeOwned>(body: &[u8], section: &str) -> Result<(T, Value), JsonError> {
+    let json: Value = parse(body)?;
+    let whole = match section {
+        "vsock" => json!({ section: json }),
+        _ => json!({ section: [json] }),
+    };
+    unsupported::refuse(&whole)?;
+    Ok((from_value(json.clone())?, json))
+}
+
+impl Definition {
+    /// Adds a device, of which `json` is what the client wrote.
+    pub fn add(&mut self, addition: Addition, json: Value) {
+        let config = &mut self.config;
+        let section = match addition {
+            Addition::Disk(disk) => {
+                config.disks.push(disk);
+                "disks"
+            }
+            Addition::Net(net) => {
+                config.nets.push(net);
+                "net"
+            }
+            Addition::Vsock(vsock) => {
+                config.vsock = Some(vsock);
+                "vsock"
+            }
+        };
+        let Value::Object(vm) = &mut self.json else {
+            return;
+        };
+        match vm.entry(section).or_insert(Value::Null) {
+            Value::Array(items) => items.push(json),
+            other if section == "vsock" => *other = json,
+            other => *other = Value::Array(vec![json]),
+        }
+        fill_in(vm, &self.config);
     }
 }
 
@@ -132,6 +212,16 @@ fn fill_in(vm: &mut Map<String, Value>, config: &VmConfig) {
     default(section(vm, "rng"), "src", json!("/dev/urandom"));
     default(section(vm, "serial"), "mode", mode(&config.serial));
     default(section(vm, "console"), "mode", mode(&config.console));
+    let nets = vm.get_mut("net").and_then(Value::as_array_mut);
+    for (net, config) in nets.into_iter().flatten().zip(&config.nets) {
+        if let Value::Object(net) = net {
+            default(net, "ip", json!("192.168.249.1"));
+            default(net, "mask", json!("255.255.255.0"));
+            default(net, "mac", json!(config.mac.to_string()));
+            default(net, "num_queues", json!(2 * config.pairs));
+            default(net, "queue_size", json!(config.queue_size));
+        }
+    }
     let disks = vm.get_mut("disks").and_then(Value::as_array_mut);
     let queues = config
         .disks

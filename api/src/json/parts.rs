@@ -1,13 +1,15 @@
 //! The parts of a VM as they are written in JSON. Every field may be missing or null, but where a
 //! VM makes no sense without.
 
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use serde::Deserialize;
 
 use crate::config::{
-    BalloonConfig, ConfigError, CpusConfig, DiskConfig, KernelConfig, MemoryConfig, Output,
-    VmConfig, VsockConfig,
+    BalloonConfig, ConfigError, CpusConfig, DiskConfig, KernelConfig, MemoryConfig, NetConfig,
+    Output, TapSource, VmConfig, VsockConfig,
 };
 use crate::error::JsonError;
 use crate::units::ByteSize;
@@ -21,6 +23,7 @@ pub(super) struct VmJson {
     #[expect(dead_code, reason = "parsing it checks it")]
     rng: Option<RngJson>,
     balloon: Option<BalloonJson>,
+    net: Option<Vec<NetJson>>,
     vsock: Option<VsockJson>,
     serial: Option<ConsoleJson>,
     console: Option<ConsoleJson>,
@@ -61,7 +64,7 @@ struct BalloonJson {
 }
 
 #[derive(Debug, Deserialize)]
-struct DiskJson {
+pub(super) struct DiskJson {
     path: PathBuf,
     readonly: Option<bool>,
     direct: Option<bool>,
@@ -97,7 +100,20 @@ enum RngSource {
 }
 
 #[derive(Debug, Deserialize)]
-struct VsockJson {
+pub(super) struct NetJson {
+    tap: Option<String>,
+    mac: Option<String>,
+    mtu: Option<u16>,
+    /// Two for each pair.
+    num_queues: Option<u16>,
+    queue_size: Option<u16>,
+    offload_tso: Option<bool>,
+    offload_ufo: Option<bool>,
+    offload_csum: Option<bool>,
+}
+
+#[derive(Debug, Deserialize)]
+pub(super) struct VsockJson {
     cid: u32,
     socket: PathBuf,
 }
@@ -119,6 +135,7 @@ enum Mode {
 impl VmJson {
     pub(super) fn config(self) -> Result<VmConfig, JsonError> {
         let disks = self.disks.unwrap_or_default().into_iter();
+        let nets = self.net.unwrap_or_default().into_iter();
         Ok(VmConfig {
             kernel: KernelConfig {
                 path: self.payload.kernel,
@@ -133,6 +150,9 @@ impl VmJson {
                 .map_or(Ok(MemoryConfig::default()), MemoryJson::config)?,
             balloon: self.balloon.map(BalloonJson::config),
             disks: disks.map(DiskJson::config).collect::<Result<_, _>>()?,
+            nets: nets
+                .map(|net| net.config(Vec::new()))
+                .collect::<Result<_, _>>()?,
             vsock: self.vsock.map(VsockJson::config).transpose()?,
             serial: self
                 .serial
@@ -188,7 +208,7 @@ impl BalloonJson {
 }
 
 impl DiskJson {
-    fn config(self) -> Result<DiskConfig, JsonError> {
+    pub(super) fn config(self) -> Result<DiskConfig, JsonError> {
         let default = DiskConfig::new(self.path, self.readonly.unwrap_or(false));
         DiskConfig {
             direct: self.direct.unwrap_or(default.direct),
@@ -202,8 +222,40 @@ impl DiskJson {
     }
 }
 
+impl NetJson {
+    /// `fds` came with the request, and stand for the tap.
+    pub(super) fn config(self, fds: Vec<OwnedFd>) -> Result<NetConfig, JsonError> {
+        let tap = match (self.tap, fds.is_empty()) {
+            (_, false) => TapSource::Passed(fds.into_iter().map(Arc::new).collect()),
+            (Some(name), true) => TapSource::Name(name),
+            (None, true) => return Err(at("net")(ConfigError::TapOrFd)),
+        };
+        let default = NetConfig::new(tap);
+        let mac = self.mac.map(|mac| mac.parse()).transpose();
+        let queues = self.num_queues.unwrap_or(2 * default.pairs);
+        if !queues.is_multiple_of(2) {
+            return Err(JsonError::Unsupported {
+                path: "net.num_queues".into(),
+                why: "queues come in pairs",
+            });
+        }
+        NetConfig {
+            mac: mac.map_err(at("net.mac"))?.unwrap_or(default.mac),
+            mtu: self.mtu,
+            pairs: queues / 2,
+            queue_size: self.queue_size.unwrap_or(default.queue_size),
+            offload_tso: self.offload_tso.unwrap_or(true),
+            offload_ufo: self.offload_ufo.unwrap_or(true),
+            offload_csum: self.offload_csum.unwrap_or(true),
+            ..default
+        }
+        .checked()
+        .map_err(at("net"))
+    }
+}
+
 impl VsockJson {
-    fn config(self) -> Result<VsockConfig, JsonError> {
+    pub(super) fn config(self) -> Result<VsockConfig, JsonError> {
         let Self { cid, socket } = self;
         VsockConfig { cid, socket }.checked().map_err(at("vsock"))
     }

@@ -28,6 +28,7 @@ const FIELDS: &[(&str, &str)] = &[
     ("disks.*.iommu", "there is no virtual IOMMU"),
     ("disks.*.backing_files", "images are raw"),
     ("net.*.iommu", "there is no virtual IOMMU"),
+    ("net.*.vhost_socket", "networks are taps"),
     ("net.*.vhost_user", "networks are taps"),
     ("fs.*.iommu", "there is no virtual IOMMU"),
     ("vsock.iommu", "there is no virtual IOMMU"),

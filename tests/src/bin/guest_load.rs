@@ -1,7 +1,7 @@
 //! What the Linux tests run inside the guest: the other ends of their transfers. Linked statically.
 
 use std::io::{self, Read, Write};
-use std::net::Shutdown;
+use std::net::{Shutdown, TcpListener, TcpStream};
 use std::process::ExitCode;
 use std::thread;
 
@@ -13,6 +13,7 @@ fn main() -> ExitCode {
     let words: Vec<&str> = arguments.iter().map(String::as_str).collect();
     let done = match words.as_slice() {
         ["vsock-serve", port, count] => vsock_serve(number(port), number(count)),
+        ["tcp-serve", port, count] => tcp_serve(number(port), number(count)),
         ["vsock-call", port] => vsock_call(number(port)),
         _ => Err(io::Error::other("unknown command")),
     };
@@ -44,12 +45,39 @@ fn vsock_serve(port: u32, count: u32) -> io::Result<()> {
     Ok(())
 }
 
+/// Serves `count` connections one after the other in the same way.
+fn tcp_serve(port: u32, count: u32) -> io::Result<()> {
+    let port = u16::try_from(port).map_err(io::Error::other)?;
+    let listener = TcpListener::bind(("0.0.0.0", port))?;
+    (0..count).try_for_each(|_| {
+        let (stream, _) = listener.accept()?;
+        serve(stream)
+    })
+}
+
+/// A stream whose halves end one by one.
+trait Halves: Read + Write {
+    fn end_sending(&self) -> io::Result<()>;
+}
+
+impl Halves for VsockStream {
+    fn end_sending(&self) -> io::Result<()> {
+        self.shutdown(Shutdown::Write)
+    }
+}
+
+impl Halves for TcpStream {
+    fn end_sending(&self) -> io::Result<()> {
+        self.shutdown(Shutdown::Write)
+    }
+}
+
 /// Takes all the other end sends, answers with its checksum and as many bytes of its own.
-fn serve(mut stream: VsockStream) -> io::Result<()> {
+fn serve(mut stream: impl Halves) -> io::Result<()> {
     let checksum = Checksum::of_all(&mut stream)?;
     stream.write_all(&checksum.to_bytes())?;
     transfer::send(&mut stream, checksum.seed(), checksum.len)?;
-    stream.shutdown(Shutdown::Write)?;
+    stream.end_sending()?;
     // The other end goes first, so that nothing of ours is lost.
     io::copy(&mut stream, &mut io::sink())?;
     Ok(())

@@ -1,0 +1,62 @@
+//! Networks that only a test sees. Needs root.
+
+use std::fs::{File, OpenOptions};
+use std::os::fd::AsRawFd;
+use std::process::Command;
+use std::thread;
+use std::time::Duration;
+
+/// Runs `test` on a thread that sees a network of its own, as do the programs it starts.
+pub fn alone(test: impl FnOnce() + Send + 'static) {
+    let thread = thread::spawn(|| {
+        // SAFETY: it changes nothing but which network this thread sees.
+        let result = unsafe { libc::unshare(libc::CLONE_NEWNET) };
+        assert_eq!(result, 0, "networks of their own need root");
+        ip("link set lo up");
+        test();
+    });
+    if let Err(panic) = thread.join() {
+        std::panic::resume_unwind(panic);
+    }
+}
+
+/// Runs ip(8).
+pub fn ip(arguments: &str) {
+    let status = Command::new("ip").args(arguments.split(' ')).status();
+    assert!(
+        status.expect("iproute2 is installed").success(),
+        "ip {arguments}"
+    );
+}
+
+/// Gives `link` an address and turns it on, once it is there.
+pub fn set_up(link: &str, address: &str) {
+    while !links().contains(link) {
+        thread::sleep(Duration::from_millis(1));
+    }
+    ip(&format!("address add {address} dev {link}"));
+    ip(&format!("link set {link} up"));
+}
+
+/// The links of this thread's network, as the kernel lists them.
+pub fn links() -> String {
+    std::fs::read_to_string("/proc/thread-self/net/dev").expect("/proc is mounted")
+}
+
+/// One queue of a new tap, as a runtime would hand it over.
+pub fn tap(name: &str) -> File {
+    const TUNSETIFF: libc::Ioctl = 0x4004_54ca;
+    const TAP_NO_PI_VNET_HDR: u16 = 0x0002 | 0x1000 | 0x4000;
+    let tap = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open("/dev/net/tun")
+        .expect("taps are possible");
+    let mut request = [0_u8; 40];
+    request[..name.len()].copy_from_slice(name.as_bytes());
+    request[16..18].copy_from_slice(&TAP_NO_PI_VNET_HDR.to_ne_bytes());
+    // SAFETY: TUNSETIFF reads and writes an ifreq of 40 bytes, which outlives the call.
+    let made = unsafe { libc::ioctl(tap.as_raw_fd(), TUNSETIFF, request.as_mut_ptr()) };
+    assert_eq!(made, 0, "{}", std::io::Error::last_os_error());
+    tap
+}
