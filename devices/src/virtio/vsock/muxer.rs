@@ -277,6 +277,10 @@ impl Muxer {
             return;
         };
         self.free.push(slot);
+        if connection.queued {
+            // A guest that takes nothing could pile up turns of those that are gone.
+            self.turns.retain(|turn| *turn != slot);
+        }
         if let Some(key) = connection.key {
             self.keys.remove(&key);
             if key.host_port < FIRST_HOST_PORT {
@@ -349,4 +353,54 @@ fn connect_to(path: &Path, port: u32) -> io::Result<UnixStream> {
     let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
     connect(&socket, &SocketAddrUnix::new(Path::new(&name))?)?;
     Ok(socket.into())
+}
+
+#[cfg(test)]
+mod tests {
+    use vm_memory::{Bytes, GuestAddress};
+    use vmm_sys_util::tempdir::TempDir;
+
+    use super::*;
+
+    #[test]
+    fn connections_that_come_and_go_unheard_leave_nothing() {
+        let folder = TempDir::new().unwrap();
+        let path = folder.as_path().join("vsock");
+        let listener = UnixListener::bind(folder.as_path().join("vsock_52")).unwrap();
+        let host = HostEnd {
+            listener: UnixListener::bind(&path).unwrap(),
+            path,
+        };
+        let ram = GuestRam::from_ranges(&[(GuestAddress(0), 0x1000)]).unwrap();
+        let counters = Counters::default();
+        let mut muxer = Muxer::new(3);
+        let say = |muxer: &mut Muxer, op: Op| {
+            let header = Header {
+                src_cid: 3,
+                dst_cid: HOST_CID,
+                src_port: 9,
+                dst_port: 52,
+                kind: TYPE_STREAM,
+                op: op as u16,
+                ..Header::default()
+            };
+            ram.write_slice(&header.to_bytes(), GuestAddress(0))
+                .unwrap();
+            let mut packet = Segments::default();
+            packet.push(&ram, GuestAddress(0), 44).unwrap();
+            muxer.hear(&host, &ram, &mut packet, &counters, Instant::now());
+        };
+        for _ in 0..100 {
+            say(&mut muxer, Op::Request);
+            listener.accept().unwrap();
+            assert_eq!(muxer.turns.len(), 1);
+            say(&mut muxer, Op::Reset);
+            muxer.changes.clear();
+        }
+        assert_eq!((muxer.turns.len(), muxer.resets.len()), (0, 0));
+        assert_eq!(
+            (muxer.slots.len(), muxer.keys.len(), muxer.of_guest),
+            (1, 0, 0)
+        );
+    }
 }
