@@ -20,6 +20,7 @@ pub mod blk;
 mod chain;
 pub mod console;
 mod counters;
+pub mod fs;
 #[cfg(test)]
 mod hostile;
 mod interrupt;

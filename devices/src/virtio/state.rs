@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 use super::ActivateError;
 use super::balloon::BalloonState;
 use super::console::ConsoleState;
+use super::fs::FsState;
 use super::interrupt::InterruptState;
 use super::mem::MemState;
 use super::negotiation::NegotiationState;
@@ -35,6 +36,7 @@ pub enum DeviceState {
     Balloon(BalloonState),
     Blk,
     Console(ConsoleState),
+    Fs(FsState),
     Mem(MemState),
     Net,
     Rng,

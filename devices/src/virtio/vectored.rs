@@ -22,11 +22,10 @@ pub fn read_exact_at(
     len: usize,
     offset: u64,
 ) -> io::Result<()> {
-    let at = |fd, pieces: &[libc::iovec], offset| {
-        // SAFETY: see `transfer`, which calls this.
-        unsafe { libc::preadv(fd, pieces.as_ptr(), count_of(pieces.len()), offset) }
-    };
-    transfer_at(file.as_fd(), ram, into, len, offset, at)
+    let end = io::ErrorKind::UnexpectedEof;
+    exactly(len, offset, end, |len, offset| {
+        read_at(&file, ram, into, len, offset)
+    })
 }
 
 /// Writes exactly `len` bytes from the front of `from` to `offset`.
@@ -37,11 +36,104 @@ pub fn write_all_at(
     len: usize,
     offset: u64,
 ) -> io::Result<()> {
-    let at = |fd, pieces: &[libc::iovec], offset| {
-        // SAFETY: see `transfer`, which calls this.
-        unsafe { libc::pwritev(fd, pieces.as_ptr(), count_of(pieces.len()), offset) }
-    };
-    transfer_at(file.as_fd(), ram, from, len, offset, at)
+    let end = io::ErrorKind::WriteZero;
+    exactly(len, offset, end, |len, offset| {
+        write_at(&file, ram, from, len, offset)
+    })
+}
+
+fn exactly(
+    len: usize,
+    offset: u64,
+    end: io::ErrorKind,
+    mut step: impl FnMut(usize, u64) -> io::Result<usize>,
+) -> io::Result<()> {
+    let mut done = 0;
+    while done < len {
+        match step(len - done, offset.saturating_add(done as u64))? {
+            0 => return Err(end.into()),
+            count => done += count,
+        }
+    }
+    Ok(())
+}
+
+/// Fills the front of `into` with what is at `offset`: `len` bytes, or fewer where the file ends.
+/// Returns how many.
+pub fn read_at(
+    file: impl AsFd,
+    ram: &GuestRam,
+    into: &mut Segments,
+    len: usize,
+    offset: u64,
+) -> io::Result<usize> {
+    let file = file.as_fd();
+    until_short(len, |done| {
+        let offset = position(offset, done)?;
+        transfer(file, ram, into, len - done, |fd, pieces| {
+            // SAFETY: see `transfer`.
+            unsafe { libc::preadv(fd, pieces.as_ptr(), count_of(pieces.len()), offset) }
+        })
+    })
+}
+
+/// Writes `len` bytes from the front of `from` to `offset`, or fewer where there is no room.
+/// Returns how many.
+pub fn write_at(
+    file: impl AsFd,
+    ram: &GuestRam,
+    from: &mut Segments,
+    len: usize,
+    offset: u64,
+) -> io::Result<usize> {
+    let file = file.as_fd();
+    until_short(len, |done| {
+        let offset = position(offset, done)?;
+        transfer(file, ram, from, len - done, |fd, pieces| {
+            // SAFETY: see `transfer`.
+            unsafe { libc::pwritev(fd, pieces.as_ptr(), count_of(pieces.len()), offset) }
+        })
+    })
+}
+
+/// Like [`write_at`], to where the file ends, as with O_APPEND.
+pub fn append(
+    file: impl AsFd,
+    ram: &GuestRam,
+    from: &mut Segments,
+    len: usize,
+) -> io::Result<usize> {
+    let file = file.as_fd();
+    until_short(len, |done| {
+        transfer(file, ram, from, len - done, |fd, pieces| {
+            let (count, flags) = (count_of(pieces.len()), libc::RWF_APPEND);
+            // SAFETY: see `transfer`.
+            unsafe { libc::pwritev2(fd, pieces.as_ptr(), count, 0, flags) }
+        })
+    })
+}
+
+/// Repeats `step`, which is told how far it is, up to `len` bytes or the first step of none. An
+/// error after a part is for the next call to meet.
+fn until_short(len: usize, mut step: impl FnMut(usize) -> io::Result<usize>) -> io::Result<usize> {
+    let mut done = 0;
+    while done < len {
+        match step(done) {
+            Ok(0) => break,
+            Ok(count) => done += count,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(_) if done > 0 => break,
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(done)
+}
+
+fn position(offset: u64, done: usize) -> io::Result<libc::off_t> {
+    let at = offset
+        .checked_add(done as u64)
+        .and_then(|at| libc::off_t::try_from(at).ok());
+    at.ok_or_else(|| io::Error::from_raw_os_error(libc::EINVAL))
 }
 
 /// Reads once, at most `max` bytes, into the front of `into`. Returns how many; 0 is the end.
@@ -96,35 +188,6 @@ fn send_pieces(fd: RawFd, pieces: &[libc::iovec]) -> isize {
     // SAFETY: `message` and the pieces it points to live during the call, which only reads them;
     // both callers give pieces that may be read.
     unsafe { libc::sendmsg(fd, &raw const message, flags) }
-}
-
-fn transfer_at(
-    fd: BorrowedFd<'_>,
-    ram: &GuestRam,
-    segments: &mut Segments,
-    len: usize,
-    offset: u64,
-    call: impl Fn(RawFd, &[libc::iovec], libc::off_t) -> isize,
-) -> io::Result<()> {
-    if len > segments.len() {
-        return Err(io::ErrorKind::InvalidInput.into());
-    }
-    let mut done = 0;
-    while done < len {
-        let at = offset
-            .checked_add(done as u64)
-            .and_then(|at| libc::off_t::try_from(at).ok());
-        let at = at.ok_or(io::ErrorKind::InvalidInput)?;
-        match transfer(fd, ram, segments, len - done, |fd, pieces| {
-            call(fd, pieces, at)
-        }) {
-            Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
-            Ok(count) => done += count,
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            Err(error) => return Err(error),
-        }
-    }
-    Ok(())
 }
 
 /// Makes `call` with the pieces at the front of `segments`, and consumes what it says it moved.

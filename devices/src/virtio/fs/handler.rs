@@ -1,0 +1,63 @@
+//! Serves one queue of a share, on a thread of its own that waits where the host's file system
+//! does.
+
+use std::sync::Arc;
+
+use event_manager::{EventOps, Events, MutEventSubscriber};
+use vm_memory::GuestAddressSpace;
+
+use super::host;
+use super::server::{Scratch, Server};
+use crate::virtio::queue::LAST_TURNS;
+use crate::virtio::{Counters, Handler, Memory, Ring, RingState, Thread};
+
+#[derive(Debug)]
+pub(super) struct FsHandler {
+    pub(super) thread: String,
+    pub(super) server: Arc<Server>,
+    pub(super) memory: Memory,
+    pub(super) ring: Ring,
+    pub(super) counters: Arc<Counters>,
+    pub(super) scratch: Scratch,
+}
+
+impl FsHandler {
+    fn serve(&mut self) -> bool {
+        let ram = self.memory.memory();
+        let Self {
+            server,
+            scratch,
+            counters,
+            ring,
+            ..
+        } = self;
+        ring.serve(&ram, |chain| server.answer(&ram, chain, scratch, counters))
+    }
+}
+
+impl MutEventSubscriber for FsHandler {
+    fn init(&mut self, ops: &mut EventOps) {
+        if let Err(error) = host::keep_permissions() {
+            log::warn!("files get fewer permissions than the guest asks for: {error}");
+        }
+        self.ring.watch(ops);
+    }
+
+    fn process(&mut self, _events: Events, _ops: &mut EventOps) {
+        self.serve();
+    }
+}
+
+impl Handler for FsHandler {
+    fn thread(&self) -> Thread {
+        Thread::Own(self.thread.clone())
+    }
+
+    fn drain(&mut self) {
+        (0..LAST_TURNS).any(|_| self.serve());
+    }
+
+    fn rings(&self) -> Vec<RingState> {
+        vec![self.ring.state()]
+    }
+}

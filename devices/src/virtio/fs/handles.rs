@@ -1,0 +1,219 @@
+//! What the guest has open, by number. Looking one up takes no lock; opening and closing do.
+
+use std::os::fd::OwnedFd;
+use std::sync::{Arc, Mutex, OnceLock};
+
+use arc_swap::{ArcSwapOption, Guard};
+use rustix::fs::OFlags;
+use rustix::io::Errno;
+
+/// Numbers come in blocks, so that few open files take little memory.
+const BLOCK: usize = 256;
+const BLOCKS: usize = 256;
+/// More cannot be open, whatever the limit.
+pub(super) const MOST: usize = BLOCK * BLOCKS;
+
+/// An open file or folder.
+#[derive(Debug)]
+pub(super) struct Handle {
+    pub(super) file: OwnedFd,
+    /// Which file it is.
+    pub(super) nodeid: u64,
+    /// How to open it once more.
+    pub(super) flags: OFlags,
+    /// Held to read a folder: its position is the descriptor's.
+    pub(super) reading: Mutex<()>,
+}
+
+impl Handle {
+    pub(super) fn new(file: OwnedFd, nodeid: u64, flags: OFlags) -> Self {
+        let reading = Mutex::new(());
+        Self {
+            file,
+            nodeid,
+            flags: flags & !OFlags::TRUNC,
+            reading,
+        }
+    }
+}
+
+type Block = Box<[ArcSwapOption<Handle>]>;
+
+#[derive(Debug)]
+pub(super) struct Handles {
+    blocks: [OnceLock<Block>; BLOCKS],
+    numbers: Mutex<Numbers>,
+    limit: usize,
+}
+
+#[derive(Debug, Default)]
+struct Numbers {
+    /// Were used and can be again.
+    free: Vec<usize>,
+    /// From here on none was ever used.
+    fresh: usize,
+}
+
+impl Handles {
+    /// At most `limit` can be open.
+    pub(super) fn new(limit: usize) -> Self {
+        Self {
+            blocks: [const { OnceLock::new() }; BLOCKS],
+            numbers: Mutex::default(),
+            limit: limit.min(MOST),
+        }
+    }
+
+    pub(super) fn insert(&self, handle: Handle) -> Result<u64, Errno> {
+        let mut numbers = self.numbers.lock().expect("a panic ends the process");
+        let number = match numbers.free.pop() {
+            Some(number) => number,
+            None if numbers.fresh < self.limit => {
+                numbers.fresh += 1;
+                numbers.fresh - 1
+            }
+            None => return Err(Errno::NFILE),
+        };
+        self.slot(number).store(Some(Arc::new(handle)));
+        Ok(number as u64)
+    }
+
+    /// Puts it where it was in another life. False if there is no such number.
+    pub(super) fn restore(&self, number: u64, handle: Option<Handle>) -> bool {
+        let mut numbers = self.numbers.lock().expect("a panic ends the process");
+        let Some(number) = usize::try_from(number).ok().filter(|n| *n < self.limit) else {
+            return false;
+        };
+        while numbers.fresh <= number {
+            let free = numbers.fresh;
+            numbers.free.push(free);
+            numbers.fresh += 1;
+        }
+        let Some(position) = numbers.free.iter().position(|free| *free == number) else {
+            return false;
+        };
+        if handle.is_some() {
+            numbers.free.swap_remove(position);
+            self.slot(number).store(handle.map(Arc::new));
+        }
+        true
+    }
+
+    pub(super) fn get(&self, number: u64) -> Result<Open, Errno> {
+        let slot = self.existing(number).ok_or(Errno::BADF)?;
+        let guard = slot.load();
+        if guard.is_none() {
+            return Err(Errno::BADF);
+        }
+        Ok(Open(guard))
+    }
+
+    pub(super) fn remove(&self, number: u64) -> Result<(), Errno> {
+        let slot = self.existing(number).ok_or(Errno::BADF)?;
+        let mut numbers = self.numbers.lock().expect("a panic ends the process");
+        slot.swap(None).ok_or(Errno::BADF)?;
+        let number = usize::try_from(number).expect("it exists");
+        numbers.free.push(number);
+        Ok(())
+    }
+
+    pub(super) fn clear(&self) {
+        let mut numbers = self.numbers.lock().expect("a panic ends the process");
+        for number in 0..numbers.fresh {
+            self.slot(number).store(None);
+        }
+        *numbers = Numbers::default();
+    }
+
+    /// Number, file and flags of each.
+    pub(super) fn all(&self) -> Vec<(u64, u64, OFlags)> {
+        let fresh = self.numbers.lock().expect("a panic ends the process").fresh;
+        let open = (0..fresh as u64).filter_map(|number| {
+            let open = self.get(number).ok()?;
+            Some((number, open.nodeid, open.flags))
+        });
+        open.collect()
+    }
+
+    fn slot(&self, number: usize) -> &ArcSwapOption<Handle> {
+        let block = self.blocks[number / BLOCK]
+            .get_or_init(|| (0..BLOCK).map(|_| ArcSwapOption::empty()).collect());
+        &block[number % BLOCK]
+    }
+
+    fn existing(&self, number: u64) -> Option<&ArcSwapOption<Handle>> {
+        let number = usize::try_from(number).ok()?;
+        let block = self.blocks.get(number / BLOCK)?.get()?;
+        Some(&block[number % BLOCK])
+    }
+}
+
+/// A handle in use: it stays open until this is dropped, also if the guest closes it.
+#[derive(Debug)]
+pub(super) struct Open(Guard<Option<Arc<Handle>>>);
+
+impl std::ops::Deref for Open {
+    type Target = Handle;
+
+    fn deref(&self) -> &Handle {
+        self.0
+            .as_deref()
+            .expect("an Open is made of one that is there")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+
+    use super::*;
+
+    fn handle() -> Handle {
+        let file = File::open("/dev/null").unwrap();
+        Handle::new(file.into(), 1, OFlags::RDONLY)
+    }
+
+    #[test]
+    fn no_more_are_open_than_the_limit() {
+        let handles = Handles::new(3);
+        let numbers: Vec<_> = (0..3).map(|_| handles.insert(handle()).unwrap()).collect();
+        assert_eq!(handles.insert(handle()).unwrap_err(), Errno::NFILE);
+        handles.remove(numbers[1]).unwrap();
+        assert_eq!(handles.insert(handle()), Ok(numbers[1]));
+    }
+
+    #[test]
+    fn numbers_nobody_was_given_are_refused() {
+        let handles = Handles::new(1000);
+        handles.insert(handle()).unwrap();
+        for number in [1, 255, 256, MOST as u64, u64::MAX] {
+            assert_eq!(handles.get(number).unwrap_err(), Errno::BADF);
+            assert_eq!(handles.remove(number), Err(Errno::BADF));
+        }
+    }
+
+    #[test]
+    fn what_is_in_use_outlives_its_closing() {
+        let handles = Handles::new(1000);
+        let number = handles.insert(handle()).unwrap();
+        let open = handles.get(number).unwrap();
+        handles.remove(number).unwrap();
+        handles.get(number).unwrap_err();
+        rustix::fs::fstat(&open.file).unwrap();
+    }
+
+    #[test]
+    fn a_restored_number_is_taken_and_those_before_it_are_free() {
+        let handles = Handles::new(1000);
+        assert!(handles.restore(300, Some(handle())));
+        assert!(!handles.restore(300, Some(handle())));
+        assert!(!handles.restore(1000, Some(handle())));
+        let numbers: Vec<_> = (0..301)
+            .map(|_| handles.insert(handle()).unwrap())
+            .collect();
+        assert!(!numbers.contains(&300));
+        assert_eq!(handles.all().len(), 302);
+        handles.clear();
+        assert_eq!(handles.all().len(), 0);
+    }
+}

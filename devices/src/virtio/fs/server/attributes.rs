@@ -1,0 +1,234 @@
+//! Requests about what a file is: owner, mode, size, times, extended attributes, link target.
+
+use std::ffi::CStr;
+use std::os::fd::{AsFd, OwnedFd};
+
+use rustix::fs::{
+    AtFlags, Gid, OFlags, Timespec, Timestamps, UTIME_NOW, UTIME_OMIT, Uid, XattrFlags,
+};
+use rustix::io::Errno;
+
+use super::names::permissions;
+use super::{Request, Server, next_text};
+use crate::virtio::fs::abi::{
+    AttrOut, GETATTR_FH, GetAttrIn, GetXattrIn, GetXattrOut, SetAttrIn, SetXattrIn, StatFsOut,
+    valid,
+};
+use crate::virtio::fs::host::{self, Descriptors, Status};
+use crate::virtio::fs::nodes::Place;
+
+/// The longest extended attribute, and list of their names (Linux, xattr(7)).
+const MAX_XATTR: usize = 64 << 10;
+
+impl Server {
+    pub(super) fn get_attr(&self, request: &mut Request<'_>) -> Result<usize, Errno> {
+        let asked: GetAttrIn = request.take()?;
+        let status = if asked.flags & GETATTR_FH == 0 {
+            host::status(&self.place(request.header.nodeid)?.fd)?
+        } else {
+            host::status(&self.handles.get(asked.fh)?.file)?
+        };
+        self.put_attr(request, &status)
+    }
+
+    pub(super) fn set_attr(&self, request: &mut Request<'_>) -> Result<usize, Errno> {
+        let asked: SetAttrIn = request.take()?;
+        let place = self.place(request.header.nodeid)?;
+        let wants = |bits: u32| asked.valid & bits != 0;
+        if wants(valid::MODE) {
+            if place.kind == libc::S_IFLNK {
+                return Err(Errno::OPNOTSUPP);
+            }
+            self.descriptors
+                .change_mode(&place.fd, permissions(asked.mode))?;
+        }
+        if wants(valid::UID | valid::GID) {
+            self.change_owner(&place, &asked)?;
+        }
+        if wants(valid::SIZE) {
+            self.change_size(&place, &asked)?;
+        }
+        if wants(valid::ATIME | valid::MTIME) {
+            let times = times(&asked)?;
+            rustix::fs::utimensat(&place.fd, c"", &times, AtFlags::EMPTY_PATH)?;
+        }
+        let status = host::status(&place.fd)?;
+        self.put_attr(request, &status)
+    }
+
+    pub(super) fn read_link(&self, request: &mut Request<'_>) -> Result<usize, Errno> {
+        let place = self.place(request.header.nodeid)?;
+        let mut target = [0; libc::PATH_MAX as usize];
+        let len = rustix::fs::readlinkat_raw(&place.fd, c"", &mut target[..])?;
+        request.put_bytes(&target[..len])
+    }
+
+    pub(super) fn statfs(&self, request: &mut Request<'_>) -> Result<usize, Errno> {
+        let place = self.place(request.header.nodeid)?;
+        let statfs = rustix::fs::fstatvfs(&place.fd)?;
+        let small = |number: u64| u32::try_from(number).unwrap_or(u32::MAX);
+        request.put(&StatFsOut {
+            blocks: statfs.f_blocks,
+            bfree: statfs.f_bfree,
+            bavail: statfs.f_bavail,
+            files: statfs.f_files,
+            ffree: statfs.f_ffree,
+            bsize: small(statfs.f_bsize),
+            namelen: small(statfs.f_namemax),
+            frsize: small(statfs.f_frsize),
+            ..StatFsOut::default()
+        })
+    }
+
+    pub(super) fn set_xattr(&self, request: &mut Request<'_>) -> Result<usize, Errno> {
+        let SetXattrIn { size, flags } = request.take()?;
+        request.read_text()?;
+        let mut text = &request.text[..];
+        let name = xattr_name(&mut text)?;
+        let value = text.get(..size as usize).ok_or(Errno::INVAL)?;
+        let flags = XattrFlags::from_bits(flags).ok_or(Errno::INVAL)?;
+        let place = self.place(request.header.nodeid)?;
+        rustix::fs::setxattr(Descriptors::path(place.fd.as_fd()), name, value, flags)?;
+        Ok(0)
+    }
+
+    pub(super) fn get_xattr(&self, request: &mut Request<'_>) -> Result<usize, Errno> {
+        let GetXattrIn { size, .. } = request.take()?;
+        request.read_text()?;
+        let name = xattr_name(&mut &request.text[..])?;
+        let place = self.place(request.header.nodeid)?;
+        let path = Descriptors::path(place.fd.as_fd());
+        if size == 0 {
+            let size = rustix::fs::getxattr_query(path, name)?;
+            return put_size(request, size);
+        }
+        let mut value = vec![0; MAX_XATTR.min(size as usize)];
+        let len = rustix::fs::getxattr(path, name, &mut value)?;
+        request.put_bytes(&value[..len])
+    }
+
+    pub(super) fn list_xattr(&self, request: &mut Request<'_>) -> Result<usize, Errno> {
+        let GetXattrIn { size, .. } = request.take()?;
+        let place = self.place(request.header.nodeid)?;
+        let path = Descriptors::path(place.fd.as_fd());
+        if size == 0 {
+            let size = rustix::fs::listxattr_query(path)?;
+            return put_size(request, size);
+        }
+        let mut names = vec![0; MAX_XATTR.min(size as usize)];
+        let len = rustix::fs::listxattr(path, &mut names)?;
+        let names = &names[..len];
+        let mut shown = Vec::with_capacity(len);
+        for name in names.split_inclusive(|byte| *byte == 0) {
+            if !is_system(name) {
+                shown.extend_from_slice(name);
+            }
+        }
+        request.put_bytes(&shown)
+    }
+
+    pub(super) fn remove_xattr(&self, request: &mut Request<'_>) -> Result<usize, Errno> {
+        request.read_text()?;
+        let name = xattr_name(&mut &request.text[..])?;
+        let place = self.place(request.header.nodeid)?;
+        rustix::fs::removexattr(Descriptors::path(place.fd.as_fd()), name)?;
+        Ok(0)
+    }
+
+    /// What a write by somebody without CAP_FSETID in the guest takes from a file: its set-user-ID
+    /// bit, and its set-group-ID bit if the group may execute it.
+    pub(super) fn kill_privileges(&self, file: &OwnedFd) -> Result<(), Errno> {
+        let mode = host::status(file)?.attr.mode;
+        let group = match mode & libc::S_IXGRP {
+            0 => 0,
+            _ => libc::S_ISGID,
+        };
+        let left = mode & !(libc::S_ISUID | group);
+        if left != mode {
+            rustix::fs::fchmod(file, permissions(left))?;
+        }
+        Ok(())
+    }
+
+    fn change_owner(&self, place: &Place, asked: &SetAttrIn) -> Result<(), Errno> {
+        let wanted = |bit: u32, id: u32| (asked.valid & bit != 0).then_some(id);
+        let uid = wanted(valid::UID, asked.uid);
+        let gid = wanted(valid::GID, asked.gid);
+        if uid == Some(u32::MAX) || gid == Some(u32::MAX) {
+            return Err(Errno::INVAL);
+        }
+        let (uid, gid) = (uid.map(Uid::from_raw), gid.map(Gid::from_raw));
+        rustix::fs::chownat(&place.fd, c"", uid, gid, AtFlags::EMPTY_PATH)
+    }
+
+    fn change_size(&self, place: &Place, asked: &SetAttrIn) -> Result<(), Errno> {
+        let kills = asked.valid & valid::KILL_SUIDGID != 0;
+        let truncate = |file: &OwnedFd| {
+            rustix::fs::ftruncate(file, asked.size)?;
+            if kills {
+                self.kill_privileges(file)?;
+            }
+            Ok(())
+        };
+        if asked.valid & valid::FH != 0 {
+            return truncate(&self.handles.get(asked.fh)?.file);
+        }
+        match place.kind {
+            libc::S_IFREG => truncate(&self.descriptors.open_again(&place.fd, OFlags::WRONLY)?),
+            libc::S_IFDIR => Err(Errno::ISDIR),
+            _ => Err(Errno::INVAL),
+        }
+    }
+
+    fn put_attr(&self, request: &mut Request<'_>, status: &Status) -> Result<usize, Errno> {
+        request.put(&AttrOut {
+            attr_valid: self.cache.seconds(),
+            attr: status.attr,
+            ..AttrOut::default()
+        })
+    }
+}
+
+fn put_size(request: &mut Request<'_>, size: usize) -> Result<usize, Errno> {
+    let size = u32::try_from(size).map_err(|_| Errno::TOOBIG)?;
+    request.put(&GetXattrOut { size, padding: 0 })
+}
+
+/// The next text, which must name an extended attribute that the guest may have. Those of the
+/// host's kernel, access control lists above all, mean nothing to the guest's, which alone decides
+/// who may do what.
+fn xattr_name<'a>(text: &mut &'a [u8]) -> Result<&'a CStr, Errno> {
+    let name = next_text(text)?;
+    match name.to_bytes() {
+        b"" => Err(Errno::INVAL),
+        long if long.len() > 255 => Err(Errno::RANGE),
+        bytes if is_system(bytes) => Err(Errno::OPNOTSUPP),
+        _ => Ok(name),
+    }
+}
+
+fn is_system(name: &[u8]) -> bool {
+    name.starts_with(b"system.")
+}
+
+fn times(asked: &SetAttrIn) -> Result<Timestamps, Errno> {
+    let time = |bit: u32, now: u32, seconds: u64, nanos: u32| {
+        let special = |tv_nsec| Timespec { tv_sec: 0, tv_nsec };
+        if asked.valid & bit == 0 {
+            Ok(special(UTIME_OMIT))
+        } else if asked.valid & now != 0 {
+            Ok(special(UTIME_NOW))
+        } else if nanos >= 1_000_000_000 {
+            Err(Errno::INVAL)
+        } else {
+            Ok(Timespec {
+                tv_sec: seconds.cast_signed(),
+                tv_nsec: nanos.into(),
+            })
+        }
+    };
+    Ok(Timestamps {
+        last_access: time(valid::ATIME, valid::ATIME_NOW, asked.atime, asked.atimensec)?,
+        last_modification: time(valid::MTIME, valid::MTIME_NOW, asked.mtime, asked.mtimensec)?,
+    })
+}

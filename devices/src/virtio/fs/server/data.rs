@@ -1,0 +1,195 @@
+//! Requests about what is in a file.
+
+use std::io;
+use std::os::fd::OwnedFd;
+
+use rustix::fs::{FallocateFlags, OFlags, SeekFrom};
+use rustix::io::Errno;
+
+use super::{MAX_TRANSFER, Request, Server};
+use crate::virtio::fs::abi::{
+    CopyFileRangeIn, FAllocateIn, FSYNC_FDATASYNC, FSyncIn, LSeekIn, LSeekOut, OPEN_KILL_SUIDGID,
+    OpenIn, OpenOut, ReleaseIn, TransferIn, WRITE_CACHE, WRITE_KILL_SUIDGID, WriteOut, fopen, init,
+};
+use crate::virtio::fs::handles::Handle;
+use crate::virtio::fs::server::Cache;
+use crate::virtio::{Counters, vectored};
+
+/// Most bytes that are copied within the host at once: the thread is needed elsewhere.
+const MAX_COPY: u64 = 64 << 20;
+
+impl Server {
+    pub(super) fn open(&self, request: &mut Request<'_>) -> Result<usize, Errno> {
+        let asked: OpenIn = request.take()?;
+        let nodeid = request.header.nodeid;
+        let flags = self.open_flags(asked.flags)?;
+        if self.place(nodeid)?.kind == libc::S_IFDIR {
+            return Err(Errno::ISDIR);
+        }
+        let file = self.open_for(nodeid, flags, asked.open_flags)?;
+        let fh = self.handles.insert(Handle::new(file, nodeid, flags))?;
+        request.put(&OpenOut {
+            fh,
+            open_flags: self.open_answer(),
+            padding: 0,
+        })
+    }
+
+    /// Opens a file that may lose privileges by being truncated.
+    pub(super) fn open_for(
+        &self,
+        nodeid: u64,
+        flags: OFlags,
+        open_flags: u32,
+    ) -> Result<OwnedFd, Errno> {
+        let file = self.open_node(nodeid, flags)?;
+        if open_flags & OPEN_KILL_SUIDGID != 0 && flags.contains(OFlags::TRUNC) {
+            self.kill_privileges(&file)?;
+        }
+        Ok(file)
+    }
+
+    /// What of the guest's flags the host is to honour. Appending is done write by write: the
+    /// guest's cache is written where it belongs whatever the flags.
+    pub(in super::super) fn open_flags(&self, asked: u32) -> Result<OFlags, Errno> {
+        let asked = OFlags::from_bits_retain(asked);
+        let honoured = OFlags::RWMODE | OFlags::TRUNC | OFlags::SYNC | OFlags::DSYNC;
+        let mut flags = asked & honoured;
+        if flags.contains(OFlags::RWMODE) {
+            return Err(Errno::INVAL);
+        }
+        let writes = flags.intersects(OFlags::RWMODE | OFlags::TRUNC);
+        if writes && self.readonly {
+            return Err(Errno::ROFS);
+        }
+        if self.agreed(init::WRITEBACK_CACHE) && flags & OFlags::RWMODE == OFlags::WRONLY {
+            // The guest reads what it writes only in part.
+            flags = flags & !OFlags::RWMODE | OFlags::RDWR;
+        }
+        Ok(flags)
+    }
+
+    /// What the guest may do with the content of an open file.
+    pub(super) fn open_answer(&self) -> u32 {
+        match self.cache {
+            Cache::None => fopen::DIRECT_IO,
+            Cache::Auto => 0,
+            Cache::Always => fopen::KEEP_CACHE,
+        }
+    }
+
+    pub(super) fn read(
+        &self,
+        request: &mut Request<'_>,
+        counters: &Counters,
+    ) -> Result<usize, Errno> {
+        let asked: TransferIn = request.take()?;
+        let open = self.handles.get(asked.fh)?;
+        let len = asked.size.min(MAX_TRANSFER) as usize;
+        let len = len.min(request.output.len());
+        let read = vectored::read_at(&open.file, request.ram, request.output, len, asked.offset);
+        let read = read.map_err(errno)?;
+        counters.bytes_in.add(read as u64);
+        Ok(read)
+    }
+
+    pub(super) fn write(
+        &self,
+        request: &mut Request<'_>,
+        counters: &Counters,
+    ) -> Result<usize, Errno> {
+        let asked: TransferIn = request.take()?;
+        let open = self.handles.get(asked.fh)?;
+        let len = asked.size.min(MAX_TRANSFER) as usize;
+        if len > request.input.len() {
+            return Err(Errno::INVAL);
+        }
+        let cached = asked.transfer_flags & WRITE_CACHE != 0;
+        let appends = OFlags::from_bits_retain(asked.flags).contains(OFlags::APPEND) && !cached;
+        let (ram, input) = (request.ram, &mut *request.input);
+        let written = if appends {
+            vectored::append(&open.file, ram, input, len)
+        } else {
+            vectored::write_at(&open.file, ram, input, len, asked.offset)
+        };
+        let written = written.map_err(errno)?;
+        if asked.transfer_flags & WRITE_KILL_SUIDGID != 0 {
+            self.kill_privileges(&open.file)?;
+        }
+        counters.bytes_out.add(written as u64);
+        let size = u32::try_from(written).expect("at most MAX_TRANSFER");
+        request.put(&WriteOut { size, padding: 0 })
+    }
+
+    pub(super) fn release(&self, request: &mut Request<'_>) -> Result<usize, Errno> {
+        let asked: ReleaseIn = request.take()?;
+        self.handles.remove(asked.fh)?;
+        Ok(0)
+    }
+
+    pub(super) fn fsync(&self, request: &mut Request<'_>) -> Result<usize, Errno> {
+        let asked: FSyncIn = request.take()?;
+        let open = self.handles.get(asked.fh)?;
+        if asked.flags & FSYNC_FDATASYNC == 0 {
+            rustix::fs::fsync(&open.file)?;
+        } else {
+            rustix::fs::fdatasync(&open.file)?;
+        }
+        Ok(0)
+    }
+
+    pub(super) fn syncfs(&self, request: &mut Request<'_>) -> Result<usize, Errno> {
+        let file = self.open_node(request.header.nodeid, OFlags::RDONLY)?;
+        rustix::fs::syncfs(&file)?;
+        Ok(0)
+    }
+
+    pub(super) fn fallocate(&self, request: &mut Request<'_>) -> Result<usize, Errno> {
+        let asked: FAllocateIn = request.take()?;
+        let known =
+            FallocateFlags::KEEP_SIZE | FallocateFlags::PUNCH_HOLE | FallocateFlags::ZERO_RANGE;
+        let mode = FallocateFlags::from_bits_retain(asked.mode);
+        if !known.contains(mode) {
+            return Err(Errno::OPNOTSUPP);
+        }
+        let open = self.handles.get(asked.fh)?;
+        rustix::fs::fallocate(&open.file, mode, asked.offset, asked.length)?;
+        Ok(0)
+    }
+
+    pub(super) fn lseek(&self, request: &mut Request<'_>) -> Result<usize, Errno> {
+        let asked: LSeekIn = request.take()?;
+        let to = match asked.whence.cast_signed() {
+            libc::SEEK_DATA => SeekFrom::Data(asked.offset),
+            libc::SEEK_HOLE => SeekFrom::Hole(asked.offset),
+            _ => return Err(Errno::INVAL),
+        };
+        let open = self.handles.get(asked.fh)?;
+        let offset = rustix::fs::seek(&open.file, to)?;
+        request.put(&LSeekOut { offset })
+    }
+
+    pub(super) fn copy_file_range(&self, request: &mut Request<'_>) -> Result<usize, Errno> {
+        let asked: CopyFileRangeIn = request.take()?;
+        let from = self.handles.get(asked.fh_in)?;
+        let to = self.handles.get(asked.fh_out)?;
+        if asked.flags != 0 {
+            return Err(Errno::INVAL);
+        }
+        let (mut off_in, mut off_out) = (asked.off_in, asked.off_out);
+        let len = usize::try_from(asked.len.min(MAX_COPY)).expect("at most MAX_COPY");
+        let copied = rustix::fs::copy_file_range(
+            &from.file,
+            Some(&mut off_in),
+            &to.file,
+            Some(&mut off_out),
+            len,
+        )?;
+        let size = u32::try_from(copied).expect("at most MAX_COPY");
+        request.put(&WriteOut { size, padding: 0 })
+    }
+}
+
+fn errno(error: io::Error) -> Errno {
+    Errno::from_io_error(&error).unwrap_or(Errno::IO)
+}

@@ -1,0 +1,120 @@
+//! What a snapshot keeps of a share: which names the guest knows and what it has open. Not which
+//! files those are: another life may have another folder, where each name is looked up anew. What
+//! is not there is stale for the guest.
+
+use std::collections::HashMap;
+use std::ffi::CString;
+
+use rustix::fs::OFlags;
+use rustix::io::Errno;
+use serde::{Deserialize, Serialize};
+
+use super::abi::ROOT;
+use super::handles::Handle;
+use super::server::{Server, is_name};
+use crate::virtio::StateError;
+
+/// A share as its guest knows it.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FsState {
+    /// FUSE features agreed on.
+    session: u64,
+    next: u64,
+    nodes: Vec<NodeState>,
+    handles: Vec<HandleState>,
+}
+
+/// A file the guest knows.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct NodeState {
+    pub(super) nodeid: u64,
+    pub(super) parent: u64,
+    pub(super) name: Vec<u8>,
+    pub(super) lookups: u64,
+    pub(super) orphan: bool,
+}
+
+/// A file the guest has open.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+struct HandleState {
+    fh: u64,
+    nodeid: u64,
+    flags: u32,
+}
+
+fn wrong(what: &str) -> StateError {
+    StateError::Device(format!("its {what}"))
+}
+
+impl Server {
+    /// Nothing may be served meanwhile.
+    pub(super) fn state(&self) -> FsState {
+        let (next, nodes) = self.nodes().state();
+        let open = self.handles.all().into_iter();
+        let handles = open.map(|(fh, nodeid, flags)| HandleState {
+            fh,
+            nodeid,
+            flags: flags.bits(),
+        });
+        FsState {
+            session: self.session(),
+            next,
+            nodes,
+            handles: handles.collect(),
+        }
+    }
+
+    /// Goes on where another server was.
+    pub(super) fn restore(&self, state: FsState) -> Result<(), StateError> {
+        self.clear();
+        self.agree(state.session);
+        self.restore_nodes(state.next, state.nodes)?;
+        for HandleState { fh, nodeid, flags } in state.handles {
+            // What is not there any more stays closed.
+            let handle = self.reopen(nodeid, flags).ok();
+            if !self.handles.restore(fh, handle) {
+                return Err(wrong("open files are not as a share can have them"));
+            }
+        }
+        Ok(())
+    }
+
+    fn reopen(&self, nodeid: u64, flags: u32) -> Result<Handle, Errno> {
+        let flags = self.open_flags(flags)? & !OFlags::TRUNC;
+        let file = self.open_node(nodeid, flags)?;
+        Ok(Handle::new(file, nodeid, flags))
+    }
+
+    fn restore_nodes(&self, next: u64, nodes: Vec<NodeState>) -> Result<(), StateError> {
+        let count = nodes.len();
+        let mut children: HashMap<u64, Vec<NodeState>> = HashMap::new();
+        for node in nodes {
+            if node.nodeid <= ROOT || node.nodeid >= next {
+                return Err(wrong("files have numbers that were never given"));
+            }
+            if !node.orphan && !is_name(&node.name) {
+                return Err(wrong("files have names that are none"));
+            }
+            children.entry(node.parent).or_default().push(node);
+        }
+        let mut restored = 0;
+        let mut ready = vec![ROOT];
+        let mut known = self.nodes();
+        while let Some(parent) = ready.pop() {
+            for node in children.remove(&parent).unwrap_or_default() {
+                let name = CString::new(node.name.clone());
+                let name = name.map_err(|_| wrong("files have names that are none"))?;
+                known
+                    .restore(&node, name)
+                    .map_err(|_| wrong("files are more than a share can have"))?;
+                ready.push(node.nodeid);
+                restored += 1;
+            }
+        }
+        if restored != count || known.len() != count + 1 {
+            return Err(wrong("files are not in folders, or there twice"));
+        }
+        known.restore_next(next);
+        Ok(())
+    }
+}

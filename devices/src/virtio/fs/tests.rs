@@ -1,0 +1,741 @@
+//! A guest's kernel, as far as its requests go, over a folder of the host's.
+
+mod confinement;
+mod hostile;
+
+use std::ffi::OsStr;
+use std::fs::{self, File, Permissions};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
+use std::path::{Path, PathBuf};
+
+use rustix::fs::OFlags;
+use vmm_sys_util::tempdir::TempDir;
+use zerocopy::{FromBytes, IntoBytes};
+
+use super::abi::*;
+use super::*;
+use crate::virtio::testing::{Buffer, Guest, lifecycle};
+
+/// The first request queue; 0 is that of high priority.
+const QUEUE: usize = 1;
+/// Descriptors that shares have here: few, so that they run out.
+const DESCRIPTORS: usize = 64;
+
+fn config(folder: &Path) -> FsConfig {
+    FsConfig {
+        tag: "share".into(),
+        folder: folder.into(),
+        readonly: false,
+        cache: Cache::Auto,
+        writeback: false,
+        queues: 1,
+        queue_size: 128,
+        descriptors: DESCRIPTORS,
+        name: "fs0".into(),
+    }
+}
+
+/// A share and the guest that has mounted it.
+struct Client {
+    guest: Guest,
+    folder: TempDir,
+    unique: u64,
+    /// Who asks.
+    owner: (u32, u32),
+}
+
+impl Client {
+    fn new() -> Self {
+        Self::with(|_| {})
+    }
+
+    fn with(change: impl FnOnce(&mut FsConfig)) -> Self {
+        let folder = TempDir::new().unwrap();
+        let mut config = config(folder.as_path());
+        change(&mut config);
+        let mut client = Self {
+            guest: Guest::live(Fs::new(config).unwrap()),
+            folder,
+            unique: 0,
+            owner: (0, 0),
+        };
+        client.init();
+        client
+    }
+
+    fn init(&mut self) -> InitOut {
+        let asked = InitIn {
+            major: 7,
+            minor: 38,
+            max_readahead: 0,
+            flags: u32::MAX,
+        };
+        let more = InitInExt {
+            flags2: u32::MAX,
+            unused: [0; 11],
+        };
+        let body = [asked.as_bytes(), more.as_bytes()].concat();
+        self.ask(Op::Init, 0, &body).unwrap()
+    }
+
+    /// The path of `name` on the host.
+    fn host(&self, name: &str) -> PathBuf {
+        self.folder.as_path().join(name)
+    }
+
+    /// The answer's bytes, or its errno.
+    fn call(&mut self, op: Op, nodeid: u64, body: &[u8]) -> Result<Vec<u8>, i32> {
+        self.unique += 1;
+        let header = InHeader {
+            len: u32::try_from(size_of::<InHeader>() + body.len()).unwrap(),
+            opcode: NUMBERS
+                .into_iter()
+                .find(|n| Op::of(*n) == Some(op))
+                .unwrap(),
+            unique: self.unique,
+            nodeid,
+            uid: self.owner.0,
+            gid: self.owner.1,
+            ..InHeader::default()
+        };
+        let request = Buffer::Out([header.as_bytes(), body].concat());
+        let answer = self
+            .guest
+            .request(QUEUE, &[request, Buffer::In(16), Buffer::In(0x1_0000)]);
+        let answer = answer.expect("every request comes back");
+        if answer.is_empty() {
+            return Ok(answer);
+        }
+        let (out, rest) = OutHeader::read_from_prefix(&answer).unwrap();
+        assert_eq!((out.unique, out.len as usize), (self.unique, answer.len()));
+        match out.error {
+            0 => Ok(rest.to_vec()),
+            error => {
+                assert!(rest.is_empty());
+                Err(-error)
+            }
+        }
+    }
+
+    fn ask<T: FromBytes>(&mut self, op: Op, nodeid: u64, body: &[u8]) -> Result<T, i32> {
+        let answer = self.call(op, nodeid, body)?;
+        Ok(T::read_from_prefix(&answer)
+            .expect("the answer is long enough")
+            .0)
+    }
+
+    fn lookup(&mut self, parent: u64, name: &str) -> Result<EntryOut, i32> {
+        self.ask(Op::Lookup, parent, &text(&[name]))
+    }
+
+    fn attr(&mut self, nodeid: u64) -> Result<Attr, i32> {
+        let asked = GetAttrIn::default();
+        let answer: AttrOut = self.ask(Op::GetAttr, nodeid, asked.as_bytes())?;
+        Ok(answer.attr)
+    }
+
+    fn set(&mut self, nodeid: u64, asked: SetAttrIn) -> Result<Attr, i32> {
+        let answer: AttrOut = self.ask(Op::SetAttr, nodeid, asked.as_bytes())?;
+        Ok(answer.attr)
+    }
+
+    fn open(&mut self, nodeid: u64, flags: OFlags) -> Result<u64, i32> {
+        let asked = OpenIn {
+            flags: flags.bits(),
+            open_flags: 0,
+        };
+        let answer: OpenOut = self.ask(Op::Open, nodeid, asked.as_bytes())?;
+        Ok(answer.fh)
+    }
+
+    fn create(&mut self, parent: u64, name: &str, flags: OFlags) -> Result<(EntryOut, u64), i32> {
+        let asked = CreateIn {
+            flags: (flags | OFlags::CREATE).bits(),
+            mode: libc::S_IFREG | 0o640,
+            ..CreateIn::default()
+        };
+        let body = [asked.as_bytes(), &text(&[name])].concat();
+        let answer = self.call(Op::Create, parent, &body)?;
+        let (entry, rest) = EntryOut::read_from_prefix(&answer).unwrap();
+        Ok((entry, OpenOut::read_from_bytes(rest).unwrap().fh))
+    }
+
+    fn read(&mut self, fh: u64, offset: u64, size: u32) -> Result<Vec<u8>, i32> {
+        let asked = TransferIn {
+            fh,
+            offset,
+            size,
+            ..TransferIn::default()
+        };
+        self.call(Op::Read, 0, asked.as_bytes())
+    }
+
+    fn write(&mut self, fh: u64, offset: u64, bytes: &[u8], flags: OFlags) -> Result<u32, i32> {
+        let asked = TransferIn {
+            fh,
+            offset,
+            size: u32::try_from(bytes.len()).unwrap(),
+            flags: flags.bits(),
+            ..TransferIn::default()
+        };
+        let body = [asked.as_bytes(), bytes].concat();
+        let answer: WriteOut = self.ask(Op::Write, 0, &body)?;
+        Ok(answer.size)
+    }
+
+    fn release(&mut self, fh: u64) -> Result<(), i32> {
+        let asked = ReleaseIn {
+            fh,
+            ..ReleaseIn::default()
+        };
+        self.call(Op::Release, 0, asked.as_bytes()).map(drop)
+    }
+
+    fn named(&mut self, op: Op, parent: u64, name: &str) -> Result<(), i32> {
+        self.call(op, parent, &text(&[name])).map(drop)
+    }
+
+    fn mkdir(&mut self, parent: u64, name: &str) -> Result<EntryOut, i32> {
+        let asked = MkDirIn {
+            mode: 0o755,
+            umask: 0,
+        };
+        let body = [asked.as_bytes(), &text(&[name])].concat();
+        self.ask(Op::MkDir, parent, &body)
+    }
+
+    fn mknod(&mut self, parent: u64, name: &str, mode: u32, rdev: u32) -> Result<EntryOut, i32> {
+        let asked = MkNodIn {
+            mode,
+            rdev,
+            ..MkNodIn::default()
+        };
+        let body = [asked.as_bytes(), &text(&[name])].concat();
+        self.ask(Op::MkNod, parent, &body)
+    }
+
+    fn rename(&mut self, from: (u64, &str), to: (u64, &str), flags: u32) -> Result<(), i32> {
+        let asked = Rename2In {
+            newdir: to.0,
+            flags,
+            padding: 0,
+        };
+        let body = [asked.as_bytes(), &text(&[from.1, to.1])].concat();
+        self.call(Op::Rename2, from.0, &body).map(drop)
+    }
+
+    fn link(&mut self, nodeid: u64, parent: u64, name: &str) -> Result<EntryOut, i32> {
+        let asked = LinkIn { oldnodeid: nodeid };
+        let body = [asked.as_bytes(), &text(&[name])].concat();
+        self.ask(Op::Link, parent, &body)
+    }
+
+    fn symlink(&mut self, parent: u64, name: &str, target: &str) -> Result<EntryOut, i32> {
+        self.ask(Op::Symlink, parent, &text(&[name, target]))
+    }
+
+    fn forget(&mut self, nodeid: u64, lookups: u64) {
+        let asked = ForgetIn { lookups };
+        self.call(Op::Forget, nodeid, asked.as_bytes()).unwrap();
+    }
+
+    /// Names and numbers that a folder lists, in as many answers as it takes.
+    fn list(&mut self, nodeid: u64, op: Op, size: u32) -> Vec<(String, u64)> {
+        let open = OpenIn::default();
+        let OpenOut { fh, .. } = self.ask(Op::OpenDir, nodeid, open.as_bytes()).unwrap();
+        let mut names = Vec::new();
+        let mut offset = 0;
+        loop {
+            let asked = TransferIn {
+                fh,
+                offset,
+                size,
+                ..TransferIn::default()
+            };
+            let answer = self.call(op, nodeid, asked.as_bytes()).unwrap();
+            if answer.is_empty() {
+                self.release(fh).unwrap();
+                return names;
+            }
+            let mut rest = &answer[..];
+            while !rest.is_empty() {
+                let mut node = 0;
+                if op == Op::ReadDirPlus {
+                    let (entry, after) = EntryOut::read_from_prefix(rest).unwrap();
+                    (node, rest) = (entry.nodeid, after);
+                }
+                let (dirent, after) = Dirent::read_from_prefix(rest).unwrap();
+                let len = dirent.namelen as usize;
+                names.push((String::from_utf8(after[..len].to_vec()).unwrap(), node));
+                offset = dirent.off;
+                rest = &after[len.next_multiple_of(8).min(after.len())..];
+            }
+        }
+    }
+}
+
+const NUMBERS: std::ops::RangeInclusive<u32> = 1..=51;
+
+fn text(parts: &[&str]) -> Vec<u8> {
+    parts
+        .iter()
+        .flat_map(|part| [part.as_bytes(), b"\0"].concat())
+        .collect()
+}
+
+/// How many descriptors of this process are of files below `folder`.
+fn descriptors_below(folder: &Path) -> usize {
+    let open = fs::read_dir("/proc/self/fd").unwrap();
+    let targets = open.filter_map(|entry| fs::read_link(entry.unwrap().path()).ok());
+    targets.filter(|target| target.starts_with(folder)).count()
+}
+
+#[test]
+fn what_the_guest_writes_is_in_the_hosts_folder() {
+    let mut client = Client::new();
+    let folder = client.mkdir(ROOT, "d").unwrap().nodeid;
+    let (entry, fh) = client.create(folder, "f", OFlags::RDWR).unwrap();
+    assert_eq!(client.write(fh, 3, b"hello", OFlags::empty()), Ok(5));
+    assert_eq!(client.read(fh, 0, 100), Ok(b"\0\0\0hello".to_vec()));
+    client.release(fh).unwrap();
+    assert_eq!(client.read(fh, 0, 100), Err(libc::EBADF));
+    assert_eq!(fs::read(client.host("d/f")).unwrap(), b"\0\0\0hello");
+    let mode = fs::metadata(client.host("d/f")).unwrap().mode();
+    assert_eq!(mode & 0o7777, 0o640, "whatever this process's umask is");
+    assert_eq!(client.attr(entry.nodeid).unwrap().size, 8);
+    assert_eq!(client.guest.counters().bytes_out.get(), 5);
+    assert_eq!(client.guest.counters().bytes_in.get(), 8);
+}
+
+#[test]
+fn appending_writes_to_the_end_and_the_guests_cache_where_it_belongs() {
+    let mut client = Client::new();
+    let (_, fh) = client
+        .create(ROOT, "f", OFlags::WRONLY | OFlags::APPEND)
+        .unwrap();
+    client.write(fh, 0, b"one", OFlags::APPEND).unwrap();
+    client.write(fh, 0, b"two", OFlags::APPEND).unwrap();
+    let asked = TransferIn {
+        fh,
+        offset: 1,
+        size: 1,
+        transfer_flags: WRITE_CACHE,
+        flags: OFlags::APPEND.bits(),
+        ..TransferIn::default()
+    };
+    let body = [asked.as_bytes(), b"N"].concat();
+    client.call(Op::Write, 0, &body).unwrap();
+    assert_eq!(fs::read(client.host("f")).unwrap(), b"oNetwo");
+}
+
+#[test]
+fn creating_what_is_there_opens_it_unless_it_must_not_be() {
+    let mut client = Client::new();
+    fs::write(client.host("f"), b"old").unwrap();
+    let (_, fh) = client.create(ROOT, "f", OFlags::RDONLY).unwrap();
+    assert_eq!(client.read(fh, 0, 9), Ok(b"old".to_vec()));
+    let refused = client.create(ROOT, "f", OFlags::RDWR | OFlags::EXCL);
+    assert_eq!(refused.map(drop), Err(libc::EEXIST));
+    client
+        .create(ROOT, "f", OFlags::RDWR | OFlags::TRUNC)
+        .unwrap();
+    assert_eq!(fs::read(client.host("f")).unwrap(), b"");
+}
+
+#[test]
+fn files_belong_to_who_makes_them_and_to_the_group_of_a_folder_that_says_so() {
+    let mut client = Client::new();
+    client.owner = (1000, 1001);
+    client.create(ROOT, "f", OFlags::RDWR).unwrap();
+    client.mkdir(ROOT, "d").unwrap();
+    client.symlink(ROOT, "s", "f").unwrap();
+    let mode = libc::S_IFREG | 0o4711;
+    client.mknod(ROOT, "n", mode, 0).unwrap();
+    for name in ["f", "d", "s", "n"] {
+        let metadata = fs::symlink_metadata(client.host(name)).unwrap();
+        assert_eq!((metadata.uid(), metadata.gid()), (1000, 1001), "{name}");
+    }
+    assert_eq!(fs::metadata(client.host("n")).unwrap().mode(), mode);
+
+    fs::create_dir(client.host("g")).unwrap();
+    std::os::unix::fs::chown(client.host("g"), None, Some(77)).unwrap();
+    fs::set_permissions(client.host("g"), Permissions::from_mode(0o2777)).unwrap();
+    let folder = client.lookup(ROOT, "g").unwrap().nodeid;
+    client.create(folder, "f", OFlags::RDWR).unwrap();
+    let metadata = fs::metadata(client.host("g/f")).unwrap();
+    assert_eq!((metadata.uid(), metadata.gid()), (1000, 77));
+}
+
+#[test]
+fn names_are_moved_exchanged_and_removed_with_what_the_guest_knows_of_them() {
+    let mut client = Client::new();
+    let folder = client.mkdir(ROOT, "d").unwrap().nodeid;
+    let (a, _) = client.create(ROOT, "a", OFlags::RDWR).unwrap();
+    let (b, _) = client.create(folder, "b", OFlags::RDWR).unwrap();
+    fs::write(client.host("a"), b"1").unwrap();
+    const NOREPLACE: u32 = 1;
+    const EXCHANGE: u32 = 2;
+    let refused = client.rename((ROOT, "a"), (folder, "b"), NOREPLACE);
+    assert_eq!(refused, Err(libc::EEXIST));
+    client.rename((ROOT, "a"), (folder, "b"), EXCHANGE).unwrap();
+    assert_eq!(client.lookup(folder, "b").unwrap().nodeid, a.nodeid);
+    assert_eq!(client.lookup(ROOT, "a").unwrap().nodeid, b.nodeid);
+    client.rename((ROOT, "d"), (ROOT, "e"), 0).unwrap();
+    assert_eq!(client.attr(a.nodeid).unwrap().size, 1);
+    client.rename((folder, "b"), (ROOT, "a"), 0).unwrap();
+    assert_eq!(client.attr(b.nodeid).unwrap().nlink, 0, "it was replaced");
+    assert_eq!(client.named(Op::RmDir, ROOT, "a"), Err(libc::ENOTDIR));
+    assert_eq!(client.named(Op::Unlink, ROOT, "e"), Err(libc::EISDIR));
+    client.named(Op::RmDir, ROOT, "e").unwrap();
+    client.named(Op::Unlink, ROOT, "a").unwrap();
+    assert_eq!(client.lookup(ROOT, "a").map(drop), Err(libc::ENOENT));
+    assert_eq!(fs::read_dir(client.folder.as_path()).unwrap().count(), 0);
+}
+
+#[test]
+fn links_are_two_names_of_one_file() {
+    let mut client = Client::new();
+    let (file, _) = client.create(ROOT, "a", OFlags::RDWR).unwrap();
+    let linked = client.link(file.nodeid, ROOT, "b").unwrap();
+    assert_eq!((linked.nodeid, linked.attr.nlink), (file.nodeid, 2));
+    client.named(Op::Unlink, ROOT, "b").unwrap();
+    assert_eq!(client.attr(file.nodeid).unwrap().nlink, 1);
+    client.rename((ROOT, "a"), (ROOT, "c"), 0).unwrap();
+    client.open(file.nodeid, OFlags::RDONLY).unwrap();
+}
+
+#[test]
+fn a_file_without_a_name_lives_until_it_is_forgotten() {
+    let mut client = Client::new();
+    let (file, fh) = client.create(ROOT, "f", OFlags::RDWR).unwrap();
+    client.write(fh, 0, b"still here", OFlags::empty()).unwrap();
+    client.release(fh).unwrap();
+    client.named(Op::Unlink, ROOT, "f").unwrap();
+    let fh = client.open(file.nodeid, OFlags::RDONLY).unwrap();
+    assert_eq!(client.read(fh, 0, 99), Ok(b"still here".to_vec()));
+    client.release(fh).unwrap();
+    client.forget(file.nodeid, 1);
+    assert_eq!(client.attr(file.nodeid).map(drop), Err(libc::ESTALE));
+    assert_eq!(descriptors_below(client.folder.as_path()), 1, "the root's");
+}
+
+#[test]
+fn a_nameless_file_can_be_given_a_name() {
+    let mut client = Client::new();
+    let asked = CreateIn {
+        flags: OFlags::WRONLY.bits(),
+        mode: libc::S_IFREG | 0o600,
+        ..CreateIn::default()
+    };
+    let body = [asked.as_bytes(), &text(&["/"])].concat();
+    let answer = client.call(Op::TmpFile, ROOT, &body).unwrap();
+    let (entry, rest) = EntryOut::read_from_prefix(&answer).unwrap();
+    let fh = OpenOut::read_from_bytes(rest).unwrap().fh;
+    client.write(fh, 0, b"x", OFlags::empty()).unwrap();
+    assert_eq!(fs::read_dir(client.folder.as_path()).unwrap().count(), 0);
+    client.link(entry.nodeid, ROOT, "named").unwrap();
+    assert_eq!(fs::read(client.host("named")).unwrap(), b"x");
+    assert_eq!(client.lookup(ROOT, "named").unwrap().nodeid, entry.nodeid);
+}
+
+#[test]
+fn folders_are_listed_in_parts_and_lookups_counted() {
+    let mut client = Client::new();
+    for index in 0..300 {
+        File::create(client.host(&format!("file-{index:03}"))).unwrap();
+    }
+    let mut plain = client.list(ROOT, Op::ReadDir, 1000);
+    plain.sort();
+    assert_eq!(plain.len(), 302);
+    assert_eq!(
+        (plain[0].0.as_str(), plain[301].0.as_str()),
+        (".", "file-299")
+    );
+    let listed = client.list(ROOT, Op::ReadDirPlus, 4096);
+    assert_eq!(listed.len(), 302);
+    for (name, nodeid) in listed {
+        if name.starts_with('.') {
+            assert_eq!(nodeid, 0);
+        } else {
+            client.forget(nodeid, 1);
+            assert_eq!(client.attr(nodeid).map(drop), Err(libc::ESTALE), "{name}");
+        }
+    }
+}
+
+#[test]
+fn attributes_are_set() {
+    let mut client = Client::new();
+    let (file, fh) = client.create(ROOT, "f", OFlags::RDWR).unwrap();
+    let asked = SetAttrIn {
+        valid: valid::MODE | valid::UID | valid::SIZE | valid::MTIME,
+        mode: 0o750,
+        uid: 5,
+        size: 9,
+        mtime: 1_000_000_000,
+        mtimensec: 7,
+        ..SetAttrIn::default()
+    };
+    let attr = client.set(file.nodeid, asked).unwrap();
+    assert_eq!((attr.mode & 0o7777, attr.uid, attr.size), (0o750, 5, 9));
+    assert_eq!((attr.mtime, attr.mtimensec), (1_000_000_000, 7));
+    let asked = SetAttrIn {
+        valid: valid::SIZE | valid::FH,
+        fh,
+        size: 2,
+        ..SetAttrIn::default()
+    };
+    assert_eq!(client.set(file.nodeid, asked).unwrap().size, 2);
+    let asked = SetAttrIn {
+        valid: valid::MTIME,
+        mtimensec: 1_000_000_000,
+        ..SetAttrIn::default()
+    };
+    assert_eq!(client.set(file.nodeid, asked).map(drop), Err(libc::EINVAL));
+}
+
+#[test]
+fn privileges_go_where_the_guest_says_so() {
+    let mut client = Client::new();
+    let (file, fh) = client.create(ROOT, "f", OFlags::RDWR).unwrap();
+    let path = client.host("f");
+    let set_privileged = || fs::set_permissions(&path, Permissions::from_mode(0o6755)).unwrap();
+    let mode = || fs::metadata(&path).unwrap().mode() & 0o7777;
+    set_privileged();
+    client.write(fh, 0, b"x", OFlags::empty()).unwrap();
+    assert_eq!(mode(), 0o6755, "written by one who may");
+    let asked = TransferIn {
+        fh,
+        size: 1,
+        transfer_flags: WRITE_KILL_SUIDGID,
+        ..TransferIn::default()
+    };
+    client
+        .call(Op::Write, 0, &[asked.as_bytes(), b"x"].concat())
+        .unwrap();
+    assert_eq!(mode(), 0o755);
+    set_privileged();
+    let asked = SetAttrIn {
+        valid: valid::SIZE | valid::KILL_SUIDGID,
+        ..SetAttrIn::default()
+    };
+    client.set(file.nodeid, asked).unwrap();
+    assert_eq!(mode(), 0o755);
+    set_privileged();
+    let asked = OpenIn {
+        flags: (OFlags::WRONLY | OFlags::TRUNC).bits(),
+        open_flags: OPEN_KILL_SUIDGID,
+    };
+    client
+        .call(Op::Open, file.nodeid, asked.as_bytes())
+        .unwrap();
+    assert_eq!(mode(), 0o755);
+}
+
+#[test]
+fn extended_attributes_are_kept_but_for_those_of_the_hosts_kernel() {
+    let mut client = Client::new();
+    let (file, _) = client.create(ROOT, "f", OFlags::RDWR).unwrap();
+    let set = |client: &mut Client, name: &str, value: &[u8]| {
+        let asked = SetXattrIn {
+            size: u32::try_from(value.len()).unwrap(),
+            flags: 0,
+        };
+        let body = [asked.as_bytes(), &text(&[name]), value].concat();
+        client.call(Op::SetXattr, file.nodeid, &body).map(drop)
+    };
+    let get = |client: &mut Client, op: Op, name: &[u8], size: u32| {
+        let asked = GetXattrIn { size, padding: 0 };
+        let body = [asked.as_bytes(), name].concat();
+        client.call(op, file.nodeid, &body)
+    };
+    set(&mut client, "trusted.a", b"value").unwrap();
+    assert_eq!(
+        get(&mut client, Op::GetXattr, b"trusted.a\0", 99),
+        Ok(b"value".to_vec())
+    );
+    assert_eq!(
+        get(&mut client, Op::GetXattr, b"trusted.a\0", 0).unwrap()[0],
+        5
+    );
+    assert_eq!(
+        get(&mut client, Op::GetXattr, b"trusted.a\0", 2),
+        Err(libc::ERANGE)
+    );
+    let names = get(&mut client, Op::ListXattr, b"", 999).unwrap();
+    assert_eq!(names, b"trusted.a\0");
+    let refused = set(&mut client, "system.posix_acl_access", b"x");
+    assert_eq!(refused, Err(libc::EOPNOTSUPP));
+    client
+        .named(Op::RemoveXattr, file.nodeid, "trusted.a")
+        .unwrap();
+    assert_eq!(
+        get(&mut client, Op::GetXattr, b"trusted.a\0", 9),
+        Err(libc::ENODATA)
+    );
+}
+
+#[test]
+fn holes_are_made_found_and_copied_around() {
+    let mut client = Client::new();
+    let (_, fh) = client.create(ROOT, "f", OFlags::RDWR).unwrap();
+    client.write(fh, 0, &[1; 0x2000], OFlags::empty()).unwrap();
+    let asked = FAllocateIn {
+        fh,
+        offset: 0,
+        length: 0x1000,
+        // FALLOC_FL_KEEP_SIZE and FALLOC_FL_PUNCH_HOLE.
+        mode: 3,
+        padding: 0,
+    };
+    client.call(Op::FAllocate, 0, asked.as_bytes()).unwrap();
+    let asked = LSeekIn {
+        fh,
+        offset: 0,
+        whence: libc::SEEK_DATA.cast_unsigned(),
+        padding: 0,
+    };
+    let found: LSeekOut = client.ask(Op::LSeek, 0, asked.as_bytes()).unwrap();
+    assert_eq!(found.offset, 0x1000);
+    let (_, copy) = client.create(ROOT, "copy", OFlags::RDWR).unwrap();
+    let asked = CopyFileRangeIn {
+        fh_in: fh,
+        off_in: 0x800,
+        fh_out: copy,
+        len: 0x1000,
+        ..CopyFileRangeIn::default()
+    };
+    let copied: WriteOut = client.ask(Op::CopyFileRange, 0, asked.as_bytes()).unwrap();
+    assert_eq!(copied.size, 0x1000);
+    let bytes = fs::read(client.host("copy")).unwrap();
+    assert_eq!((bytes[0x7ff], bytes[0x800]), (0, 1));
+}
+
+#[test]
+fn a_readonly_share_is_never_written() {
+    let mut client = Client::with(|config| {
+        fs::write(config.folder.join("f"), b"kept").unwrap();
+        config.readonly = true;
+    });
+    let file = client.lookup(ROOT, "f").unwrap().nodeid;
+    let readonly = Err(libc::EROFS);
+    assert_eq!(client.open(file, OFlags::RDWR).map(drop), readonly);
+    assert_eq!(client.open(file, OFlags::TRUNC).map(drop), readonly);
+    assert_eq!(client.create(ROOT, "g", OFlags::RDWR).map(drop), readonly);
+    assert_eq!(client.mkdir(ROOT, "d").map(drop), readonly);
+    assert_eq!(client.named(Op::Unlink, ROOT, "f"), readonly);
+    assert_eq!(client.set(file, SetAttrIn::default()).map(drop), readonly);
+    let fh = client.open(file, OFlags::RDONLY).unwrap();
+    assert_eq!(client.write(fh, 0, b"x", OFlags::empty()), Err(libc::EROFS));
+    assert_eq!(client.read(fh, 0, 9), Ok(b"kept".to_vec()));
+}
+
+#[test]
+fn cache_modes_say_what_the_guest_may_keep() {
+    let opened = |cache| {
+        let mut client = Client::with(|config| {
+            fs::write(config.folder.join("f"), b"").unwrap();
+            config.cache = cache;
+            config.writeback = cache == Cache::Always;
+        });
+        let agreed = client.init().flags;
+        let entry = client.lookup(ROOT, "f").unwrap();
+        let asked = OpenIn::default();
+        let open: OpenOut = client
+            .ask(Op::Open, entry.nodeid, asked.as_bytes())
+            .unwrap();
+        let writeback = u64::from(agreed) & init::WRITEBACK_CACHE != 0;
+        (entry.entry_valid, open.open_flags, writeback)
+    };
+    assert_eq!(opened(Cache::None), (0, fopen::DIRECT_IO, false));
+    assert_eq!(opened(Cache::Auto), (1, 0, false));
+    assert_eq!(opened(Cache::Always), (86400, fopen::KEEP_CACHE, true));
+}
+
+#[test]
+fn the_device_says_its_tag_and_its_queues() {
+    let folder = TempDir::new().unwrap();
+    let mut config = config(folder.as_path());
+    config.queues = 3;
+    let mut guest = Guest::new(Fs::new(config.clone()).unwrap());
+    let space: [u8; 44] = guest.config(0);
+    assert_eq!(&space[..6], b"share\0");
+    assert_eq!(space[36..], [3, 0, 0, 0, 0, 0, 0, 0]);
+    for tag in ["", "a\0b", &"x".repeat(37)] {
+        config.tag = tag.into();
+        let error = Fs::new(config.clone()).unwrap_err().to_string();
+        assert!(error.starts_with("a share's tag is"), "{error}");
+    }
+}
+
+#[test]
+fn what_cannot_be_shared_is_named() {
+    let refusal = |folder: &str| {
+        let config = config(Path::new(folder));
+        Fs::new(config).unwrap_err().to_string()
+    };
+    assert_eq!(refusal("/nonexistent"), "open shared folder /nonexistent");
+    assert_eq!(refusal("/dev/null"), "open shared folder /dev/null");
+    assert!(refusal("/proc").starts_with("/proc is a proc file system"));
+}
+
+#[test]
+fn the_device_lives_through_pause_restore_and_reset() {
+    let folder = TempDir::new().unwrap();
+    fs::create_dir(folder.as_path().join("d")).unwrap();
+    fs::write(folder.as_path().join("d/f"), b"content").unwrap();
+    let make = || Fs::new(config(folder.as_path())).unwrap();
+    lifecycle(make, |guest| {
+        let lookup = |guest: &mut Guest, parent: u64, name: &str| {
+            let header = InHeader {
+                len: u32::try_from(41 + name.len()).unwrap(),
+                opcode: 1,
+                nodeid: parent,
+                ..InHeader::default()
+            };
+            let request = [header.as_bytes(), name.as_bytes(), b"\0"].concat();
+            let answer = guest.request(QUEUE, &[Buffer::Out(request), Buffer::In(200)]);
+            EntryOut::read_from_prefix(&answer.unwrap()[16..])
+                .unwrap()
+                .0
+        };
+        let folder = lookup(guest, ROOT, "d");
+        assert_eq!(lookup(guest, folder.nodeid, "f").attr.size, 7);
+    });
+}
+
+#[test]
+fn what_is_open_stays_open_over_a_snapshot_also_in_another_folder() {
+    let mut client = Client::new();
+    let folder = client.mkdir(ROOT, "d").unwrap().nodeid;
+    let (file, _) = client.create(folder, "f", OFlags::RDWR).unwrap();
+    let (gone, lost) = client.create(folder, "gone", OFlags::RDWR).unwrap();
+    let (_, fh) = client
+        .create(folder, "f", OFlags::RDWR | OFlags::TRUNC)
+        .unwrap();
+    let other = TempDir::new().unwrap();
+    fs::create_dir(other.as_path().join("d")).unwrap();
+    fs::write(other.as_path().join("d/f"), b"another life").unwrap();
+    client.guest.transport.pause();
+    client.guest = client
+        .guest
+        .carry_to(|| Fs::new(config(other.as_path())).unwrap());
+    client.guest.transport.resume().unwrap();
+    assert_eq!(client.read(fh, 0, 99), Ok(b"another life".to_vec()));
+    assert_eq!(client.lookup(folder, "f").unwrap().nodeid, file.nodeid);
+    assert_eq!(client.read(lost, 0, 99), Err(libc::EBADF));
+    assert_eq!(client.attr(gone.nodeid).map(drop), Err(libc::ESTALE));
+}
+
+/// A name the guest cannot know of, for what must not be found.
+fn secret() -> (TempDir, PathBuf) {
+    let outside = TempDir::new().unwrap();
+    let path = outside.as_path().join("secret");
+    fs::write(&path, b"secret").unwrap();
+    (outside, path)
+}
+
+fn name_of(path: &Path) -> &str {
+    path.to_str().expect("temporary folders have plain names")
+}

@@ -1,0 +1,339 @@
+//! No way out of the share: by name, by link, by the host's changes or by kinds of files.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+
+use rustix::mount::{MountFlags, MountPropagationFlags, UnmountFlags};
+
+use super::*;
+
+#[test]
+fn names_that_are_paths_are_refused() {
+    let mut client = Client::new();
+    let (_outside, secret) = secret();
+    let folder = client.mkdir(ROOT, "d").unwrap().nodeid;
+    let file = client.create(ROOT, "f", OFlags::RDWR).unwrap().0.nodeid;
+    let up = format!("../..{}", secret.display());
+    for name in [
+        "",
+        ".",
+        "..",
+        "/",
+        "d/..",
+        "../x",
+        "a/b",
+        "/etc",
+        &up,
+        name_of(&secret),
+    ] {
+        let refused = Err(libc::EINVAL);
+        assert_eq!(client.lookup(folder, name).map(drop), refused, "{name:?}");
+        assert_eq!(client.create(folder, name, OFlags::RDWR).map(drop), refused);
+        assert_eq!(client.mkdir(folder, name).map(drop), refused);
+        assert_eq!(
+            client.mknod(folder, name, libc::S_IFREG, 0).map(drop),
+            refused
+        );
+        assert_eq!(client.symlink(folder, name, "t").map(drop), refused);
+        assert_eq!(client.link(file, folder, name).map(drop), refused);
+        assert_eq!(client.named(Op::Unlink, folder, name), refused);
+        assert_eq!(client.named(Op::RmDir, folder, name), refused);
+        assert_eq!(client.rename((ROOT, "f"), (folder, name), 0), refused);
+        assert_eq!(client.rename((folder, name), (ROOT, "x"), 0), refused);
+    }
+    let long = "x".repeat(256);
+    assert_eq!(
+        client.lookup(ROOT, &long).map(drop),
+        Err(libc::ENAMETOOLONG)
+    );
+    assert_eq!(
+        client.call(Op::Lookup, ROOT, b"unterminated").map(drop),
+        Err(libc::EINVAL)
+    );
+    assert_eq!(fs::read(secret).unwrap(), b"secret");
+}
+
+#[test]
+fn links_are_given_to_the_guest_and_never_followed() {
+    let mut client = Client::new();
+    let (outside, secret) = secret();
+    symlink(&secret, client.host("to-file")).unwrap();
+    symlink(outside.as_path(), client.host("to-folder")).unwrap();
+    let to_file = client.lookup(ROOT, "to-file").unwrap();
+    assert_eq!(to_file.attr.mode & libc::S_IFMT, libc::S_IFLNK);
+    let target = client.call(Op::ReadLink, to_file.nodeid, b"").unwrap();
+    assert_eq!(OsStr::from_bytes(&target), secret.as_os_str());
+    assert_eq!(
+        client.open(to_file.nodeid, OFlags::RDONLY),
+        Err(libc::ELOOP)
+    );
+    let cut = SetAttrIn {
+        valid: valid::SIZE,
+        ..SetAttrIn::default()
+    };
+    client.set(to_file.nodeid, cut).unwrap_err();
+    let mode = SetAttrIn {
+        valid: valid::MODE,
+        mode: 0,
+        ..SetAttrIn::default()
+    };
+    client.set(to_file.nodeid, mode).unwrap_err();
+    let to_folder = client.lookup(ROOT, "to-folder").unwrap().nodeid;
+    let not_a_folder = Err(libc::ENOTDIR);
+    assert_eq!(client.lookup(to_folder, "secret").map(drop), not_a_folder);
+    assert_eq!(
+        client.create(to_folder, "new", OFlags::RDWR).map(drop),
+        not_a_folder
+    );
+    assert_eq!(
+        client.create(ROOT, "to-file", OFlags::RDWR).map(drop),
+        Err(libc::ELOOP)
+    );
+    let fresh = client.symlink(ROOT, "to-host", "/etc").unwrap().nodeid;
+    assert_eq!(client.lookup(fresh, "passwd").map(drop), not_a_folder);
+    let linked = client.link(to_file.nodeid, ROOT, "second").unwrap();
+    assert_eq!(linked.nodeid, to_file.nodeid, "the link, not its target");
+    // The owner of the link changes, not that of its target.
+    let owner = SetAttrIn {
+        valid: valid::UID,
+        uid: 9,
+        ..SetAttrIn::default()
+    };
+    assert_eq!(client.set(to_file.nodeid, owner).unwrap().uid, 9);
+    assert_eq!(fs::metadata(&secret).unwrap().uid(), 0);
+    assert_eq!(fs::read(secret).unwrap(), b"secret");
+}
+
+#[test]
+fn magic_links_of_proc_lead_nowhere() {
+    let mut client = Client::new();
+    let (_outside, secret) = secret();
+    let held = File::open(&secret).unwrap();
+    use std::os::fd::AsRawFd;
+    let magic = format!("/proc/self/fd/{}", held.as_raw_fd());
+    let link = client.symlink(ROOT, "magic", &magic).unwrap().nodeid;
+    assert_eq!(client.open(link, OFlags::RDONLY), Err(libc::ELOOP));
+    assert_eq!(client.lookup(ROOT, &magic).map(drop), Err(libc::EINVAL));
+}
+
+#[test]
+fn a_folder_swapped_for_a_link_again_and_again_is_never_followed() {
+    let mut client = Client::new();
+    let (outside, secret) = secret();
+    fs::create_dir(client.host("d")).unwrap();
+    fs::write(client.host("d/secret"), b"public").unwrap();
+    symlink(outside.as_path(), client.host("link")).unwrap();
+    let stop = AtomicBool::new(false);
+    let (folder, link) = (client.host("d"), client.host("link"));
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            while !stop.load(Ordering::Relaxed) {
+                let exchange = rustix::fs::RenameFlags::EXCHANGE;
+                let here = rustix::fs::CWD;
+                rustix::fs::renameat_with(here, &folder, here, &link, exchange).unwrap();
+            }
+        });
+        let mut read = 0;
+        for _ in 0..2000 {
+            let Ok(folder) = client.lookup(ROOT, "d") else {
+                continue;
+            };
+            if let Ok(file) = client.lookup(folder.nodeid, "secret") {
+                if let Ok(fh) = client.open(file.nodeid, OFlags::RDONLY) {
+                    assert_eq!(client.read(fh, 0, 99), Ok(b"public".to_vec()));
+                    client.release(fh).unwrap();
+                    read += 1;
+                }
+                client.forget(file.nodeid, 1);
+            }
+            let _ = client
+                .create(folder.nodeid, "new", OFlags::RDWR)
+                .map(|(file, fh)| {
+                    client.release(fh).unwrap();
+                    client.forget(file.nodeid, 1);
+                });
+            client.forget(folder.nodeid, 1);
+        }
+        stop.store(true, Ordering::Relaxed);
+        assert!(read > 0, "the right file is found now and then");
+    });
+    assert_eq!(fs::read_dir(outside.as_path()).unwrap().count(), 1);
+    assert_eq!(fs::read(secret).unwrap(), b"secret");
+}
+
+#[test]
+fn a_folder_the_host_moves_out_of_the_share_does_not_lead_out() {
+    let mut client = Client::new();
+    let (outside, _) = secret();
+    fs::create_dir_all(client.host("d/e")).unwrap();
+    let folder = client.lookup(ROOT, "d").unwrap().nodeid;
+    let inner = client.lookup(folder, "e").unwrap().nodeid;
+    fs::rename(client.host("d"), outside.as_path().join("d")).unwrap();
+    for name in ["..", "../secret", "secret"] {
+        client.lookup(inner, name).unwrap_err();
+        client.lookup(folder, name).unwrap_err();
+    }
+    assert_eq!(client.lookup(ROOT, "d").map(drop), Err(libc::ENOENT));
+}
+
+#[test]
+fn what_the_host_put_in_the_place_of_a_file_is_not_taken_for_it() {
+    let mut client = Client::new();
+    fs::create_dir(client.host("d")).unwrap();
+    fs::write(client.host("d/f"), b"first").unwrap();
+    let folder = client.lookup(ROOT, "d").unwrap().nodeid;
+    let file = client.lookup(folder, "f").unwrap().nodeid;
+    fs::rename(client.host("d"), client.host("old")).unwrap();
+    fs::create_dir(client.host("d")).unwrap();
+    fs::write(client.host("d/f"), b"second").unwrap();
+    forget_places(&mut client);
+    assert_eq!(client.open(file, OFlags::RDONLY), Err(libc::ESTALE));
+    let folder = client.lookup(ROOT, "d").unwrap().nodeid;
+    let second = client.lookup(folder, "f").unwrap().nodeid;
+    assert_ne!(second, file);
+    let fh = client.open(second, OFlags::RDONLY).unwrap();
+    assert_eq!(client.read(fh, 0, 9), Ok(b"second".to_vec()));
+    // Once it is seen under its new name it is the file it was.
+    let old = client.lookup(ROOT, "old").unwrap().nodeid;
+    assert_eq!(client.lookup(old, "f").unwrap().nodeid, file);
+    client.open(file, OFlags::RDONLY).unwrap();
+}
+
+#[test]
+fn pipes_sockets_and_devices_are_made_but_never_opened() {
+    let mut client = Client::new();
+    let kinds = [
+        ("pipe", libc::S_IFIFO, 0),
+        ("socket", libc::S_IFSOCK, 0),
+        // /dev/zero and the first disk.
+        ("char", libc::S_IFCHR, 1 << 8 | 5),
+        ("block", libc::S_IFBLK, 254 << 8),
+    ];
+    for (name, kind, rdev) in kinds {
+        let entry = client.mknod(ROOT, name, kind | 0o666, rdev).unwrap();
+        assert_eq!(entry.attr.mode, kind | 0o666);
+        assert_eq!(entry.attr.rdev, rdev, "{name}");
+        for flags in [OFlags::RDONLY, OFlags::WRONLY, OFlags::RDWR] {
+            assert_eq!(client.open(entry.nodeid, flags), Err(libc::ENXIO), "{name}");
+            assert_eq!(client.create(ROOT, name, flags).map(drop), Err(libc::ENXIO));
+        }
+        let cut = SetAttrIn {
+            valid: valid::SIZE,
+            ..SetAttrIn::default()
+        };
+        assert_eq!(client.set(entry.nodeid, cut).map(drop), Err(libc::EINVAL));
+    }
+    assert_eq!(
+        client.mknod(ROOT, "x", libc::S_IFDIR, 0).map(drop),
+        Err(libc::EINVAL)
+    );
+    assert_eq!(
+        client.mknod(ROOT, "x", libc::S_IFLNK, 0).map(drop),
+        Err(libc::EINVAL)
+    );
+}
+
+#[test]
+fn a_mount_swapped_below_the_share_is_another_file() {
+    thread::spawn(|| {
+        #[expect(
+            deprecated,
+            reason = "its successor is unsafe because of flags not used here"
+        )]
+        rustix::thread::unshare(rustix::thread::UnshareFlags::NEWNS).unwrap();
+        let private = MountPropagationFlags::PRIVATE | MountPropagationFlags::REC;
+        rustix::mount::mount_change("/", private).unwrap();
+        let mut client = Client::new();
+        let point = client.host("mnt");
+        fs::create_dir(&point).unwrap();
+        fs::write(point.join("f"), b"below").unwrap();
+        let below = client.lookup(ROOT, "mnt").unwrap();
+        let hidden = client.lookup(below.nodeid, "f").unwrap().nodeid;
+        rustix::mount::mount("none", &point, "tmpfs", MountFlags::empty(), None).unwrap();
+        fs::write(point.join("f"), b"above").unwrap();
+        let above = client.lookup(ROOT, "mnt").unwrap();
+        assert_ne!(above.nodeid, below.nodeid);
+        assert_eq!((below.attr.flags, above.attr.flags), (0, ATTR_SUBMOUNT));
+        let shown = client.lookup(above.nodeid, "f").unwrap().nodeid;
+        assert_ne!(shown, hidden);
+        let fh = client.open(shown, OFlags::RDONLY).unwrap();
+        assert_eq!(client.read(fh, 0, 9), Ok(b"above".to_vec()));
+        client.release(fh).unwrap();
+        rustix::mount::unmount(&point, UnmountFlags::DETACH).unwrap();
+        assert_eq!(client.lookup(ROOT, "mnt").unwrap().nodeid, below.nodeid);
+        // The host's own files do not become data by being mounted there.
+        rustix::mount::mount("none", &point, "proc", MountFlags::empty(), None).unwrap();
+        assert_eq!(client.lookup(ROOT, "mnt").map(drop), Err(libc::EACCES));
+        rustix::mount::unmount(&point, UnmountFlags::DETACH).unwrap();
+    })
+    .join()
+    .unwrap();
+}
+
+#[test]
+fn descriptors_are_bounded_however_many_files_the_guest_knows() {
+    let mut client = Client::new();
+    let count = 10 * DESCRIPTORS;
+    for index in 0..count {
+        let folder = client.host(&format!("d{index}"));
+        fs::create_dir(&folder).unwrap();
+        fs::write(folder.join("f"), b"x").unwrap();
+    }
+    let mut files = Vec::new();
+    for index in 0..count {
+        let folder = client.lookup(ROOT, &format!("d{index}")).unwrap().nodeid;
+        let file = client.lookup(folder, "f").unwrap().nodeid;
+        client.attr(file).unwrap();
+        files.push(file);
+    }
+    assert!(descriptors_below(client.folder.as_path()) <= DESCRIPTORS / 4 + 1);
+    let mut open = 0;
+    let refused = loop {
+        match client.open(files[open], OFlags::RDONLY) {
+            Ok(_) => open += 1,
+            Err(error) => break error,
+        }
+    };
+    assert_eq!((refused, open), (libc::ENFILE, DESCRIPTORS / 2));
+    // Names go, files stay: as many as there is room for.
+    for index in 0..count {
+        let folder = client.lookup(ROOT, &format!("d{index}")).unwrap().nodeid;
+        client.named(Op::Unlink, folder, "f").unwrap();
+    }
+    assert!(descriptors_below(client.folder.as_path()) <= DESCRIPTORS + 1);
+    let alive = files
+        .iter()
+        .filter(|file| client.attr(**file).is_ok())
+        .count();
+    assert_eq!(alive, DESCRIPTORS / 4);
+    // All of it goes with the guest.
+    client.init();
+    assert_eq!(descriptors_below(client.folder.as_path()), 1);
+}
+
+#[test]
+fn folders_as_deep_as_the_guest_likes_can_be_reached() {
+    let mut client = Client::new();
+    let mut folder = ROOT;
+    for _ in 0..500 {
+        folder = client.mkdir(folder, "deeper-and-deeper").unwrap().nodeid;
+    }
+    let (file, fh) = client.create(folder, "f", OFlags::RDWR).unwrap();
+    client.write(fh, 0, b"x", OFlags::empty()).unwrap();
+    forget_places(&mut client);
+    assert_eq!(client.attr(file.nodeid).unwrap().size, 1);
+    let mut at = folder;
+    client.named(Op::Unlink, at, "f").unwrap();
+    assert!(descriptors_below(client.folder.as_path()) <= DESCRIPTORS + 1);
+    client.forget(at, 1);
+    at = ROOT;
+    assert!(client.lookup(at, "deeper-and-deeper").is_ok());
+}
+
+/// Has the guest look at so many other files that no place is kept of those before.
+fn forget_places(client: &mut Client) {
+    for index in 0..DESCRIPTORS {
+        let other = client.mkdir(ROOT, &format!("other-{index}")).unwrap();
+        client.attr(other.nodeid).unwrap();
+    }
+}
