@@ -16,8 +16,8 @@ pub mod route;
 mod units;
 
 pub use config::{
-    BalloonConfig, ConfigError, CpusConfig, DiskConfig, KernelConfig, MacAddr, MemoryConfig,
-    NetConfig, Output, TapSource, VmConfig, VsockConfig,
+    BalloonConfig, ConfigError, CpusConfig, DiskConfig, FolderConfig, FsCache, FsConfig, FsSource,
+    KernelConfig, MacAddr, MemoryConfig, NetConfig, Output, TapSource, VmConfig, VsockConfig,
 };
 pub use error::{ApiError, JsonError, State, chain};
 pub use json::{Addition, Definition};

@@ -68,6 +68,11 @@ impl<'a> Options<'a> {
         Ok(Self { pairs })
     }
 
+    /// Whether `key` is given.
+    pub(crate) fn has(&self, key: &str) -> bool {
+        self.pairs.iter().any(|(name, _)| *name == key)
+    }
+
     /// The value of `key`, if given.
     pub(crate) fn value<T>(&self, key: &'static str) -> Result<Option<T>, OptionsError>
     where

@@ -53,6 +53,9 @@ pub const ROUTES: &[Route] = &[
     put("/api/v1/vm.add-disk", |_, request| {
         add("vm.add-disk", Addition::disk(&request.body))
     }),
+    put("/api/v1/vm.add-fs", |_, request| {
+        add("vm.add-fs", Addition::fs(&request.body))
+    }),
     put("/api/v1/vm.add-net", |_, request| {
         add("vm.add-net", Addition::net(&request.body, request.fds))
     }),

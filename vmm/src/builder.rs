@@ -36,6 +36,7 @@ use crate::keyboard;
 use crate::machine::Machine;
 use crate::memory::{Ram, RamError};
 use crate::resize::MemoryHandles;
+use crate::share;
 use crate::streams::{self, StreamError};
 use crate::tap;
 use crate::transcript::Transcript;
@@ -301,7 +302,7 @@ fn attach_devices(
             device: device.clone(),
             source: source.into(),
         })?;
-        attach(attacher, &format!("disk{index}"), &device, blk)?;
+        attach(attacher, &format!("disk{index}"), &device, Box::new(blk))?;
     }
     for (index, net) in config.nets.iter().enumerate() {
         let device = format!("network device {index}");
@@ -309,7 +310,16 @@ fn attach_devices(
             device: device.clone(),
             source: source.into(),
         })?;
-        attach(attacher, &format!("net{index}"), &device, made)?;
+        attach(attacher, &format!("net{index}"), &device, Box::new(made))?;
+    }
+    for (index, share) in config.shares.iter().enumerate() {
+        let device = format!("share '{}'", share.tag);
+        let made = share::device(share, index, config.shares.len());
+        let made = made.map_err(|source| BuildError::Device {
+            device: device.clone(),
+            source: source.into(),
+        })?;
+        attach(attacher, &format!("fs{index}"), &device, made)?;
     }
     if let Some(VsockConfig { cid, socket }) = &config.vsock {
         let device = "vsock";
@@ -321,9 +331,9 @@ fn attach_devices(
             device: device.into(),
             source: source.into(),
         })?;
-        attach(attacher, "vsock", device, vsock)?;
+        attach(attacher, "vsock", device, Box::new(vsock))?;
     }
-    attach(attacher, "rng", "the entropy device", Rng::new())?;
+    attach(attacher, "rng", "the entropy device", Box::new(Rng::new()))?;
     let mut ports = Vec::from_iter(streams::console(&config.console, &around.transcript)?);
     if around.command.is_some() {
         ports.extend(streams::command(around.inbox.clone())?);
@@ -334,7 +344,7 @@ fn attach_devices(
             device: device.into(),
             source: source.into(),
         })?;
-        attach(attacher, "console", device, console)?;
+        attach(attacher, "console", device, Box::new(console))?;
     }
     Ok(())
 }
@@ -354,7 +364,7 @@ fn attach_memory(config: &VmConfig, attacher: &mut Attacher) -> Result<MemoryHan
             Mem::new(attacher.memory.clone(), start, memory.hotplug_size.0).map_err(failed)?;
         let handle = handles.mem.insert(mem.handle());
         handle.request(memory.hotplugged_size.0).map_err(failed)?;
-        attach(attacher, "mem", device, mem)?;
+        attach(attacher, "mem", device, Box::new(mem))?;
     }
     if let Some(balloon) = config.balloon {
         let device = "the balloon";
@@ -374,7 +384,7 @@ fn attach_memory(config: &VmConfig, attacher: &mut Attacher) -> Result<MemoryHan
             source: source.into(),
         })?;
         handles.balloon = Some(made.handle());
-        attach(attacher, "balloon", device, made)?;
+        attach(attacher, "balloon", device, Box::new(made))?;
     }
     Ok(handles)
 }
@@ -383,10 +393,10 @@ fn attach(
     attacher: &mut Attacher,
     id: &str,
     device: &str,
-    made: impl VirtioDevice + 'static,
+    made: Box<dyn VirtioDevice>,
 ) -> Result<(), BuildError> {
     attacher
-        .attach(id.into(), Box::new(made))
+        .attach(id.into(), made)
         .map_err(|source| BuildError::Attach {
             device: device.into(),
             source,

@@ -5,7 +5,7 @@ use std::os::unix::ffi::OsStringExt;
 use std::path::PathBuf;
 
 use api::{
-    BalloonConfig, ConfigError, CpusConfig, DiskConfig, MemoryConfig, NetConfig, Output,
+    BalloonConfig, ConfigError, CpusConfig, DiskConfig, FsConfig, MemoryConfig, NetConfig, Output,
     VsockConfig,
 };
 use lexopt::{Arg, Parser, ValueExt};
@@ -49,6 +49,8 @@ pub struct RunOptions {
     pub disks: Vec<DiskConfig>,
     /// `--net`
     pub nets: Vec<NetConfig>,
+    /// `--fs`
+    pub shares: Vec<FsConfig>,
     /// `--vsock`
     pub vsock: Option<VsockConfig>,
     /// `--serial`
@@ -83,6 +85,7 @@ impl RunOptions {
             || self.balloon.is_some()
             || !self.disks.is_empty()
             || !self.nets.is_empty()
+            || !self.shares.is_empty()
             || self.vsock.is_some()
             || self.serial.is_some()
             || self.console.is_some()
@@ -136,6 +139,7 @@ pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Action, Cl
             Arg::Long("balloon") => options.balloon = Some(value(&mut parser, "balloon")?),
             Arg::Long("disk") => options.disks.push(value(&mut parser, "disk")?),
             Arg::Long("net") => options.nets.push(value(&mut parser, "net")?),
+            Arg::Long("fs") => options.shares.push(value(&mut parser, "fs")?),
             Arg::Long("vsock") => options.vsock = Some(value(&mut parser, "vsock")?),
             Arg::Long("serial") => options.serial = Some(value(&mut parser, "serial")?),
             Arg::Long("console") => options.console = Some(value(&mut parser, "console")?),

@@ -12,7 +12,10 @@
 //! Owned by `control`, which carries out one request at a time. None of them
 //! waits for the guest.
 
-use api::{Addition, Answer, ApiError, Definition, Ping, Request, Resize, State, VmInfo, chain};
+use api::{
+    Addition, Answer, ApiError, ConfigError, Definition, Ping, Request, Resize, State, VmInfo,
+    chain,
+};
 use serde_json::{Value, json};
 
 use crate::builder::{BuildError, Surroundings, build};
@@ -127,20 +130,22 @@ impl Vm {
 
     /// Defines the VM.
     pub fn create(&mut self, definition: Box<Definition>) -> Result<(), ApiError> {
-        match self.phase {
-            Phase::None => {
-                self.phase = Phase::Created(definition);
-                Ok(())
-            }
-            _ => Err(self.wrong("vm.create", "not created")),
+        if !matches!(self.phase, Phase::None) {
+            return Err(self.wrong("vm.create", "not created"));
         }
+        definition.config.check().map_err(contradiction)?;
+        self.phase = Phase::Created(definition);
+        Ok(())
     }
 
     /// Adds a device to the definition: the guest finds devices when it boots.
     fn add(&mut self, device: Addition, json: Value) -> Result<(), ApiError> {
         match &mut self.phase {
             Phase::Created(definition) | Phase::Shutdown(definition) => {
-                definition.add(device, json);
+                let mut more = definition.clone();
+                more.add(device, json);
+                more.config.check().map_err(contradiction)?;
+                *definition = more;
                 Ok(())
             }
             _ => Err(self.wrong("add a device", "Created or Shutdown")),
@@ -312,6 +317,10 @@ impl Vm {
             needed,
         }
     }
+}
+
+fn contradiction(error: ConfigError) -> ApiError {
+    ApiError::Impossible(chain(&error))
 }
 
 fn done((): ()) -> Answer {

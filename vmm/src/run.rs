@@ -4,7 +4,10 @@
 use std::io;
 use std::path::PathBuf;
 
-use api::{ApiError, Definition, DiskConfig, KernelConfig, Output, VmConfig};
+use api::{
+    ApiError, Definition, DiskConfig, FolderConfig, FsCache, FsConfig, FsSource, KernelConfig,
+    Output, VmConfig,
+};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use thiserror::Error;
 
@@ -14,7 +17,6 @@ use crate::control::{self, Event, Inbox, Outcome};
 use crate::ending::Ending;
 use crate::guest::{GuestFolder, MissingPart};
 use crate::lifecycle::{Surround, Vm};
-use crate::rootfs::{Rootfs, RootfsError};
 use crate::service::{Service, ServiceError};
 use crate::signals;
 use crate::terminal::{self, RawTerminal};
@@ -29,9 +31,14 @@ pub enum RunError {
     /// A default part is missing.
     #[error(transparent)]
     Guest(#[from] MissingPart),
-    /// The root file system is none.
-    #[error(transparent)]
-    Rootfs(#[from] RootfsError),
+    /// The root file system is not there.
+    #[error("root file system {}", .path.display())]
+    Rootfs {
+        /// Folder or image.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
     /// It could not be built.
     #[error("{0}")]
     Build(ApiError),
@@ -72,7 +79,7 @@ pub fn run(options: &RunOptions) -> Result<u8, RunError> {
         return Ok(conclude(outcome, false, output, &transcript));
     }
 
-    let (config, rootfs) = config(options)?;
+    let config = config(options)?;
     let command = command(options);
     let terminal = terminal(&config, command.as_ref())?;
     let service = service(&inbox)?;
@@ -85,7 +92,6 @@ pub fn run(options: &RunOptions) -> Result<u8, RunError> {
     let definition = Definition::of(config.clone());
     vm.create(Box::new(definition)).map_err(RunError::Build)?;
     vm.boot().map_err(RunError::Build)?;
-    drop(rootfs);
     let outcome = control::serve(&mut vm, events);
     drop(service);
     drop(terminal);
@@ -122,8 +128,8 @@ fn conclude(
     }
 }
 
-/// The VM that `options` describe, and what must live until it is built.
-fn config(options: &RunOptions) -> Result<(VmConfig, Option<Rootfs>), RunError> {
+/// The VM that `options` describe.
+fn config(options: &RunOptions) -> Result<VmConfig, RunError> {
     let folder = GuestFolder::of_this_user();
     let given = |path: &Option<PathBuf>| path.clone().map(Ok);
     let has_command = !options.command.is_empty();
@@ -137,20 +143,30 @@ fn config(options: &RunOptions) -> Result<(VmConfig, Option<Rootfs>), RunError> 
         .or_else(|| wants_agent.then(|| folder.initramfs()))
         .transpose()?;
     let mut disks = Vec::with_capacity(options.disks.len() + 1);
+    let mut shares = Vec::with_capacity(options.shares.len() + 1);
     let mut cmdline = consoles(options, wants_agent);
-    let mut rootfs = None;
     if wants_agent {
         let path = given(&options.rootfs).unwrap_or_else(|| folder.rootfs())?;
-        let image = rootfs.insert(Rootfs::of(path)?);
-        disks.push(DiskConfig::new(image.path().into(), true));
-        cmdline.push_str(" root=/dev/vda ro podvmm.overlay");
+        let metadata = std::fs::metadata(&path).map_err(|source| RunError::Rootfs {
+            path: path.clone(),
+            source,
+        })?;
+        if metadata.is_dir() {
+            cmdline.push_str(&format!(" root={ROOT_TAG} rootfstype=virtiofs"));
+            shares.push(root_share(path));
+        } else {
+            cmdline.push_str(" root=/dev/vda");
+            disks.push(DiskConfig::new(path, true));
+        }
+        cmdline.push_str(" ro podvmm.overlay");
     }
     disks.extend_from_slice(&options.disks);
+    shares.extend_from_slice(&options.shares);
     if !options.cmdline.is_empty() {
         cmdline.push(' ');
         cmdline.push_str(&options.cmdline);
     }
-    let config = VmConfig {
+    Ok(VmConfig {
         kernel: KernelConfig {
             path: kernel,
             initramfs,
@@ -161,11 +177,24 @@ fn config(options: &RunOptions) -> Result<(VmConfig, Option<Rootfs>), RunError> 
         balloon: options.balloon,
         disks,
         nets: options.nets.clone(),
+        shares,
         vsock: options.vsock.clone(),
         serial: serial(options),
         console: options.console.clone().unwrap_or(Output::Off),
+    })
+}
+
+/// The tag of the share that is the root file system.
+const ROOT_TAG: &str = "podvmm.root";
+
+/// A folder as root file system: what lies over it must be able to rely on it.
+fn root_share(path: PathBuf) -> FsConfig {
+    let folder = FolderConfig {
+        readonly: true,
+        cache: FsCache::Always,
+        ..FolderConfig::new(path)
     };
-    Ok((config, rootfs))
+    FsConfig::new(ROOT_TAG.into(), FsSource::Folder(folder))
 }
 
 fn serial(options: &RunOptions) -> Output {

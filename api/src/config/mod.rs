@@ -3,6 +3,7 @@
 mod balloon;
 mod cpus;
 mod disk;
+mod fs;
 mod memory;
 mod net;
 mod output;
@@ -18,6 +19,7 @@ use crate::units::{ByteSize, CpuCount, RamSize, UnitError};
 pub use self::balloon::BalloonConfig;
 pub use self::cpus::CpusConfig;
 pub use self::disk::DiskConfig;
+pub use self::fs::{FolderConfig, FsCache, FsConfig, FsSource};
 pub use self::memory::MemoryConfig;
 pub use self::net::{MacAddr, NetConfig, TapSource};
 pub use self::output::Output;
@@ -38,6 +40,8 @@ pub struct VmConfig {
     pub balloon: Option<BalloonConfig>,
     /// Network devices in the order the guest finds them.
     pub nets: Vec<NetConfig>,
+    /// Shares in the order the guest finds them.
+    pub shares: Vec<FsConfig>,
     /// vsock, if there is to be one.
     pub vsock: Option<VsockConfig>,
     /// The first serial port, `ttyS0`.
@@ -131,12 +135,47 @@ pub enum ConfigError {
     /// IPv4 needs 68 (RFC 791).
     #[error("mtu={0}: 68 to 65535 is possible")]
     Mtu(u16),
+    /// What virtio-fs has room for.
+    #[error("tag='{0}': 1 to 36 bytes without NUL are possible")]
+    Tag(String),
+    /// The guest could not tell them apart.
+    #[error("two shares have the tag '{0}'")]
+    TagTwice(String),
+    /// A share that nobody serves, or two do.
+    #[error("give either shared_dir=FOLDER or socket=PATH")]
+    FolderOrSocket,
+    /// An option of podvmm's own server.
+    #[error("'{0}' is for whoever serves the socket to say")]
+    NotOurShare(&'static str),
+    /// Another process must be able to map RAM.
+    #[error("the share '{0}' is served by another process, which needs memory with shared=on")]
+    PrivateRam(String),
     /// Not a MAC address, or one of a group.
     #[error("'{0}' is not the address of one device, such as 02:00:00:00:00:01")]
     Mac(String),
     /// No such output.
     #[error("'{0}' is none of off, null, tty, file=PATH")]
     Output(String),
+}
+
+impl VmConfig {
+    /// Whether its parts go together.
+    pub fn check(&self) -> Result<(), ConfigError> {
+        for (index, share) in self.shares.iter().enumerate() {
+            let tag = || share.tag.clone();
+            if self.shares[..index]
+                .iter()
+                .any(|other| other.tag == share.tag)
+            {
+                return Err(ConfigError::TagTwice(tag()));
+            }
+            let elsewhere = matches!(share.source, FsSource::Socket(_));
+            if elsewhere && !self.memory.shared && !self.memory.hugepages {
+                return Err(ConfigError::PrivateRam(tag()));
+            }
+        }
+        Ok(())
+    }
 }
 
 #[cfg(test)]

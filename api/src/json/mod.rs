@@ -11,10 +11,12 @@ use std::os::fd::OwnedFd;
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value, json};
 
-use crate::config::{DiskConfig, NetConfig, Output, TapSource, VmConfig, VsockConfig};
+use crate::config::{
+    DiskConfig, FsConfig, FsSource, NetConfig, Output, TapSource, VmConfig, VsockConfig,
+};
 use crate::error::JsonError;
 
-use self::parts::{DiskJson, NetJson, VmJson, VsockJson};
+use self::parts::{DiskJson, FsJson, NetJson, VmJson, VsockJson};
 
 /// What a client defined, and what it means.
 #[derive(Clone, Debug)]
@@ -49,6 +51,11 @@ impl Definition {
             TapSource::Numbers(_) | TapSource::Passed(_) => json!({}),
         });
         vm.insert("net".into(), nets.collect());
+        let shares = config.shares.iter().map(|share| match &share.source {
+            FsSource::Folder(folder) => json!({"tag": share.tag, "shared_dir": folder.path}),
+            FsSource::Socket(socket) => json!({"tag": share.tag, "socket": socket}),
+        });
+        vm.insert("fs".into(), shares.collect());
         fill_in(&mut vm, &config);
         Self {
             config,
@@ -73,6 +80,7 @@ impl Definition {
 #[derive(Clone, Debug)]
 pub enum Addition {
     Disk(DiskConfig),
+    Fs(FsConfig),
     Net(NetConfig),
     Vsock(VsockConfig),
 }
@@ -82,6 +90,12 @@ impl Addition {
     pub fn disk(body: &[u8]) -> Result<(Self, Value), JsonError> {
         let (disk, json) = addition::<DiskJson>(body, "disks")?;
         Ok((Self::Disk(disk.config()?), json))
+    }
+
+    /// Understands the body of vm.add-fs.
+    pub fn fs(body: &[u8]) -> Result<(Self, Value), JsonError> {
+        let (fs, json) = addition::<FsJson>(body, "fs")?;
+        Ok((Self::Fs(fs.config()?), json))
     }
 
     /// Understands the body of vm.add-net; `fds` came with it and stand for the tap.
@@ -120,6 +134,10 @@ impl Definition {
             Addition::Disk(disk) => {
                 config.disks.push(disk);
                 "disks"
+            }
+            Addition::Fs(share) => {
+                config.shares.push(share);
+                "fs"
             }
             Addition::Net(net) => {
                 config.nets.push(net);
@@ -220,6 +238,13 @@ fn fill_in(vm: &mut Map<String, Value>, config: &VmConfig) {
             default(net, "mac", json!(config.mac.to_string()));
             default(net, "num_queues", json!(2 * config.pairs));
             default(net, "queue_size", json!(config.queue_size));
+        }
+    }
+    let shares = vm.get_mut("fs").and_then(Value::as_array_mut);
+    for (share, config) in shares.into_iter().flatten().zip(&config.shares) {
+        if let Value::Object(share) = share {
+            default(share, "num_queues", json!(config.queues));
+            default(share, "queue_size", json!(config.queue_size));
         }
     }
     let disks = vm.get_mut("disks").and_then(Value::as_array_mut);

@@ -8,8 +8,8 @@ use std::sync::Arc;
 use serde::Deserialize;
 
 use crate::config::{
-    BalloonConfig, ConfigError, CpusConfig, DiskConfig, KernelConfig, MemoryConfig, NetConfig,
-    Output, TapSource, VmConfig, VsockConfig,
+    BalloonConfig, ConfigError, CpusConfig, DiskConfig, FolderConfig, FsCache, FsConfig, FsSource,
+    KernelConfig, MemoryConfig, NetConfig, Output, TapSource, VmConfig, VsockConfig,
 };
 use crate::error::JsonError;
 use crate::units::ByteSize;
@@ -24,6 +24,7 @@ pub(super) struct VmJson {
     rng: Option<RngJson>,
     balloon: Option<BalloonJson>,
     net: Option<Vec<NetJson>>,
+    fs: Option<Vec<FsJson>>,
     vsock: Option<VsockJson>,
     serial: Option<ConsoleJson>,
     console: Option<ConsoleJson>,
@@ -113,6 +114,27 @@ pub(super) struct NetJson {
 }
 
 #[derive(Debug, Deserialize)]
+pub(super) struct FsJson {
+    tag: String,
+    socket: Option<PathBuf>,
+    num_queues: Option<u16>,
+    queue_size: Option<u16>,
+    /// From here on podvmm's own: Cloud Hypervisor does not serve shares itself.
+    shared_dir: Option<PathBuf>,
+    readonly: Option<bool>,
+    cache: Option<CacheMode>,
+    writeback: Option<bool>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "lowercase")]
+enum CacheMode {
+    None,
+    Auto,
+    Always,
+}
+
+#[derive(Debug, Deserialize)]
 pub(super) struct VsockJson {
     cid: u32,
     socket: PathBuf,
@@ -136,6 +158,7 @@ impl VmJson {
     pub(super) fn config(self) -> Result<VmConfig, JsonError> {
         let disks = self.disks.unwrap_or_default().into_iter();
         let nets = self.net.unwrap_or_default().into_iter();
+        let shares = self.fs.unwrap_or_default().into_iter();
         Ok(VmConfig {
             kernel: KernelConfig {
                 path: self.payload.kernel,
@@ -153,6 +176,7 @@ impl VmJson {
             nets: nets
                 .map(|net| net.config(Vec::new()))
                 .collect::<Result<_, _>>()?,
+            shares: shares.map(FsJson::config).collect::<Result<_, _>>()?,
             vsock: self.vsock.map(VsockJson::config).transpose()?,
             serial: self
                 .serial
@@ -251,6 +275,33 @@ impl NetJson {
         }
         .checked()
         .map_err(at("net"))
+    }
+}
+
+impl FsJson {
+    pub(super) fn config(self) -> Result<FsConfig, JsonError> {
+        let source = match (self.shared_dir, self.socket) {
+            (Some(path), None) => FsSource::Folder(FolderConfig {
+                path,
+                readonly: self.readonly.unwrap_or(false),
+                cache: self.cache.map_or(FsCache::default(), |cache| match cache {
+                    CacheMode::None => FsCache::None,
+                    CacheMode::Auto => FsCache::Auto,
+                    CacheMode::Always => FsCache::Always,
+                }),
+                writeback: self.writeback.unwrap_or(false),
+            }),
+            (None, Some(socket)) => FsSource::Socket(socket),
+            _ => return Err(at("fs")(ConfigError::FolderOrSocket)),
+        };
+        let default = FsConfig::new(self.tag, source);
+        FsConfig {
+            queues: self.num_queues.unwrap_or(default.queues),
+            queue_size: self.queue_size.unwrap_or(default.queue_size),
+            ..default
+        }
+        .checked()
+        .map_err(at("fs"))
     }
 }
 

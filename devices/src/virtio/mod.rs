@@ -134,6 +134,8 @@ pub enum ActivateError {
     Run(#[source] io::Error),
     #[error("duplicate an event fd")]
     EventFd(#[source] io::Error),
+    #[error("hand the queues to the process that serves them")]
+    Backend(#[source] vhost::Error),
 }
 
 /// The active half of a device: it owns queues and host resources, and serves them on one thread.
@@ -144,6 +146,10 @@ pub enum ActivateError {
 pub trait Handler: MutEventSubscriber + Send + Debug {
     /// The thread it must run on.
     fn thread(&self) -> Thread;
+
+    /// Called when it was taken off its loop: whoever works on its behalf elsewhere, must stop. Put
+    /// back on a loop, it sees to it in `init` that they go on.
+    fn rest(&mut self) {}
 
     /// Finishes what the guest has queued so far and can be finished, so that nothing it said is
     /// lost when the VM ends. Called while the handler is on no loop and the vCPUs stand still;

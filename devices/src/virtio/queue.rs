@@ -95,6 +95,11 @@ impl Ring {
         self.index
     }
 
+    /// Where it lies, for whoever serves it instead.
+    pub(super) fn queue(&self) -> &Queue {
+        &self.queue
+    }
+
     /// Descriptors in it.
     pub fn size(&self) -> u16 {
         self.queue.size()

@@ -211,8 +211,16 @@ impl Session {
         match error {
             // The guest's doing: it learns of it by the status.
             ActivateError::BadQueue { .. } => {}
-            ActivateError::Held { .. } | ActivateError::Run(_) | ActivateError::EventFd(_) => {
-                log::error!("activate virtio device {}: {error}", self.device.id());
+            ActivateError::Held { .. }
+            | ActivateError::Run(_)
+            | ActivateError::EventFd(_)
+            | ActivateError::Backend(_) => {
+                let cause = std::error::Error::source(&error).map(ToString::to_string);
+                let cause = cause.unwrap_or_default();
+                log::error!(
+                    "activate virtio device {}: {error}: {cause}",
+                    self.device.id()
+                );
             }
         }
         self.interrupt.notify_needs_reset();
@@ -276,6 +284,10 @@ impl Session {
         tickets
             .into_iter()
             .filter_map(|ticket| self.runner.recall(ticket))
+            .map(|mut handler| {
+                handler.rest();
+                handler
+            })
             .collect()
     }
 

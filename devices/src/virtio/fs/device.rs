@@ -46,6 +46,15 @@ pub enum FsError {
     Proc(PathBuf),
     #[error("open /proc/self/fd, which files are opened by")]
     NoProc(#[source] io::Error),
+    #[error("connect to the process that serves the share on {}", socket.display())]
+    Connect { socket: PathBuf, source: io::Error },
+    #[error("agree on vhost-user with the process on {}", socket.display())]
+    Agree {
+        socket: PathBuf,
+        source: vhost::Error,
+    },
+    #[error("the process on {} does not have {what}", socket.display())]
+    Lacks { socket: PathBuf, what: &'static str },
     #[error("a share's tag is 1 to 36 bytes without NUL, not {0:?}")]
     Tag(String),
     #[error("a share has 1 to 16 queues, not {0}")]
@@ -104,7 +113,7 @@ impl Fs {
     }
 }
 
-fn padded(tag: String) -> Result<[u8; TAG_LEN], FsError> {
+pub(super) fn padded(tag: String) -> Result<[u8; TAG_LEN], FsError> {
     let mut padded = [0; TAG_LEN];
     match padded.get_mut(..tag.len()) {
         Some(front) if !tag.is_empty() && !tag.contains('\0') => {
@@ -113,6 +122,15 @@ fn padded(tag: String) -> Result<[u8; TAG_LEN], FsError> {
         }
         _ => Err(FsError::Tag(tag)),
     }
+}
+
+/// `struct virtio_fs_config` (virtio 1.3 §5.11.4), without a notification queue.
+pub(super) fn config_space(tag: &[u8; TAG_LEN], request_queues: usize) -> [u8; TAG_LEN + 4] {
+    let queues = u32::try_from(request_queues).expect("at most 16");
+    let mut config = [0; TAG_LEN + 4];
+    config[..TAG_LEN].copy_from_slice(tag);
+    config[TAG_LEN..].copy_from_slice(&queues.to_le_bytes());
+    config
 }
 
 impl VirtioDevice for Fs {
@@ -128,12 +146,8 @@ impl VirtioDevice for Fs {
         0
     }
 
-    /// `struct virtio_fs_config` (virtio 1.3 §5.11.4), without a notification queue.
     fn read_config(&self, offset: u64, data: &mut [u8]) {
-        let queues = u32::try_from(self.queue_sizes.len() - 1).expect("at most 16");
-        let mut config = [0; TAG_LEN + 4];
-        config[..TAG_LEN].copy_from_slice(&self.tag);
-        config[TAG_LEN..].copy_from_slice(&queues.to_le_bytes());
+        let config = config_space(&self.tag, self.queue_sizes.len() - 1);
         read_config_bytes(&config, offset, data);
     }
 

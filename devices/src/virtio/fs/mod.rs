@@ -28,7 +28,9 @@ mod server;
 mod state;
 #[cfg(test)]
 mod tests;
+mod vhost_user;
 
 pub use self::device::{Fs, FsConfig, FsError};
 pub use self::server::Cache;
 pub use self::state::FsState;
+pub use self::vhost_user::{VhostUserFs, VhostUserFsConfig};

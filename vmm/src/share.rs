@@ -1,0 +1,66 @@
+//! Shares from where a configuration says they are.
+
+use api::{FolderConfig, FsCache, FsConfig, FsSource};
+use devices::virtio::VirtioDevice;
+use devices::virtio::fs::{self, Cache, Fs, FsError, VhostUserFs, VhostUserFsConfig};
+use rustix::process::{Resource, getrlimit};
+
+/// Descriptors that shares leave to everything else.
+const OTHERS: u64 = 512;
+
+/// The device that `config` describes, the `index`th of `count`.
+pub(crate) fn device(
+    config: &FsConfig,
+    index: usize,
+    count: usize,
+) -> Result<Box<dyn VirtioDevice>, FsError> {
+    let FsConfig {
+        tag,
+        source,
+        queues,
+        queue_size,
+    } = config;
+    let (tag, queues, queue_size) = (tag.clone(), *queues, *queue_size);
+    match source {
+        FsSource::Folder(folder) => {
+            let FolderConfig {
+                path,
+                readonly,
+                cache,
+                writeback,
+            } = folder;
+            let share = Fs::new(fs::FsConfig {
+                tag,
+                folder: path.clone(),
+                readonly: *readonly,
+                cache: match cache {
+                    FsCache::None => Cache::None,
+                    FsCache::Auto => Cache::Auto,
+                    FsCache::Always => Cache::Always,
+                },
+                writeback: *writeback,
+                queues,
+                queue_size,
+                descriptors: descriptors(count),
+                name: format!("fs{index}"),
+            });
+            Ok(Box::new(share?))
+        }
+        FsSource::Socket(socket) => {
+            let share = VhostUserFs::connect(VhostUserFsConfig {
+                tag,
+                socket: socket.clone(),
+                queues,
+                queue_size,
+            });
+            Ok(Box::new(share?))
+        }
+    }
+}
+
+/// What each of `count` shares may open of the files that this process may have open.
+fn descriptors(count: usize) -> usize {
+    let limit = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX);
+    let all = usize::try_from(limit.saturating_sub(OTHERS)).unwrap_or(usize::MAX);
+    all / count.max(1)
+}
