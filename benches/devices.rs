@@ -2,6 +2,7 @@
 //! and no thread.
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
+use devices::virtio::Limits;
 use devices::virtio::blk::{Blk, BlkConfig};
 use devices::virtio::rng::Rng;
 use devices::virtio::testing::{Buffer, Guest};
@@ -25,6 +26,7 @@ fn blk(criterion: &mut Criterion) {
         queues: 1,
         queue_size: 128,
         serial: "bench".into(),
+        rates: Limits::default(),
         name: "blk0".into(),
     });
     let mut guest = Guest::live(blk.expect("the image can be opened"));

@@ -17,7 +17,8 @@ mod units;
 
 pub use config::{
     BalloonConfig, ConfigError, CpusConfig, DiskConfig, FolderConfig, FsCache, FsConfig, FsSource,
-    KernelConfig, MacAddr, MemoryConfig, NetConfig, Output, TapSource, VmConfig, VsockConfig,
+    KernelConfig, MacAddr, MemoryConfig, NetConfig, Output, RateLimit, RateLimits, TapSource,
+    VmConfig, VsockConfig,
 };
 pub use error::{ApiError, JsonError, State, chain};
 pub use json::{Addition, Definition};

@@ -3,6 +3,7 @@
 
 use std::path::PathBuf;
 
+use devices::virtio::Limits;
 use devices::virtio::blk::{Blk, BlkConfig};
 use devices::virtio::testing::{Step, survive};
 use libfuzzer_sys::fuzz_target;
@@ -21,6 +22,7 @@ fuzz_target!(|input: (bool, Vec<Step>)| {
         queues: 2,
         queue_size: 16,
         serial: "x".into(),
+        rates: Limits::default(),
         name: "blk0".into(),
     })
     .unwrap();

@@ -3,6 +3,7 @@
 
 use std::os::unix::net::UnixDatagram;
 
+use devices::virtio::Limits;
 use devices::virtio::net::{Net, NetConfig, Offloads, Tap};
 use devices::virtio::testing::{Step, survive};
 use libfuzzer_sys::fuzz_target;
@@ -23,6 +24,7 @@ fuzz_target!(|steps: Vec<Step>| {
         mtu: None,
         queue_size: 16,
         offloads: Offloads::default(),
+        rates: Limits::default(),
     });
     survive(net.unwrap(), steps);
 });

@@ -9,6 +9,7 @@ pub mod network;
 pub mod payload;
 pub mod podvmm;
 pub mod transfer;
+pub mod tree;
 
 pub use payload::Payload;
 pub use podvmm::{Outcome, Podvmm};

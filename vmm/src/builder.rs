@@ -3,8 +3,9 @@
 
 use std::io;
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
-use api::{DiskConfig, Output, VmConfig, VsockConfig};
+use api::{DiskConfig, Output, RateLimit, RateLimits, VmConfig, VsockConfig};
 use arch::boot::{self, BootError, BootInfo};
 use arch::irqchip::IrqchipError;
 use arch::layout::SERIAL_GSI;
@@ -20,7 +21,7 @@ use devices::virtio::console::Console;
 use devices::virtio::mem::{self, Mem};
 use devices::virtio::rng::Rng;
 use devices::virtio::vsock::{self, Vsock};
-use devices::virtio::{Memory, VirtioDevice};
+use devices::virtio::{Limits, Memory, Rate, VirtioDevice};
 use kvm_bindings::KVM_MAX_CPUID_ENTRIES;
 use kvm_ioctls::{Kvm, VmFd};
 use thiserror::Error;
@@ -412,7 +413,21 @@ fn blk_config(index: usize, disk: &DiskConfig) -> BlkConfig {
         queues: disk.queues,
         queue_size: disk.queue_size,
         serial: disk.id.clone().unwrap_or_else(|| name.clone()),
+        rates: rates(&disk.rates),
         name,
+    }
+}
+
+/// What a device is held to.
+pub(crate) fn rates(config: &RateLimits) -> Limits {
+    let rate = |limit: RateLimit| Rate {
+        size: limit.size,
+        one_time_burst: limit.one_time_burst,
+        refill_time: Duration::from_millis(limit.refill_time_ms),
+    };
+    Limits {
+        bandwidth: config.bandwidth.map(rate),
+        operations: config.operations.map(rate),
     }
 }
 

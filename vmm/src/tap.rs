@@ -7,6 +7,8 @@ use api::{NetConfig, TapSource};
 use devices::virtio::net::{self, NetError, Offloads, Tap, TapError};
 use thiserror::Error;
 
+use crate::builder::rates;
+
 /// Why there is no network.
 #[derive(Debug, Error)]
 pub(crate) enum NetworkError {
@@ -48,6 +50,7 @@ pub(crate) fn device(config: &NetConfig) -> Result<net::Net, NetworkError> {
             tso: config.offload_tso,
             uso: config.offload_ufo,
         },
+        rates: rates(&config.rates),
     })?)
 }
 

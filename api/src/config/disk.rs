@@ -3,11 +3,12 @@
 use std::path::PathBuf;
 use std::str::FromStr;
 
-use super::ConfigError;
+use super::{ConfigError, RateLimits};
 use crate::options::Options;
 
 /// A raw disk image or block device:
-/// `path=F[,readonly=on][,direct=on][,queues=N][,queue_size=N][,id=S]`.
+/// `path=F[,readonly=on][,direct=on][,queues=N][,queue_size=N][,id=S]`, and what [`RateLimits`]
+/// takes.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DiskConfig {
     /// File or block device.
@@ -22,6 +23,8 @@ pub struct DiskConfig {
     pub queue_size: u16,
     /// What the guest reads as the disk's serial number, at most 20 bytes.
     pub id: Option<String>,
+    /// What it is held to.
+    pub rates: RateLimits,
 }
 
 impl DiskConfig {
@@ -34,6 +37,7 @@ impl DiskConfig {
             queues: 1,
             queue_size: 128,
             id: None,
+            rates: RateLimits::default(),
         }
     }
 
@@ -45,6 +49,7 @@ impl DiskConfig {
         if !self.queue_size.is_power_of_two() || !(4..=1024).contains(&self.queue_size) {
             return Err(ConfigError::QueueSize(self.queue_size));
         }
+        self.rates.checked()?;
         match self.id {
             Some(id) if id.len() > 20 => Err(ConfigError::IdTooLong(id)),
             _ => Ok(self),
@@ -56,8 +61,21 @@ impl FromStr for DiskConfig {
     type Err = ConfigError;
 
     fn from_str(text: &str) -> Result<Self, ConfigError> {
-        let known = &["path", "readonly", "direct", "queues", "queue_size", "id"];
-        let options = Options::parse(text, known)?;
+        const KEYS: &[&str] = &[
+            "path",
+            "readonly",
+            "direct",
+            "queues",
+            "queue_size",
+            "id",
+            "bw_size",
+            "bw_one_time_burst",
+            "bw_refill_time",
+            "ops_size",
+            "ops_one_time_burst",
+            "ops_refill_time",
+        ];
+        let options = Options::parse(text, KEYS)?;
         let default = Self::new(
             options.required("path")?,
             options.switch("readonly", false)?,
@@ -67,6 +85,7 @@ impl FromStr for DiskConfig {
             queues: options.value("queues")?.unwrap_or(default.queues),
             queue_size: options.value("queue_size")?.unwrap_or(default.queue_size),
             id: options.value("id")?,
+            rates: RateLimits::of(&options)?,
             ..default
         };
         disk.checked()

@@ -7,6 +7,7 @@ mod fs;
 mod memory;
 mod net;
 mod output;
+mod rate;
 mod vsock;
 
 use std::path::PathBuf;
@@ -23,6 +24,7 @@ pub use self::fs::{FolderConfig, FsCache, FsConfig, FsSource};
 pub use self::memory::MemoryConfig;
 pub use self::net::{MacAddr, NetConfig, TapSource};
 pub use self::output::Output;
+pub use self::rate::{RateLimit, RateLimits};
 pub use self::vsock::VsockConfig;
 
 /// A whole VM.
@@ -135,6 +137,9 @@ pub enum ConfigError {
     /// IPv4 needs 68 (RFC 791).
     #[error("mtu={0}: 68 to 65535 is possible")]
     Mtu(u16),
+    /// Nothing would ever go.
+    #[error("a rate's size and refill time are at least 1")]
+    ZeroRate,
     /// What virtio-fs has room for.
     #[error("tag='{0}': 1 to 36 bytes without NUL are possible")]
     Tag(String),

@@ -7,11 +7,11 @@ use std::os::fd::{OwnedFd, RawFd};
 use std::str::FromStr;
 use std::sync::Arc;
 
-use super::ConfigError;
+use super::{ConfigError, RateLimits};
 use crate::options::Options;
 
 /// A network device: `tap=NAME|fd=N[:N...][,mac=M][,mtu=N][,queues=N][,queue_size=N]`
-/// `[,offload_tso=off][,offload_ufo=off][,offload_csum=off]`.
+/// `[,offload_tso=off][,offload_ufo=off][,offload_csum=off]`, and what [`RateLimits`] takes.
 #[derive(Clone, Debug)]
 pub struct NetConfig {
     /// The host's side.
@@ -30,6 +30,8 @@ pub struct NetConfig {
     pub offload_ufo: bool,
     /// Leave checksums to the other side.
     pub offload_csum: bool,
+    /// What each direction is held to.
+    pub rates: RateLimits,
 }
 
 /// Where a tap comes from.
@@ -101,6 +103,7 @@ impl NetConfig {
             offload_tso: true,
             offload_ufo: true,
             offload_csum: true,
+            rates: RateLimits::default(),
         }
     }
 
@@ -128,6 +131,7 @@ impl NetConfig {
         if !self.queue_size.is_power_of_two() || !(16..=1024).contains(&self.queue_size) {
             return Err(ConfigError::NetQueueSize(self.queue_size));
         }
+        self.rates.checked()?;
         if self.mtu.is_some_and(|mtu| mtu < 68) {
             return Err(ConfigError::Mtu(self.mtu.unwrap_or(0)));
         }
@@ -149,6 +153,12 @@ impl FromStr for NetConfig {
             "offload_tso",
             "offload_ufo",
             "offload_csum",
+            "bw_size",
+            "bw_one_time_burst",
+            "bw_refill_time",
+            "ops_size",
+            "ops_one_time_burst",
+            "ops_refill_time",
         ];
         let options = Options::parse(text, KEYS)?;
         let tap = match (options.value("tap")?, options.value::<String>("fd")?) {
@@ -171,6 +181,7 @@ impl FromStr for NetConfig {
             offload_tso: options.switch("offload_tso", true)?,
             offload_ufo: options.switch("offload_ufo", true)?,
             offload_csum: options.switch("offload_csum", true)?,
+            rates: RateLimits::of(&options)?,
             ..default
         }
         .checked()
@@ -204,6 +215,12 @@ mod tests {
                 "2 pairs of queues with 1 descriptors: one goes with each",
             ),
             ("tap=a,queues=17", "queues=17: 1 to 16 are possible"),
+            ("tap=a,bw_size=1", "'bw_refill_time' is missing"),
+            ("tap=a,ops_one_time_burst=1", "'ops_size' is missing"),
+            (
+                "tap=a,ops_size=0,ops_refill_time=1",
+                "a rate's size and refill time are at least 1",
+            ),
             ("tap=a,mtu=67", "mtu=67: 68 to 65535 is possible"),
             (
                 "tap=a,queue_size=8",

@@ -9,7 +9,8 @@ use serde::Deserialize;
 
 use crate::config::{
     BalloonConfig, ConfigError, CpusConfig, DiskConfig, FolderConfig, FsCache, FsConfig, FsSource,
-    KernelConfig, MemoryConfig, NetConfig, Output, TapSource, VmConfig, VsockConfig,
+    KernelConfig, MemoryConfig, NetConfig, Output, RateLimit, RateLimits, TapSource, VmConfig,
+    VsockConfig,
 };
 use crate::error::JsonError;
 use crate::units::ByteSize;
@@ -72,6 +73,7 @@ pub(super) struct DiskJson {
     num_queues: Option<u16>,
     queue_size: Option<u16>,
     serial: Option<String>,
+    rate_limiter_config: Option<RatesJson>,
     #[expect(dead_code, reason = "parsing it checks it")]
     image_type: Option<ImageType>,
 }
@@ -111,6 +113,21 @@ pub(super) struct NetJson {
     offload_tso: Option<bool>,
     offload_ufo: Option<bool>,
     offload_csum: Option<bool>,
+    rate_limiter_config: Option<RatesJson>,
+}
+
+#[derive(Debug, Deserialize)]
+struct RatesJson {
+    bandwidth: Option<RateJson>,
+    ops: Option<RateJson>,
+}
+
+#[derive(Debug, Deserialize)]
+struct RateJson {
+    size: u64,
+    one_time_burst: Option<u64>,
+    /// Milliseconds.
+    refill_time: u64,
 }
 
 #[derive(Debug, Deserialize)]
@@ -239,6 +256,7 @@ impl DiskJson {
             queues: self.num_queues.unwrap_or(default.queues),
             queue_size: self.queue_size.unwrap_or(default.queue_size),
             id: self.serial,
+            rates: RatesJson::rates(self.rate_limiter_config),
             ..default
         }
         .checked()
@@ -271,10 +289,25 @@ impl NetJson {
             offload_tso: self.offload_tso.unwrap_or(true),
             offload_ufo: self.offload_ufo.unwrap_or(true),
             offload_csum: self.offload_csum.unwrap_or(true),
+            rates: RatesJson::rates(self.rate_limiter_config),
             ..default
         }
         .checked()
         .map_err(at("net"))
+    }
+}
+
+impl RatesJson {
+    fn rates(json: Option<Self>) -> RateLimits {
+        let rate = |json: RateJson| RateLimit {
+            size: json.size,
+            one_time_burst: json.one_time_burst.unwrap_or(0),
+            refill_time_ms: json.refill_time,
+        };
+        json.map_or_else(RateLimits::default, |json| RateLimits {
+            bandwidth: json.bandwidth.map(rate),
+            operations: json.ops.map(rate),
+        })
     }
 }
 
@@ -284,11 +317,12 @@ impl FsJson {
             (Some(path), None) => FsSource::Folder(FolderConfig {
                 path,
                 readonly: self.readonly.unwrap_or(false),
-                cache: self.cache.map_or(FsCache::default(), |cache| match cache {
-                    CacheMode::None => FsCache::None,
-                    CacheMode::Auto => FsCache::Auto,
-                    CacheMode::Always => FsCache::Always,
-                }),
+                cache: match self.cache {
+                    None => FsCache::default(),
+                    Some(CacheMode::None) => FsCache::None,
+                    Some(CacheMode::Auto) => FsCache::Auto,
+                    Some(CacheMode::Always) => FsCache::Always,
+                },
                 writeback: self.writeback.unwrap_or(false),
             }),
             (None, Some(socket)) => FsSource::Socket(socket),

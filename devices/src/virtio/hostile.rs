@@ -19,7 +19,7 @@ use super::net::{Net, NetConfig, Offloads, Tap};
 use super::rng::Rng;
 use super::testing::{QUEUES, RAM_LEN, Step, survive};
 use super::vsock::{Vsock, VsockConfig};
-use super::{GuestRam, Memory};
+use super::{GuestRam, Limits, Memory};
 use crate::host::{Input, Output};
 
 /// Addresses that are mostly somewhere, and now and then nowhere.
@@ -86,6 +86,7 @@ fn disk(image: &TempFile, readonly: bool) -> Blk {
         queues: 2,
         queue_size: 16,
         serial: "x".into(),
+        rates: Limits::default(),
         name: "blk0".into(),
     })
     .unwrap()
@@ -138,6 +139,7 @@ proptest! {
             mtu: None,
             queue_size: 16,
             offloads: Offloads::default(),
+            rates: Limits::default(),
         });
         survive(net.unwrap(), steps);
     }

@@ -24,6 +24,7 @@ use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::chain::{Chain, Spare};
+use super::limiter::Limiter;
 use super::{Counters, GuestRam, Interrupt};
 
 /// How long a completed request may wait for others to share its interrupt.
@@ -136,11 +137,30 @@ impl Ring {
 
     /// Completes the chains there are, in order, with the number of bytes `serve` says it wrote.
     /// True if none is left; false if the turn was over first and the ring has kicked itself.
-    pub fn serve(&mut self, ram: &GuestRam, mut serve: impl FnMut(&mut Chain) -> u32) -> bool {
+    pub fn serve(&mut self, ram: &GuestRam, serve: impl FnMut(&mut Chain) -> u32) -> bool {
+        self.serve_within(ram, &mut None, serve)
+    }
+
+    /// Like [`serve`](Self::serve), as fast as `limiter` allows. When it does not, what is queued
+    /// waits for its timer and the driver need not kick; that counts as none being left.
+    pub(super) fn serve_within(
+        &mut self,
+        ram: &GuestRam,
+        limiter: &mut Option<Limiter>,
+        mut serve: impl FnMut(&mut Chain) -> u32,
+    ) -> bool {
         let started = Instant::now();
         self.wake(ram);
         loop {
             while let Some(mut chain) = self.pop(ram) {
+                if let Some(limiter) = limiter {
+                    if !limiter.admits() {
+                        self.put_back(chain);
+                        self.signal(ram);
+                        return true;
+                    }
+                    limiter.charge(chain.readable.len() + chain.writable.len());
+                }
                 let written = serve(&mut chain);
                 self.complete(ram, chain, written);
                 if started.elapsed() >= TURN {

@@ -12,8 +12,9 @@ use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 use super::handler::BlkHandler;
 use super::image::{BlkError, Image};
 use super::request::{Limits, MAX_DISCARD, MAX_RANGES, MAX_ZEROES};
+use crate::virtio::limiter::Limiter;
 use crate::virtio::{
-    ActivateError, Activation, Counters, DeviceState, Handler, StateError, VirtioDevice,
+    self, ActivateError, Activation, Counters, DeviceState, Handler, StateError, VirtioDevice,
     read_config_bytes,
 };
 
@@ -33,6 +34,8 @@ pub struct BlkConfig {
     pub queue_size: u16,
     /// What the guest reads as the disk's serial number: at most 20 bytes.
     pub serial: String,
+    /// What it is held to, all queues together.
+    pub rates: virtio::Limits,
     /// Names the threads `<name>-q<n>`; at most 11 bytes, so that they are told apart.
     pub name: String,
 }
@@ -44,6 +47,7 @@ pub struct Blk {
     limits: Limits,
     queue_sizes: Vec<u16>,
     id: [u8; ID_LEN],
+    rates: virtio::Limits,
     name: String,
     counters: Arc<Counters>,
 }
@@ -58,6 +62,7 @@ impl Blk {
             queues,
             queue_size,
             serial,
+            rates,
             name,
         } = config;
         if !(1..=16).contains(&queues) {
@@ -82,6 +87,7 @@ impl Blk {
             limits,
             queue_sizes: vec![queue_size; queues.into()],
             id,
+            rates,
             name,
             counters: Arc::default(),
         })
@@ -158,6 +164,8 @@ impl VirtioDevice for Blk {
         // it is completed.
         let write_through = !activation.has(VIRTIO_BLK_F_FLUSH);
         let Activation { memory, rings, .. } = activation;
+        let limiters = Limiter::shared(self.rates, rings.len()).map_err(ActivateError::EventFd)?;
+        let mut limiters = limiters.into_iter().flatten();
         Ok(rings
             .into_iter()
             .map(|ring| {
@@ -169,6 +177,7 @@ impl VirtioDevice for Blk {
                     write_through,
                     memory: memory.clone(),
                     ring,
+                    limiter: limiters.next(),
                     counters: self.counters.clone(),
                 };
                 Box::new(handler) as Box<dyn Handler>

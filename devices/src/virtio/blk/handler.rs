@@ -10,6 +10,7 @@ use vm_memory::{Bytes, GuestAddressSpace};
 use super::device::ID_LEN;
 use super::image::Image;
 use super::request::{Limits, Range, Refusal, Request};
+use crate::virtio::limiter::Limiter;
 use crate::virtio::queue::LAST_TURNS;
 use crate::virtio::{Chain, Counters, GuestRam, Handler, Memory, Ring, RingState, Thread};
 
@@ -23,8 +24,12 @@ pub(super) struct BlkHandler {
     pub(super) write_through: bool,
     pub(super) memory: Memory,
     pub(super) ring: Ring,
+    pub(super) limiter: Option<Limiter>,
     pub(super) counters: Arc<Counters>,
 }
+
+/// Event data of the limiter's timer; the ring's is its index.
+const LIMITER: u32 = 1 << 16;
 
 /// What a request is carried out with: the handler without its ring.
 struct Disk<'a> {
@@ -47,7 +52,8 @@ impl BlkHandler {
             counters: &self.counters,
             ram: &ram,
         };
-        self.ring.serve(&ram, |chain| disk.answer(chain))
+        self.ring
+            .serve_within(&ram, &mut self.limiter, |chain| disk.answer(chain))
     }
 }
 
@@ -141,9 +147,15 @@ fn each(ranges: &[Range], work: impl Fn(&Range) -> io::Result<()>) -> io::Result
 impl MutEventSubscriber for BlkHandler {
     fn init(&mut self, ops: &mut EventOps) {
         self.ring.watch(ops);
+        if let Some(limiter) = &self.limiter {
+            limiter.watch(ops, LIMITER);
+        }
     }
 
-    fn process(&mut self, _events: Events, _ops: &mut EventOps) {
+    fn process(&mut self, events: Events, _ops: &mut EventOps) {
+        if let (LIMITER, Some(limiter)) = (events.data(), &mut self.limiter) {
+            limiter.woken();
+        }
         self.serve();
     }
 }
@@ -153,7 +165,9 @@ impl Handler for BlkHandler {
         Thread::Own(self.thread.clone())
     }
 
+    /// At once: what was queued is not to be lost.
     fn drain(&mut self) {
+        self.limiter = None;
         (0..LAST_TURNS).any(|_| self.serve());
     }
 

@@ -9,6 +9,7 @@ use vmm_sys_util::tempfile::TempFile;
 
 use super::*;
 use crate::virtio::testing::{Buffer, Guest, Table, lifecycle};
+use crate::virtio::{Limits, Rate};
 
 const IN: u32 = 0;
 const OUT: u32 = 1;
@@ -43,6 +44,7 @@ fn config(path: &Path) -> BlkConfig {
         queues: 1,
         queue_size: 16,
         serial: "disk-7".into(),
+        rates: Limits::default(),
         name: "blk0".into(),
     }
 }
@@ -309,6 +311,43 @@ fn a_read_only_disk_is_never_written() {
     assert_eq!(status(&mut guest, FLUSH, 0, &[]), OK);
     assert_eq!(status(&mut guest, IN, 0, &[Buffer::In(512)]), OK);
     assert_eq!(fs::read(image.as_path()).unwrap(), before);
+}
+
+#[test]
+fn requests_beyond_the_limit_wait_and_are_carried_out_at_the_end() {
+    let image = image();
+    let rate = Rate {
+        size: 2048,
+        one_time_burst: 0,
+        refill_time: std::time::Duration::from_secs(1000),
+    };
+    let disk = BlkConfig {
+        queues: 2,
+        rates: Limits {
+            bandwidth: Some(rate),
+            operations: None,
+        },
+        ..config(image.as_path())
+    };
+    let mut guest = Guest::live(Blk::open(disk).unwrap());
+    for queue in [0, 1] {
+        for _ in 0..3 {
+            let request = [Buffer::Out(header(IN, 0)), Buffer::In(1024), Buffer::In(1)];
+            guest.add(queue, &request).unwrap();
+        }
+        guest.kick(queue);
+    }
+    guest.settle();
+    let mut done = 0;
+    while guest.take(0).is_some() || guest.take(1).is_some() {
+        done += 1;
+    }
+    assert_eq!(done, 2, "of both queues together");
+    guest.transport.drain();
+    while guest.take(0).is_some() || guest.take(1).is_some() {
+        done += 1;
+    }
+    assert_eq!(done, 6);
 }
 
 #[test]

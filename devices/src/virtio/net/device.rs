@@ -9,9 +9,10 @@ use virtio_bindings::virtio_net::*;
 use super::control::ControlHandler;
 use super::handler::NetHandler;
 use super::tap::{Tap, TapError, offload};
+use crate::virtio::limiter::Limiter;
 use crate::virtio::{
-    ActivateError, Activation, Counters, DeviceState, Handler, Lender, StateError, VirtioDevice,
-    read_config_bytes,
+    ActivateError, Activation, Counters, DeviceState, Handler, Lender, Limits, StateError,
+    VirtioDevice, read_config_bytes,
 };
 
 const CONTROL_SIZE: u16 = 16;
@@ -56,6 +57,8 @@ pub struct NetConfig {
     /// Descriptors in each ring, a power of two from 16 to 1024.
     pub queue_size: u16,
     pub offloads: Offloads,
+    /// What frames in each direction are held to, all queues together.
+    pub rates: Limits,
 }
 
 /// Why there is no network device.
@@ -76,6 +79,7 @@ pub struct Net {
     mac: [u8; 6],
     mtu: Option<u16>,
     offloads: Offloads,
+    rates: Limits,
     queue_sizes: Vec<u16>,
     counters: Arc<Counters>,
 }
@@ -88,6 +92,7 @@ impl Net {
             mtu,
             queue_size,
             mut offloads,
+            rates,
         } = config;
         if !(1..=16).contains(&taps.len()) {
             return Err(NetError::Pairs(taps.len()));
@@ -111,6 +116,7 @@ impl Net {
             mac,
             mtu,
             offloads,
+            rates,
             queue_sizes,
             counters: Arc::default(),
         })
@@ -237,6 +243,11 @@ impl VirtioDevice for Net {
             // A VLAN's tag may come before the IP.
             (false, mtu) => usize::from(mtu.unwrap_or(1500)) + 18 + super::tap::HEADER_LEN,
         };
+        let limiters = || {
+            let limiters = Limiter::shared(self.rates, pairs).map_err(ActivateError::EventFd)?;
+            Ok::<_, ActivateError>(limiters.into_iter().flatten())
+        };
+        let (mut receive, mut transmit) = (limiters()?, limiters()?);
         for (index, tap) in (0..).step_by(2).zip(taps.into_iter().take(pairs)) {
             handlers.push(Box::new(NetHandler::new(
                 activation.memory.clone(),
@@ -244,6 +255,7 @@ impl VirtioDevice for Net {
                 activation.take_ring(index + 1),
                 tap,
                 activation.has(VIRTIO_NET_F_MRG_RXBUF).then_some(largest),
+                [receive.next(), transmit.next()],
                 self.counters.clone(),
             )));
         }

@@ -10,6 +10,7 @@ use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use vm_memory::GuestAddressSpace;
 
 use super::tap::{HEADER_LEN, Tap};
+use crate::virtio::limiter::Limiter;
 use crate::virtio::queue::LAST_TURNS;
 use crate::virtio::{
     Chain, Counters, GuestRam, Handler, Lent, Memory, Ring, RingState, Segments, Thread, vectored,
@@ -17,6 +18,8 @@ use crate::virtio::{
 
 /// Event data of the tap; the rings' is their index.
 const TAP: u32 = 1 << 16;
+const RECEIVE_LIMITER: u32 = TAP + 2;
+const TRANSMIT_LIMITER: u32 = TAP + 1;
 /// Where in the header the number of buffers is (virtio 1.3 §5.1.6).
 const NUM_BUFFERS_AT: usize = 10;
 /// Frames from the tap before others get their turn.
@@ -35,6 +38,8 @@ pub(super) struct NetHandler {
     /// Buffers of the guest's for the next frame, and what they are together.
     buffers: Vec<Chain>,
     room: Segments,
+    /// What frames to the guest are held to, and those from it.
+    limiters: [Option<Limiter>; 2],
     counters: Arc<Counters>,
 }
 
@@ -45,6 +50,7 @@ impl NetHandler {
         transmit: Option<Ring>,
         tap: Lent<Tap>,
         merge: Option<usize>,
+        limiters: [Option<Limiter>; 2],
         counters: Arc<Counters>,
     ) -> Self {
         Self {
@@ -56,6 +62,7 @@ impl NetHandler {
             readable: true,
             buffers: Vec::new(),
             room: Segments::default(),
+            limiters,
             counters,
         }
     }
@@ -65,9 +72,10 @@ impl NetHandler {
         let Some(ring) = &mut self.receive else {
             return;
         };
+        let [limiter, _] = &mut self.limiters;
         ring.wake(ram);
         let mut frames = 0;
-        while self.readable {
+        while self.readable && limiter.as_mut().is_none_or(Limiter::admits) {
             if frames == TURN {
                 ring.rekick();
                 break;
@@ -84,6 +92,9 @@ impl NetHandler {
             match vectored::read(&*self.tap, ram, &mut self.room, len) {
                 Ok(count) if count >= HEADER_LEN => {
                     frames += 1;
+                    if let Some(limiter) = limiter {
+                        limiter.charge(count);
+                    }
                     self.counters.requests.increment();
                     self.counters.bytes_in.add(count as u64);
                     complete(ring, ram, &mut self.buffers, count);
@@ -109,7 +120,8 @@ impl NetHandler {
             return true;
         };
         let (tap, counters) = (&*self.tap, &self.counters);
-        ring.serve(ram, |chain| {
+        let [_, limiter] = &mut self.limiters;
+        ring.serve_within(ram, limiter, |chain| {
             let frame = &mut chain.readable;
             let len = frame.len();
             // One call is one frame, so all of it must go in one.
@@ -195,6 +207,12 @@ impl MutEventSubscriber for NetHandler {
             ring.watch(ops);
         }
         let edge = EventSet::IN | EventSet::EDGE_TRIGGERED;
+        let [receive, transmit] = &self.limiters;
+        for (limiter, data) in [(receive, RECEIVE_LIMITER), (transmit, TRANSMIT_LIMITER)] {
+            if let Some(limiter) = limiter {
+                limiter.watch(ops, data);
+            }
+        }
         if let Err(error) = ops.add(Events::with_data(&*self.tap, TAP, edge)) {
             log::error!("watch a tap: {error}");
         }
@@ -203,11 +221,19 @@ impl MutEventSubscriber for NetHandler {
     fn process(&mut self, events: Events, _ops: &mut EventOps) {
         let memory = self.memory.clone();
         let ram = memory.memory();
+        let [receive, transmit] = &mut self.limiters;
+        match (events.data(), receive, transmit) {
+            (RECEIVE_LIMITER, Some(limiter), _) | (TRANSMIT_LIMITER, _, Some(limiter)) => {
+                limiter.woken();
+            }
+            _ => {}
+        }
         match events.data() {
             TAP => {
                 self.readable = true;
                 self.receive(&ram);
             }
+            RECEIVE_LIMITER => self.receive(&ram),
             index if index % 2 == 0 => self.receive(&ram),
             _ => {
                 self.transmit(&ram);
@@ -221,7 +247,9 @@ impl Handler for NetHandler {
         Thread::Io
     }
 
+    /// At once: what was queued is not to be lost.
     fn drain(&mut self) {
+        self.limiters = [None, None];
         let memory = self.memory.clone();
         let ram = memory.memory();
         (0..LAST_TURNS).any(|_| self.transmit(&ram));

@@ -1,12 +1,13 @@
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixDatagram;
+use std::time::Duration;
 
 use virtio_bindings::virtio_net::*;
 
 use super::tap::HEADER_LEN;
 use super::{Net, NetConfig, NetError, Offloads, Tap, TapError};
-use crate::virtio::VirtioDevice;
 use crate::virtio::testing::{Buffer, Guest, lifecycle};
+use crate::virtio::{Limits, Rate, VirtioDevice};
 
 const RX: usize = 0;
 const TX: usize = 1;
@@ -28,6 +29,7 @@ fn device(pairs: usize, offloads: Offloads) -> (Net, Vec<UnixDatagram>) {
         mtu: Some(1400),
         queue_size: 256,
         offloads,
+        rates: Limits::default(),
     });
     (net.unwrap(), hosts)
 }
@@ -197,6 +199,47 @@ fn each_pair_has_its_queue_and_the_driver_says_how_many_it_uses() {
 }
 
 #[test]
+fn frames_beyond_the_limit_wait_in_both_directions_and_none_is_lost() {
+    let (tap, host) = UnixDatagram::pair().unwrap();
+    tap.set_nonblocking(true).unwrap();
+    let rate = Rate {
+        size: 2,
+        one_time_burst: 0,
+        refill_time: Duration::from_millis(400),
+    };
+    let net = Net::new(NetConfig {
+        taps: vec![Tap::pretend(tap.into())],
+        mac: MAC,
+        mtu: None,
+        queue_size: 16,
+        offloads: plain(),
+        rates: Limits {
+            bandwidth: None,
+            operations: Some(rate),
+        },
+    });
+    let mut guest = Guest::live(net.unwrap());
+    for _ in 0..4 {
+        guest.add(TX, &[Buffer::Out(frame(20, 1))]).unwrap();
+        guest.add(RX, &[Buffer::In(2000)]).unwrap();
+        host.send(&frame(30, 1)).unwrap();
+    }
+    guest.kick(TX);
+    guest.kick(RX);
+    guest.settle();
+    let moved = |guest: &Guest| (4 - guest.in_flight(TX), 4 - guest.in_flight(RX));
+    let taken = |guest: &mut Guest| {
+        while guest.take(TX).is_some() || guest.take(RX).is_some() {}
+        moved(guest)
+    };
+    assert_eq!(taken(&mut guest), (2, 2));
+    while taken(&mut guest) != (4, 4) {
+        std::thread::sleep(Duration::from_millis(5));
+        guest.settle();
+    }
+}
+
+#[test]
 fn the_device_lives_through_pause_and_reset() {
     let (tap, host) = UnixDatagram::pair().unwrap();
     tap.set_nonblocking(true).unwrap();
@@ -207,6 +250,7 @@ fn the_device_lives_through_pause_and_reset() {
             mtu: None,
             queue_size: 16,
             offloads: plain(),
+            rates: Limits::default(),
         })
         .unwrap()
     };
@@ -241,6 +285,7 @@ fn what_cannot_be_a_tap_is_refused() {
         mtu: None,
         queue_size: 256,
         offloads: plain(),
+        rates: Limits::default(),
     });
     assert!(matches!(none, Err(NetError::Pairs(0))));
 }
