@@ -5,6 +5,7 @@
 //! `PODVMM_TESTS_WITHOUT_KVM=skip` is set.
 
 pub mod guest;
+pub mod helper;
 pub mod network;
 pub mod payload;
 pub mod podvmm;

@@ -30,6 +30,7 @@ use crate::attach::{AttachError, Attacher, irqfd};
 use crate::command::Command;
 use crate::control::{Event, Inbox};
 use crate::ending::Ending;
+use crate::events::Timeline;
 use crate::host::KvmKind;
 use crate::image::{LoadError, load_initramfs, load_kernel};
 use crate::io::IoThreads;
@@ -130,13 +131,16 @@ pub struct Surroundings {
 
 /// Builds a machine whose vCPUs are parked at the kernel's entry point.
 pub fn build(config: &VmConfig, around: &Surroundings) -> Result<Machine, BuildError> {
+    let mut timeline = Timeline::start();
     let kvm = open_kvm()?;
     let count = config.cpus.max().get();
     let max = kvm.get_max_vcpus();
     if usize::from(count) > max {
         return Err(BuildError::TooManyCpus { wanted: count, max });
     }
+    timeline.mark("kvm");
     let ram = Ram::new(&config.memory)?;
+    timeline.mark("ram");
     let vm = kvm
         .create_vm()
         .map_err(|source| BuildError::Kvm("create a VM".into(), source))?;
@@ -144,6 +148,7 @@ pub fn build(config: &VmConfig, around: &Surroundings) -> Result<Machine, BuildE
     // RAM alone waits for readers, and long after another one has just begun.
     ram.register(&vm)?;
     irqchip::create(&vm)?;
+    timeline.mark("vm");
 
     let image = load_kernel(&ram, &config.kernel.path)?;
     let initramfs = match &config.kernel.initramfs {
@@ -158,6 +163,7 @@ pub fn build(config: &VmConfig, around: &Surroundings) -> Result<Machine, BuildE
         }
     };
     mptable::write(ram.memory(), count)?;
+    timeline.mark("kernel");
 
     let ports = port_devices(config, around, &vm)?;
     let io = Arc::new(IoThreads::default());
@@ -177,6 +183,8 @@ pub fn build(config: &VmConfig, around: &Surroundings) -> Result<Machine, BuildE
         parameters,
         ..
     } = attacher;
+
+    timeline.mark("devices");
 
     let cmdline = cmdline(config, &parameters);
     log::debug!("kernel command line: {cmdline}");
@@ -222,7 +230,9 @@ pub fn build(config: &VmConfig, around: &Surroundings) -> Result<Machine, BuildE
         .map_err(|source| BuildError::Thread(format!("vCPU {index}"), source))?;
         vcpus.push(vcpu);
     }
+    timeline.mark("vcpus");
     Ok(Machine {
+        timeline,
         vcpus,
         running: config.cpus.boot().get().into(),
         shrinking: None,

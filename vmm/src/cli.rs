@@ -1,6 +1,7 @@
 //! podvmm's arguments.
 
 use std::ffi::OsString;
+use std::fmt;
 use std::os::unix::ffi::OsStringExt;
 use std::path::PathBuf;
 
@@ -26,6 +27,24 @@ pub enum Action {
     Check,
     /// Run a VM.
     Run(Box<RunOptions>),
+}
+
+/// Where events go.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum EventMonitor {
+    /// A file or FIFO, to its end.
+    Path(PathBuf),
+    /// A descriptor that podvmm was started with.
+    Fd(i32),
+}
+
+impl fmt::Display for EventMonitor {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Path(path) => write!(f, "path={}", path.display()),
+            Self::Fd(fd) => write!(f, "fd={fd}"),
+        }
+    }
 }
 
 /// A VM as the arguments describe it.
@@ -59,6 +78,8 @@ pub struct RunOptions {
     pub console: Option<Output>,
     /// `--api-socket`
     pub api_socket: Option<PathBuf>,
+    /// `--event-monitor`
+    pub event_monitor: Option<EventMonitor>,
     /// `--log-file`
     pub log_file: Option<PathBuf>,
     /// `-v`, counted.
@@ -146,6 +167,7 @@ pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Action, Cl
             Arg::Long("api-socket") => options.api_socket = Some(parser.value()?.into()),
             // What Kata says to have no filters. There are none yet.
             Arg::Long("seccomp") => seccomp(&parser.value()?)?,
+            Arg::Long("event-monitor") => options.event_monitor = Some(monitor(&mut parser)?),
             Arg::Long("log-file") => options.log_file = Some(parser.value()?.into()),
             Arg::Short('v') => options.verbosity = options.verbosity.saturating_add(1),
             unexpected => return Err(unexpected.unexpected().into()),
@@ -178,6 +200,18 @@ where
         .string()?
         .parse()
         .map_err(|source| CliError::Value { option, source })
+}
+
+fn monitor(parser: &mut Parser) -> Result<EventMonitor, CliError> {
+    let text = parser.value()?.string()?;
+    let monitor = match text.split_once('=') {
+        Some(("path", path)) if !path.is_empty() => Some(EventMonitor::Path(path.into())),
+        Some(("fd", fd)) => fd.parse().ok().map(EventMonitor::Fd),
+        _ => None,
+    };
+    monitor.ok_or(CliError::Contradiction(
+        "--event-monitor: write path=FILE or fd=N",
+    ))
 }
 
 fn seccomp(value: &OsString) -> Result<(), CliError> {

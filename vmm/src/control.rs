@@ -7,6 +7,7 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, SendError, Sender, channel};
 use std::time::Duration;
 
 use api::{Answer, ApiError, Request};
+use serde_json::Value;
 
 use crate::command::Status;
 use crate::ending::Ending;
@@ -89,7 +90,10 @@ pub fn serve(vm: &mut Vm, events: Receiver<(u32, Event)>) -> Outcome {
             }
             Ok((life, _)) if life != vm.life() => {}
             Ok((_, Event::Ended(ending))) => break Outcome::Ended(ending),
-            Ok((_, Event::Status(Status::Ready))) => log::info!("the agent starts the command"),
+            Ok((_, Event::Status(Status::Ready))) => {
+                log::info!("the agent starts the command");
+                vm.events().vm("agent-ready", Value::Null);
+            }
             Ok((_, Event::Status(Status::Exit(status)))) => {
                 break Outcome::Ended(Ending::Command(status));
             }

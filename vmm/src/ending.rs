@@ -44,6 +44,25 @@ impl Ending {
         }
     }
 
+    /// The reason in a word, for programs.
+    pub(crate) fn reason(&self) -> &'static str {
+        match self {
+            Self::Command(_) => "command",
+            Self::Agent(_) => "agent",
+            Self::Reset => "reset",
+            Self::Halted => "halted",
+            Self::Panic(line)
+                if line.contains("Out of memory") || line.contains("deadlocked on memory") =>
+            {
+                "oom"
+            }
+            Self::Panic(_) => "panic",
+            Self::TripleFault(_) => "triple-fault",
+            Self::Kvm(_) => "kvm",
+            Self::Signal(_) => "signal",
+        }
+    }
+
     /// Whether this is what the user asked for.
     pub fn is_orderly(&self, had_command: bool) -> bool {
         match self {

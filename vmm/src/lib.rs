@@ -17,6 +17,7 @@ pub mod client;
 pub mod command;
 pub mod control;
 mod ending;
+pub mod events;
 pub mod guest;
 pub mod host;
 pub mod image;

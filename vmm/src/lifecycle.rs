@@ -21,6 +21,7 @@ use serde_json::{Value, json};
 use crate::builder::{BuildError, Surroundings, build};
 use crate::command::Command;
 use crate::control::Inbox;
+use crate::events::Events;
 use crate::machine::Machine;
 use crate::metrics;
 use crate::transcript::Transcript;
@@ -36,6 +37,8 @@ pub struct Surround {
     pub transcript: Transcript,
     /// Whether the terminal is in raw mode, so that escapes end the VM.
     pub terminal: bool,
+    /// Who is told what happens.
+    pub events: Events,
 }
 
 /// A VM and where it is in its life.
@@ -97,6 +100,11 @@ impl Vm {
         self.around.inbox.life()
     }
 
+    /// Who is told what happens.
+    pub fn events(&mut self) -> &mut Events {
+        &mut self.around.events
+    }
+
     /// The definition, if there is a VM.
     pub fn definition(&self) -> Option<&Definition> {
         self.phase.definition()
@@ -135,6 +143,7 @@ impl Vm {
         }
         definition.config.check().map_err(contradiction)?;
         self.phase = Phase::Created(definition);
+        self.around.events.vm("created", Value::Null);
         Ok(())
     }
 
@@ -165,9 +174,13 @@ impl Vm {
             transcript: self.around.transcript.clone(),
             terminal: self.around.terminal,
         };
+        self.around.events.vm("booting", Value::Null);
         let machine = build(&definition.config, &around).map_err(refusal)?;
         log::info!("built; entering the guest");
         machine.start();
+        let phases = machine.timeline.json();
+        let events = &mut self.around.events;
+        events.vm("booted", json!({ "phases_us": phases }));
         self.phase = Phase::Running(definition, Box::new(machine));
         Ok(())
     }
@@ -177,6 +190,7 @@ impl Vm {
             Phase::Running(definition, machine) => {
                 machine.pause();
                 self.phase = Phase::Paused(definition, machine);
+                self.around.events.vm("paused", Value::Null);
                 Ok(())
             }
             other => {
@@ -191,6 +205,7 @@ impl Vm {
             Phase::Paused(definition, machine) => {
                 let resumed = machine.resume();
                 self.phase = if resumed.is_ok() {
+                    self.around.events.vm("resumed", Value::Null);
                     Phase::Running(definition, machine)
                 } else {
                     Phase::Paused(definition, machine)
@@ -212,6 +227,7 @@ impl Vm {
                 // Whatever the machine still had to say is of an earlier life.
                 self.around.inbox.next_life();
                 self.phase = Phase::Shutdown(definition);
+                self.around.events.vm("shutdown", Value::Null);
                 Ok(())
             }
             other => {
@@ -227,6 +243,7 @@ impl Vm {
         }
         self.stop();
         self.phase = Phase::None;
+        self.around.events.vm("deleted", Value::Null);
         Ok(())
     }
 
@@ -281,6 +298,14 @@ impl Vm {
         if let Some(bytes) = sizes.desired_balloon {
             definition.json["balloon"]["size"] = json!(bytes);
         }
+        self.around.events.vm(
+            "resized",
+            json!({
+                "desired_vcpus": sizes.desired_vcpus,
+                "desired_ram": sizes.desired_ram,
+                "desired_balloon": sizes.desired_balloon,
+            }),
+        );
         Ok(())
     }
 

@@ -9,6 +9,7 @@ use devices::virtio::{Counters, MmioTransport};
 use kvm_ioctls::VmFd;
 use thiserror::Error;
 
+use crate::events::Timeline;
 use crate::io::IoThreads;
 use crate::memory::Ram;
 use crate::resize::MemoryHandles;
@@ -31,6 +32,8 @@ pub struct Machine {
     pub(crate) transports: Vec<(String, Arc<Mutex<MmioTransport>>)>,
     pub(crate) memory: MemoryHandles,
     pub(crate) _io: Arc<IoThreads>,
+    /// How it came to be.
+    pub(crate) timeline: Timeline,
     pub(crate) exits: Arc<ExitCounters>,
     pub(crate) _vm: VmFd,
     pub(crate) _ram: Ram,

@@ -1,6 +1,7 @@
 //! The life of one VM that the command line describes, from options to exit
 //! code.
 
+use std::fs::{File, OpenOptions};
 use std::io;
 use std::path::PathBuf;
 
@@ -9,12 +10,14 @@ use api::{
     Output, VmConfig,
 };
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use serde_json::{Value, json};
 use thiserror::Error;
 
-use crate::cli::RunOptions;
+use crate::cli::{EventMonitor, RunOptions};
 use crate::command::Command;
 use crate::control::{self, Event, Inbox, Outcome};
 use crate::ending::Ending;
+use crate::events::Events;
 use crate::guest::{GuestFolder, MissingPart};
 use crate::lifecycle::{Surround, Vm};
 use crate::service::{Service, ServiceError};
@@ -45,6 +48,14 @@ pub enum RunError {
     /// There is no API.
     #[error(transparent)]
     Service(#[from] ServiceError),
+    /// Events cannot go there.
+    #[error("--event-monitor {monitor}")]
+    EventMonitor {
+        /// Where.
+        monitor: String,
+        /// Why.
+        source: io::Error,
+    },
     /// Signals could not be watched.
     #[error("watch for signals")]
     Signals(#[source] io::Error),
@@ -60,6 +71,8 @@ pub fn run(options: &RunOptions) -> Result<u8, RunError> {
     let (inbox, events) = Inbox::new();
     watch_signals(inbox.clone())?;
     let transcript = Transcript::default();
+    let mut events_out = Events::new(event_monitor(options)?);
+    events_out.vmm("started");
     let has_command = !options.command.is_empty();
     let service = |inbox: &Inbox| match &options.api_socket {
         None => Ok(None),
@@ -72,11 +85,11 @@ pub fn run(options: &RunOptions) -> Result<u8, RunError> {
             command: None,
             transcript: transcript.clone(),
             terminal: false,
+            events: events_out,
         });
         let outcome = control::serve(&mut vm, events);
         drop(service);
-        let output = vm.definition().map(|vm| &vm.config);
-        return Ok(conclude(outcome, false, output, &transcript));
+        return Ok(conclude(outcome, false, &mut vm, &transcript));
     }
 
     let config = config(options)?;
@@ -88,6 +101,7 @@ pub fn run(options: &RunOptions) -> Result<u8, RunError> {
         command,
         transcript: transcript.clone(),
         terminal: terminal.is_some(),
+        events: events_out,
     });
     let definition = Definition::of(config.clone());
     vm.create(Box::new(definition)).map_err(RunError::Build)?;
@@ -95,7 +109,22 @@ pub fn run(options: &RunOptions) -> Result<u8, RunError> {
     let outcome = control::serve(&mut vm, events);
     drop(service);
     drop(terminal);
-    Ok(conclude(outcome, has_command, Some(&config), &transcript))
+    Ok(conclude(outcome, has_command, &mut vm, &transcript))
+}
+
+/// Where events are to go.
+fn event_monitor(options: &RunOptions) -> Result<Option<File>, RunError> {
+    let Some(monitor) = &options.event_monitor else {
+        return Ok(None);
+    };
+    let open = match monitor {
+        EventMonitor::Path(path) => OpenOptions::new().append(true).create(true).open(path),
+        EventMonitor::Fd(fd) => crate::tap::duplicate(*fd).map(File::from),
+    };
+    open.map(Some).map_err(|source| RunError::EventMonitor {
+        monitor: monitor.to_string(),
+        source,
+    })
 }
 
 /// Connections of vsock and of the API each take one. What a shell allows is
@@ -112,20 +141,20 @@ fn allow_many_descriptors() {
 }
 
 /// Says how it ended, if that needs to be said, and gives the exit code.
-fn conclude(
-    outcome: Outcome,
-    has_command: bool,
-    config: Option<&VmConfig>,
-    transcript: &Transcript,
-) -> u8 {
-    match outcome {
-        Outcome::Dismissed => 0,
+fn conclude(outcome: Outcome, has_command: bool, vm: &mut Vm, transcript: &Transcript) -> u8 {
+    let (code, reason, detail) = match outcome {
+        Outcome::Dismissed => (0, "api", Value::Null),
         Outcome::Ended(ending) => {
             let ending = with_panic(ending, transcript);
+            let config = vm.definition().map(|vm| &vm.config);
             report(&ending, has_command, config, transcript);
-            ending.exit_code(has_command)
+            let code = ending.exit_code(has_command);
+            (code, ending.reason(), ending.to_string().into())
         }
-    }
+    };
+    let properties = json!({ "reason": reason, "detail": detail, "code": code });
+    vm.events().vm("exited", properties);
+    code
 }
 
 /// The VM that `options` describe.

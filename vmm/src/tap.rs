@@ -29,7 +29,11 @@ pub(crate) fn device(config: &NetConfig) -> Result<net::Net, NetworkError> {
         TapSource::Name(name) => Tap::open(name, config.pairs)?,
         TapSource::Numbers(numbers) => numbers
             .iter()
-            .map(|fd| Ok(Tap::inherit(duplicate(*fd)?)?))
+            .map(|fd| {
+                let tap = duplicate(*fd);
+                let tap = tap.map_err(|source| NetworkError::NotOpen { fd: *fd, source })?;
+                Ok(Tap::inherit(tap)?)
+            })
             .collect::<Result<_, NetworkError>>()?,
         TapSource::Passed(fds) => fds
             .iter()
@@ -54,11 +58,10 @@ pub(crate) fn device(config: &NetConfig) -> Result<net::Net, NetworkError> {
     })?)
 }
 
-fn duplicate(fd: RawFd) -> Result<OwnedFd, NetworkError> {
+/// A descriptor of podvmm's that its starter names by number.
+pub(crate) fn duplicate(fd: RawFd) -> io::Result<OwnedFd> {
     // SAFETY: it is borrowed for one call, which fails if it is not open. Whoever names a number
-    // says that it is a tap's, and that is checked before the duplicate is used.
+    // says what it is for, and the duplicate is podvmm's own.
     let inherited = unsafe { BorrowedFd::borrow_raw(fd) };
-    inherited
-        .try_clone_to_owned()
-        .map_err(|source| NetworkError::NotOpen { fd, source })
+    inherited.try_clone_to_owned()
 }

@@ -1,7 +1,11 @@
-//! What the Linux tests run inside the guest: the other ends of their transfers. Linked statically.
+//! What the Linux tests and benches run inside the guest: the other ends of their transfers, and
+//! loads on their devices. Linked statically.
 
-use std::io::{self, Read, Write};
+use std::fs::{self, OpenOptions};
+use std::io::{self, BufRead, BufReader, Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::path::Path;
 use std::process::ExitCode;
 use std::thread;
 
@@ -15,6 +19,7 @@ fn main() -> ExitCode {
         ["vsock-serve", port, count] => vsock_serve(number(port), number(count)),
         ["tcp-serve", port, count] => tcp_serve(number(port), number(count)),
         ["vsock-call", port] => vsock_call(number(port)),
+        ["loads", port] => loads(number(port)),
         _ => Err(io::Error::other("unknown command")),
     };
     match done {
@@ -92,4 +97,102 @@ fn vsock_call(port: u32) -> io::Result<()> {
     stream.read_to_string(&mut answer)?;
     println!("{answer}");
     Ok(())
+}
+
+/// Bytes of one transfer of a load.
+const BLOCK: usize = 64 << 10;
+const PAGE: usize = 4 << 10;
+
+/// Does what the host writes line by line, `NAME COUNT`, and answers each line when it is done.
+fn loads(port: u32) -> io::Result<()> {
+    let listener = VsockListener::bind(&VsockAddr::new(VMADDR_CID_ANY, port))?;
+    let (mut told, _) = listener.accept()?;
+    let lines = BufReader::new(told.try_clone()?);
+    for line in lines.lines() {
+        let line = line?;
+        let (name, count) = line.split_once(' ').ok_or(io::ErrorKind::InvalidData)?;
+        load(name, number(count), &listener)?;
+        writeln!(told, "done")?;
+    }
+    Ok(())
+}
+
+fn load(name: &str, count: u32, listener: &VsockListener) -> io::Result<()> {
+    const FILE: &str = "/mnt/load";
+    let open = || {
+        let mut options = OpenOptions::new();
+        options.read(true).write(true).create(true);
+        // Each is a request of its own, whatever the guest's cache may hold.
+        options.custom_flags(libc::O_DIRECT).open(FILE)
+    };
+    let count = u64::from(count);
+    match name {
+        "idle" => Ok(()),
+        "fs-write" => {
+            (0..count).try_for_each(|at| open()?.write_all_at(&Aligned::new().0, at * BLOCK as u64))
+        }
+        "fs-read" => {
+            let file = open()?;
+            let mut block = Aligned::new();
+            (0..count).try_for_each(|at| file.read_exact_at(&mut block.0, at * BLOCK as u64))
+        }
+        "fs-random-read" => {
+            let file = open()?;
+            let pages = file.metadata()?.len() / PAGE as u64;
+            let mut block = Aligned::new();
+            (0..count).try_for_each(|at| {
+                let page = at.wrapping_mul(0x9e37_79b9) % pages;
+                file.read_exact_at(&mut block.0[..PAGE], page * PAGE as u64)
+            })
+        }
+        "fs-create" => (0..count)
+            .try_for_each(|at| fs::write(Path::new("/mnt").join(at.to_string()), b"small")),
+        "fs-stat" => (0..count)
+            .try_for_each(|at| fs::metadata(Path::new("/mnt").join(at.to_string())).map(drop)),
+        "vsock-out" => blocks_out(listener.accept()?.0, count),
+        "vsock-in" => all_in(listener.accept()?.0),
+        "vsock-echo" => echo(listener.accept()?.0),
+        "tcp-out" => blocks_out(tcp()?, count),
+        "tcp-in" => all_in(tcp()?),
+        "tcp-echo" => echo(tcp()?),
+        _ => Err(io::ErrorKind::InvalidInput.into()),
+    }
+}
+
+fn tcp() -> io::Result<TcpStream> {
+    let stream = TcpListener::bind(("0.0.0.0", 7001))?.accept()?.0;
+    stream.set_nodelay(true)?;
+    Ok(stream)
+}
+
+fn blocks_out(mut stream: impl Halves, count: u64) -> io::Result<()> {
+    let block = Aligned::new();
+    (0..count).try_for_each(|_| stream.write_all(&block.0))?;
+    stream.end_sending()?;
+    io::copy(&mut stream, &mut io::sink()).map(drop)
+}
+
+fn all_in(mut stream: impl Read) -> io::Result<()> {
+    let mut block = Aligned::new();
+    while stream.read(&mut block.0)? > 0 {}
+    Ok(())
+}
+
+/// Each byte comes back, one by one.
+fn echo(mut stream: impl Read + Write) -> io::Result<()> {
+    let mut byte = [0];
+    while stream.read(&mut byte)? > 0 {
+        stream.write_all(&byte)?;
+    }
+    Ok(())
+}
+
+/// A block as O_DIRECT wants it.
+#[repr(align(4096))]
+struct Aligned([u8; BLOCK]);
+
+impl Aligned {
+    fn new() -> Box<Self> {
+        Box::new(Self([7; BLOCK]))
+    }
 }
