@@ -6,7 +6,7 @@ use std::io::{self, BufRead, BufReader, Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
-use std::process::ExitCode;
+use std::process::{Command, ExitCode};
 use std::thread;
 
 use tests::transfer::{self, Checksum};
@@ -19,6 +19,7 @@ fn main() -> ExitCode {
         ["vsock-serve", port, count] => vsock_serve(number(port), number(count)),
         ["tcp-serve", port, count] => tcp_serve(number(port), number(count)),
         ["vsock-call", port] => vsock_call(number(port)),
+        ["vsock-shell", port] => vsock_shell(number(port)),
         ["loads", port] => loads(number(port)),
         _ => Err(io::Error::other("unknown command")),
     };
@@ -58,6 +59,22 @@ fn tcp_serve(port: u32, count: u32) -> io::Result<()> {
         let (stream, _) = listener.accept()?;
         serve(stream)
     })
+}
+
+/// Runs the line that each connection sends as a command of the shell, and sends back what that
+/// says.
+fn vsock_shell(port: u32) -> io::Result<()> {
+    let listener = VsockListener::bind(&VsockAddr::new(VMADDR_CID_ANY, port))?;
+    loop {
+        let (mut stream, _) = listener.accept()?;
+        let mut line = String::new();
+        BufReader::new(stream.try_clone()?).read_line(&mut line)?;
+        let said = Command::new("/bin/sh").args(["-c", &line]).output()?;
+        stream.write_all(&said.stdout)?;
+        stream.write_all(&said.stderr)?;
+        stream.end_sending()?;
+        io::copy(&mut stream, &mut io::sink())?;
+    }
 }
 
 /// A stream whose halves end one by one.
