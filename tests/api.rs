@@ -285,6 +285,52 @@ fn devices_are_added_before_boot_with_descriptors_passed_along() {
 }
 
 #[test]
+fn what_cannot_be_asked_of_a_guest_is_said() {
+    if !kvm_is_here() {
+        return;
+    }
+    let service = Service::start(spin());
+    let mut client = service.client();
+    put(&mut client, "vm.create", Some(service.definition())).unwrap();
+    let (status, why) = refusal(put(&mut client, "vm.power-button", None));
+    assert_eq!(status, 409, "{why}");
+    let disk = service.folder.path().join("disk");
+    fs::write(&disk, [0; 4096]).unwrap();
+    put(&mut client, "vm.add-disk", Some(json!({"path": disk}))).unwrap();
+    let remove =
+        |client: &mut Client, id: &str| put(client, "vm.remove-device", Some(json!({ "id": id })));
+    remove(&mut client, "disk0").unwrap();
+    let gone = refusal(remove(&mut client, "disk0"));
+    assert_eq!(gone, (404, "there is no device 'disk0'".into()));
+    put(&mut client, "vm.boot", None).unwrap();
+    assert_eq!(get(&mut client, "vm.counters")["disk0"], Value::Null);
+    let (status, why) = refusal(put(&mut client, "vm.power-button", None));
+    assert_eq!(status, 400);
+    assert!(why.starts_with("podvmm's agent runs no command"), "{why}");
+    let (status, _) = refusal(remove(&mut client, "rng"));
+    assert_eq!(status, 409);
+    service.dismiss();
+}
+
+#[test]
+fn shares_that_contradict_one_another_or_the_memory_are_refused() {
+    let service = Service::start(spin());
+    let mut client = service.client();
+    let mut definition = service.definition();
+    definition["fs"] = json!([{"tag": "a", "socket": "/s"}]);
+    let (status, why) = refusal(put(&mut client, "vm.create", Some(definition.clone())));
+    assert_eq!(status, 400);
+    assert!(why.contains("needs memory with shared=on"), "{why}");
+    definition["memory"]["shared"] = true.into();
+    put(&mut client, "vm.create", Some(definition)).unwrap();
+    let share = json!({"tag": "a", "shared_dir": "/tmp"});
+    let (status, why) = refusal(put(&mut client, "vm.add-fs", Some(share)));
+    assert_eq!((status, why.as_str()), (400, "two shares have the tag 'a'"));
+    assert_eq!(get(&mut client, "vm.info")["config"]["fs"][1], Value::Null);
+    service.dismiss();
+}
+
+#[test]
 fn a_guest_that_ends_ends_podvmm() {
     if !kvm_is_here() {
         return;

@@ -4,8 +4,12 @@
 use std::fs;
 use std::path::Path;
 use std::process::Command;
+use std::thread;
+use std::time::Duration;
 
-use tempfile::NamedTempFile;
+use api::http::Client;
+use serde_json::Value;
+use tempfile::{NamedTempFile, TempDir};
 use tests::podvmm::kvm_is_here;
 use tests::{Outcome, Podvmm, guest};
 
@@ -113,6 +117,51 @@ fn a_bzimage_boots_with_a_folder_as_root() {
     let outcome = shell(&options, "busybox cat /etc/greeting; exit 3");
     let got = (outcome.code, outcome.stdout.as_str());
     assert_eq!(got, (Some(3), "from a folder\n"), "{outcome:?}");
+}
+
+#[test]
+fn a_command_is_asked_to_end_and_what_happened_is_told() {
+    if !kvm_is_here() {
+        return;
+    }
+    let _one = guest::one_at_a_time();
+    let folder = TempDir::new().unwrap();
+    let (socket, events) = (folder.path().join("api"), folder.path().join("events"));
+    let script = "trap 'echo asked; exit 5' TERM; while :; do sleep 1; done";
+    let monitor = format!("path={}", events.display());
+    let options = [
+        "--event-monitor",
+        &monitor,
+        "--api-socket",
+        socket.to_str().unwrap(),
+    ];
+    let running = Podvmm::new(options.iter().chain(&["--", "/bin/sh", "-c", script])).spawn();
+    let told = |event: &str| {
+        let text = fs::read_to_string(&events).unwrap_or_default();
+        let lines = text.lines().map(|line| serde_json::from_str(line).unwrap());
+        lines.rev().find(|line: &Value| line["event"] == event)
+    };
+    while told("agent-ready").is_none() {
+        thread::sleep(Duration::from_millis(100));
+    }
+    // The shell needs a moment to set its trap.
+    thread::sleep(Duration::from_secs(3));
+    let mut client = Client::connect(&socket).unwrap();
+    client
+        .call("PUT", "/api/v1/vm.power-button", None, &[])
+        .unwrap();
+    let outcome = running.wait();
+    assert_eq!(
+        (outcome.code, outcome.stdout.as_str()),
+        (Some(5), "asked\n")
+    );
+    let phases = told("booted").unwrap()["properties"]["phases_us"].clone();
+    assert!(phases["kernel"].as_u64().unwrap() > 0, "{phases}");
+    let end = told("exited").unwrap()["properties"].clone();
+    assert_eq!(
+        (&end["reason"], &end["code"]),
+        (&"command".into(), &5.into())
+    );
 }
 
 #[test]

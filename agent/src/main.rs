@@ -90,7 +90,7 @@ fn run_command(command: &Command) -> Result<(), Box<dyn Error>> {
                 vec![Pump::new(terminal, stdout)],
             ),
         };
-        Ok(children.relay(pid, Some(input), output)?)
+        Ok(children.relay(pid, Some(status.button()), Some(input), output)?)
     })();
     finish(&mut status, result)
 }
@@ -114,7 +114,7 @@ fn run_shell() -> Result<(), Box<dyn Error>> {
     let children = Children::watch()?;
     enter_root()?;
     let pid = Command::shell().start_on_console()?;
-    children.relay(pid, None, Vec::new())?;
+    children.relay(pid, None, None, Vec::new())?;
     settle_disks();
     Ok(())
 }

@@ -2,7 +2,7 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::time::Duration;
@@ -135,6 +135,11 @@ impl StatusPort {
                 Err(_) => return,
             }
         }
+    }
+
+    /// Readable when the host presses the power button.
+    pub(crate) fn button(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
     }
 
     /// Whether it takes bytes, or does so before the time is over or the host closes it.

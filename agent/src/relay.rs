@@ -8,7 +8,7 @@
 //! pipe before it knows whether its ring has room for so many buffers, and drops them if not.
 
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::time::{Duration, Instant};
 
 use crate::sys::{self, POLLERR, POLLHUP, POLLIN, POLLOUT, Waited, pid_t, pollfd};
@@ -177,13 +177,16 @@ impl Children {
 
     /// Carries all streams until the process `main` ends; then kills what it left behind, as the
     /// end of PID 1 does in a container, and carries what of the output is still under way.
+    ///
+    /// When `button` has something to read, `main` is asked to end, by SIGTERM.
     pub(crate) fn relay(
         &self,
         main: pid_t,
+        button: Option<BorrowedFd<'_>>,
         input: Option<Pump>,
         mut output: Vec<Pump>,
     ) -> io::Result<u8> {
-        let ending = self.relay_until_exit(main, input, &mut output)?;
+        let ending = self.relay_until_exit(main, button, input, &mut output)?;
         if ending.survivors && sys::kill_all() {
             self.bury()?;
         }
@@ -194,20 +197,32 @@ impl Children {
     fn relay_until_exit(
         &self,
         main: pid_t,
+        mut button: Option<BorrowedFd<'_>>,
         mut input: Option<Pump>,
         output: &mut Vec<Pump>,
     ) -> io::Result<Ending> {
-        let mut fds = Vec::with_capacity(4);
+        let mut fds = Vec::with_capacity(5);
         loop {
-            fds.clear();
-            fds.push(pollfd {
-                fd: self.signals.as_raw_fd(),
+            let readable = |fd| pollfd {
+                fd,
                 events: POLLIN,
                 revents: 0,
-            });
+            };
+            fds.clear();
+            fds.push(readable(self.signals.as_raw_fd()));
+            // Descriptor -1 is passed over.
+            fds.push(readable(button.map_or(-1, |button| button.as_raw_fd())));
             fds.extend(output.iter().chain(&input).map(Pump::interest));
             sys::poll(&mut fds, None)?;
-            for (pump, fd) in output.iter_mut().chain(&mut input).zip(&fds[1..]) {
+            if let (Some(fd), true) = (button, fds[1].revents != 0) {
+                match sys::read(fd, &mut Vec::new(), CHUNK) {
+                    Ok(0) => button = None,
+                    Ok(_) => sys::terminate(main),
+                    Err(error) if is_for_later(&error) => (),
+                    Err(_) => button = None,
+                }
+            }
+            for (pump, fd) in output.iter_mut().chain(&mut input).zip(&fds[2..]) {
                 pump.advance(fd.revents);
             }
             // An ended stream is closed at once: that is how the other side learns of it.
@@ -365,7 +380,7 @@ mod tests {
             Pump::new(from_stderr, guest_stderr),
         ];
         let status = children
-            .relay(pid, Some(Pump::new(guest_stdin, stdin)), output)
+            .relay(pid, None, Some(Pump::new(guest_stdin, stdin)), output)
             .unwrap();
         writer.join().unwrap();
         Outcome {
@@ -427,7 +442,7 @@ mod tests {
             host.read_to_end(&mut bytes).map(|_| bytes.len())
         });
         let status = children
-            .relay(pid, None, vec![Pump::new(stdout, guest)])
+            .relay(pid, None, None, vec![Pump::new(stdout, guest)])
             .unwrap();
         assert_eq!((status, reader.join().unwrap().unwrap()), (0, BYTES));
     }
@@ -488,9 +503,36 @@ mod tests {
             panic!("no terminal was asked for")
         };
         let status = children
-            .relay(pid, None, vec![Pump::new(stdout, guest)])
+            .relay(pid, None, None, vec![Pump::new(stdout, guest)])
             .unwrap();
         assert_ne!(status, 126);
+    }
+
+    #[test]
+    fn the_command_is_asked_to_end_when_the_button_is_pressed() {
+        let (children, _turn) = children();
+        let (mut host, guest) = port_to_host();
+        let (button, mut press) = io::pipe().unwrap();
+        sys::set_nonblocking(button.as_fd()).unwrap();
+        let command = shell("trap 'echo asked; exit 3' TERM; echo up; while :; do sleep 0.1; done");
+        let (pid, streams) = command.start(None).unwrap();
+        let Streams::Pipes { stdin, stdout, .. } = streams else {
+            panic!("no terminal was asked for");
+        };
+        drop(stdin);
+        let pressing = thread::spawn(move || {
+            let mut up = [0; 3];
+            host.read_exact(&mut up).unwrap();
+            press.write_all(b"power\n").unwrap();
+            drop(press);
+            let mut rest = String::new();
+            host.read_to_string(&mut rest).unwrap();
+            rest
+        });
+        let output = vec![Pump::new(stdout, guest)];
+        let status = children.relay(pid, Some(button.as_fd()), None, output);
+        assert_eq!(status.unwrap(), 3);
+        assert_eq!(pressing.join().unwrap(), "asked\n");
     }
 
     #[test]
@@ -509,7 +551,7 @@ mod tests {
         let input = Pump::new(guest_stdin, terminal.try_clone().unwrap()).with_farewell(b"\x04");
         let text = read_all(host);
         let status = children
-            .relay(pid, Some(input), vec![Pump::new(terminal, guest)])
+            .relay(pid, None, Some(input), vec![Pump::new(terminal, guest)])
             .unwrap();
         let text = text.join().unwrap();
         assert_eq!(status, 5, "{text:?}");

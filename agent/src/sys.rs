@@ -201,6 +201,13 @@ fn shell_status(status: c_int) -> u8 {
     u8::try_from(status).unwrap_or(u8::MAX)
 }
 
+/// Asks a child to end. One that has ended and was not waited for keeps its number, so nobody else
+/// is meant.
+pub(crate) fn terminate(child: pid_t) {
+    // SAFETY: takes no pointers.
+    unsafe { libc::kill(child, libc::SIGTERM) };
+}
+
 /// Kills every process but this one. Only PID 1 is obeyed: it alone owns them all.
 pub(crate) fn kill_all() -> bool {
     // SAFETY: plain integers in.

@@ -17,6 +17,8 @@ pub enum ApiError {
         expected: &'static str,
         found: String,
     },
+    #[error("there is no device '{0}'")]
+    NoSuchDevice(String),
     /// JSON that does not parse, or not as what is wanted.
     #[error("the body is not what {request} takes")]
     Body {
@@ -91,7 +93,7 @@ impl ApiError {
     pub fn status(&self) -> u16 {
         match self {
             Self::Body { .. } | Self::Impossible(_) => 400,
-            Self::NoSuchEndpoint(_) => 404,
+            Self::NoSuchEndpoint(_) | Self::NoSuchDevice(_) => 404,
             Self::Method { .. } => 405,
             Self::State { .. } => 409,
             Self::Host(_) => 500,

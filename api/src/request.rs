@@ -15,12 +15,16 @@ pub enum Request {
     Create(Box<Definition>),
     /// A device more, as the client wrote it.
     Add(Addition, Value),
+    /// A device less, by its id.
+    Remove(String),
     Boot,
     Info,
     Counters,
     Pause,
     Resume,
     Resize(Resize),
+    /// Asks the guest to end.
+    PowerButton,
     /// Ends the guest and keeps the definition.
     Shutdown,
     Reboot,

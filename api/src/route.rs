@@ -1,5 +1,6 @@
 //! From an HTTP request to what it asks, and from what it is answered to an HTTP response.
 
+use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
@@ -62,6 +63,10 @@ pub const ROUTES: &[Route] = &[
     put("/api/v1/vm.add-vsock", |_, request| {
         add("vm.add-vsock", Addition::vsock(&request.body))
     }),
+    put("/api/v1/vm.remove-device", |_, request| {
+        let RemoveDevice { id } = json("vm.remove-device", &request.body)?;
+        Ok(Request::Remove(id))
+    }),
     put("/api/v1/vm.boot", |_, _| Ok(Request::Boot)),
     get("/api/v1/vm.info", |_, _| Ok(Request::Info)),
     get("/api/v1/vm.counters", |_, _| Ok(Request::Counters)),
@@ -70,6 +75,7 @@ pub const ROUTES: &[Route] = &[
     put("/api/v1/vm.resize", |_, request| {
         Ok(Request::Resize(json("vm.resize", &request.body)?))
     }),
+    put("/api/v1/vm.power-button", |_, _| Ok(Request::PowerButton)),
     put("/api/v1/vm.shutdown", |_, _| Ok(Request::Shutdown)),
     put("/api/v1/vm.reboot", |_, _| Ok(Request::Reboot)),
     put("/api/v1/vm.delete", |_, _| Ok(Request::Delete)),
@@ -77,6 +83,11 @@ pub const ROUTES: &[Route] = &[
     put("/api/v1/vm.restore", not_implemented),
     get("/metrics", |_, _| Ok(Request::Metrics)),
 ];
+
+#[derive(Deserialize)]
+struct RemoveDevice {
+    id: String,
+}
 
 fn add(
     request: &'static str,

@@ -39,7 +39,7 @@ use crate::machine::Machine;
 use crate::memory::{Ram, RamError};
 use crate::resize::MemoryHandles;
 use crate::share;
-use crate::streams::{self, StreamError};
+use crate::streams::{self, PowerButton, StreamError};
 use crate::tap;
 use crate::transcript::Transcript;
 use crate::vcpu::{Buses, Vcpu};
@@ -175,7 +175,7 @@ pub fn build(config: &VmConfig, around: &Surroundings) -> Result<Machine, BuildE
         transports: Vec::new(),
         parameters: Vec::new(),
     };
-    attach_devices(config, around, &mut attacher)?;
+    let button = attach_devices(config, around, &mut attacher)?;
     let memory = attach_memory(config, &mut attacher)?;
     let Attacher {
         mmio,
@@ -233,6 +233,7 @@ pub fn build(config: &VmConfig, around: &Surroundings) -> Result<Machine, BuildE
     timeline.mark("vcpus");
     Ok(Machine {
         timeline,
+        button,
         vcpus,
         running: config.cpus.boot().get().into(),
         shrinking: None,
@@ -301,12 +302,12 @@ fn port_devices(config: &VmConfig, around: &Surroundings, vm: &VmFd) -> Result<B
     Ok(bus)
 }
 
-/// The devices in the order the guest finds them.
+/// The devices in the order the guest finds them. Returns the agent's power button, if there is one.
 fn attach_devices(
     config: &VmConfig,
     around: &Surroundings,
     attacher: &mut Attacher,
-) -> Result<(), BuildError> {
+) -> Result<Option<PowerButton>, BuildError> {
     for (index, disk) in config.disks.iter().enumerate() {
         let device = format!("disk {}", disk.path.display());
         let blk = Blk::open(blk_config(index, disk)).map_err(|source| BuildError::Device {
@@ -346,8 +347,11 @@ fn attach_devices(
     }
     attach(attacher, "rng", "the entropy device", Box::new(Rng::new()))?;
     let mut ports = Vec::from_iter(streams::console(&config.console, &around.transcript)?);
+    let mut button = None;
     if around.command.is_some() {
-        ports.extend(streams::command(around.inbox.clone())?);
+        let (of_command, its_button) = streams::command(around.inbox.clone())?;
+        ports.extend(of_command);
+        button = Some(its_button);
     }
     if !ports.is_empty() {
         let device = "the console device";
@@ -357,7 +361,7 @@ fn attach_devices(
         })?;
         attach(attacher, "console", device, Box::new(console))?;
     }
-    Ok(())
+    Ok(button)
 }
 
 /// Memory that can be plugged, and the balloon.

@@ -44,7 +44,7 @@ pub enum CallError {
     #[error("{0} is missing; see podvmm api --help")]
     Missing(&'static str),
     /// A size that is none.
-    #[error("--memory")]
+    #[error("--memory or --balloon")]
     Size(#[source] api::UnitError),
     /// The definition cannot be read.
     #[error("read {}", .path.display())]
@@ -78,6 +78,10 @@ pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Option<Cal
                 let size: ByteSize = parser.value()?.string()?.parse().map_err(CallError::Size)?;
                 sizes["desired_ram"] = size.0.into();
             }
+            Arg::Long("balloon") => {
+                let size: ByteSize = parser.value()?.string()?.parse().map_err(CallError::Size)?;
+                sizes["desired_balloon"] = size.0.into();
+            }
             Arg::Value(value) if command.is_none() => command = Some(value.string()?),
             Arg::Value(value) if file.is_none() => file = Some(PathBuf::from(value)),
             unexpected => return Err(unexpected.unexpected().into()),
@@ -98,6 +102,7 @@ pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Option<Cal
         "pause" => ("PUT", "/api/v1/vm.pause", None),
         "resume" => ("PUT", "/api/v1/vm.resume", None),
         "resize" => ("PUT", "/api/v1/vm.resize", Some(Body::Value(sizes))),
+        "power-button" => ("PUT", "/api/v1/vm.power-button", None),
         "shutdown" => ("PUT", "/api/v1/vm.shutdown", None),
         "reboot" => ("PUT", "/api/v1/vm.reboot", None),
         "delete" => ("PUT", "/api/v1/vm.delete", None),

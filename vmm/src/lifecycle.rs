@@ -123,6 +123,8 @@ impl Vm {
             Request::Pause => self.pause().map(done),
             Request::Resume => self.resume().map(done),
             Request::Resize(sizes) => self.resize(sizes).map(done),
+            Request::PowerButton => self.press_power_button().map(done),
+            Request::Remove(id) => self.remove(&id).map(done),
             Request::Shutdown => self.shutdown().map(done),
             Request::Reboot => {
                 self.shutdown()?;
@@ -159,6 +161,35 @@ impl Vm {
             }
             _ => Err(self.wrong("add a device", "Created or Shutdown")),
         }
+    }
+
+    /// Takes a device from the definition.
+    fn remove(&mut self, id: &str) -> Result<(), ApiError> {
+        match &mut self.phase {
+            Phase::Created(definition) | Phase::Shutdown(definition) => {
+                if definition.remove(id) {
+                    return Ok(());
+                }
+                Err(ApiError::NoSuchDevice(id.into()))
+            }
+            // virtio-mmio devices cannot be unplugged.
+            _ => Err(self.wrong("vm.remove-device", "Created or Shutdown")),
+        }
+    }
+
+    /// Asks the guest to end. Whether and when it does is its own affair.
+    fn press_power_button(&mut self) -> Result<(), ApiError> {
+        let Phase::Running(_, machine) = &mut self.phase else {
+            return Err(self.wrong("vm.power-button", "Running"));
+        };
+        let Some(button) = &mut machine.button else {
+            let why = "podvmm's agent runs no command in this guest, and nobody else listens: \
+                       ask the agent it has, or use vm.shutdown";
+            return Err(ApiError::Impossible(vec![why.into()]));
+        };
+        button.press();
+        self.around.events.vm("power-button", Value::Null);
+        Ok(())
     }
 
     /// Builds the machine and lets it run. A VM that cannot be built stays what

@@ -13,6 +13,7 @@ use crate::events::Timeline;
 use crate::io::IoThreads;
 use crate::memory::Ram;
 use crate::resize::MemoryHandles;
+use crate::streams::PowerButton;
 use crate::vcpu::{ExitCounters, Vcpu};
 
 /// A device could not be put back on its loop.
@@ -32,6 +33,8 @@ pub struct Machine {
     pub(crate) transports: Vec<(String, Arc<Mutex<MmioTransport>>)>,
     pub(crate) memory: MemoryHandles,
     pub(crate) _io: Arc<IoThreads>,
+    /// Asks the agent to end its command.
+    pub(crate) button: Option<PowerButton>,
     /// How it came to be.
     pub(crate) timeline: Timeline,
     pub(crate) exits: Arc<ExitCounters>,

@@ -2,7 +2,7 @@
 //! virtio console, and the streams of the command it runs.
 
 use std::fs::OpenOptions;
-use std::io::{self, Write};
+use std::io::{self, PipeWriter, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
 use std::time::Duration;
@@ -74,8 +74,20 @@ pub(crate) fn console(
     }))
 }
 
-/// The four ports of a command (docs/guest-contract.md, Ports).
-pub(crate) fn command(inbox: Inbox) -> Result<[Port; 4], StreamError> {
+/// The way to ask the agent to end its command.
+#[derive(Debug)]
+pub(crate) struct PowerButton(PipeWriter);
+
+impl PowerButton {
+    /// Does not wait for the guest. One that has not looked since the last times need not be told.
+    pub(crate) fn press(&mut self) {
+        let _ = self.0.write_all(b"power\n");
+    }
+}
+
+/// The four ports of a command (docs/guest-contract.md, Ports), and the button that the last of them
+/// carries. The port closes when the button is dropped.
+pub(crate) fn command(inbox: Inbox) -> Result<([Port; 4], PowerButton), StreamError> {
     let port = |name: &str, input, output| Port {
         name: name.into(),
         console: false,
@@ -91,12 +103,25 @@ pub(crate) fn command(inbox: Inbox) -> Result<[Port; 4], StreamError> {
     });
     let stdout = standard("standard output", io::stdout().as_fd().try_clone_to_owned())?;
     let stderr = standard("standard error", io::stderr().as_fd().try_clone_to_owned())?;
-    Ok([
+    let (pressed, button) =
+        power_button().map_err(|source| StreamError::Standard("a pipe", source))?;
+    let ports = [
         port(STDIN_PORT, Some(standard_input()?), None),
         port(STDOUT_PORT, None, Some(stdout)),
         port(STDERR_PORT, None, Some(stderr)),
-        port(STATUS_PORT, None, Some(Output::sink(Box::new(status)))),
-    ])
+        port(
+            STATUS_PORT,
+            Some(pressed),
+            Some(Output::sink(Box::new(status))),
+        ),
+    ];
+    Ok((ports, button))
+}
+
+fn power_button() -> io::Result<(Input, PowerButton)> {
+    let (pressed, button) = io::pipe()?;
+    rustix::io::ioctl_fionbio(&button, true)?;
+    Ok((Input::new(pressed.into())?, PowerButton(button)))
 }
 
 fn output(destination: &Destination) -> Result<Option<Output>, StreamError> {

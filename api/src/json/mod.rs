@@ -160,6 +160,44 @@ impl Definition {
     }
 }
 
+impl Definition {
+    /// Takes away the device that its client calls `id`, or that vm.counters does. False if there is
+    /// none.
+    pub fn remove(&mut self, id: &str) -> bool {
+        let Value::Object(vm) = &mut self.json else {
+            return false;
+        };
+        let called = |json: &Value| json["id"].as_str() == Some(id);
+        if vm
+            .get("vsock")
+            .is_some_and(|vsock| vsock.is_object() && (called(vsock) || id == "vsock"))
+        {
+            vm.remove("vsock");
+            self.config.vsock = None;
+            return true;
+        }
+        for (section, name) in [("disks", "disk"), ("net", "net"), ("fs", "fs")] {
+            let Some(Value::Array(items)) = vm.get_mut(section) else {
+                continue;
+            };
+            let found = items
+                .iter()
+                .enumerate()
+                .position(|(index, json)| called(json) || format!("{name}{index}") == id);
+            if let Some(index) = found {
+                items.remove(index);
+                match section {
+                    "disks" => drop(self.config.disks.remove(index)),
+                    "net" => drop(self.config.nets.remove(index)),
+                    _ => drop(self.config.shares.remove(index)),
+                }
+                return true;
+            }
+        }
+        false
+    }
+}
+
 /// Parses `body`; an error says where in it.
 pub(crate) fn parse<T: DeserializeOwned>(body: &[u8]) -> Result<T, JsonError> {
     let mut deserializer = serde_json::Deserializer::from_slice(body);

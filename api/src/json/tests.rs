@@ -117,3 +117,26 @@ fn answers_are_ascii() {
     assert!(text.is_ascii());
     assert_eq!(serde_json::from_str::<Value>(&text).unwrap(), value);
 }
+
+#[test]
+fn devices_are_removed_by_their_clients_name_or_ours() {
+    let body = r#"{"payload":{"kernel":"/k"},"vsock":{"cid":3,"socket":"/s"},
+        "disks":[{"path":"/a"},{"path":"/b","id":"_disk7"},{"path":"/c"}],
+        "fs":[{"tag":"t","shared_dir":"/d"}]}"#;
+    let mut vm = Definition::parse(body.as_bytes()).unwrap();
+    for (id, there) in [
+        ("_disk7", true),
+        ("_disk7", false),
+        ("disk1", true),
+        ("net0", false),
+        ("fs0", true),
+        ("vsock", true),
+        ("vsock", false),
+        ("", false),
+    ] {
+        assert_eq!(vm.remove(id), there, "{id}");
+    }
+    assert_eq!(vm.config.disks.len(), 1);
+    assert_eq!(vm.json["disks"][0]["path"], "/a");
+    assert!(vm.config.vsock.is_none() && vm.config.shares.is_empty());
+}
