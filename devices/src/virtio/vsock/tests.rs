@@ -436,7 +436,12 @@ fn a_reset_of_the_guests_ends_the_hosts_stream() {
 
 #[test]
 fn many_connections_are_open_and_none_starves() {
-    const COUNT: usize = 300;
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    const COUNT: usize = 1000;
+    // Both ends of each are this process's.
+    let limit = getrlimit(Resource::Nofile);
+    let current = limit.maximum;
+    setrlimit(Resource::Nofile, Rlimit { current, ..limit }).unwrap();
     let mut bench = Bench::new();
     let mut streams: Vec<_> = (0..COUNT).map(|_| bench.connected()).collect();
     for (stream, _) in &mut streams {
