@@ -29,6 +29,16 @@ pub enum Action {
     Run(Box<RunOptions>),
 }
 
+/// How log lines are written.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum LogFormat {
+    /// For people.
+    #[default]
+    Text,
+    /// An object each, for programs.
+    Json,
+}
+
 /// Where events go.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum EventMonitor {
@@ -82,6 +92,8 @@ pub struct RunOptions {
     pub event_monitor: Option<EventMonitor>,
     /// `--log-file`
     pub log_file: Option<PathBuf>,
+    /// `--log-format`
+    pub log_format: LogFormat,
     /// `-v`, counted.
     pub verbosity: u8,
     /// What follows `--`; empty without a command.
@@ -169,6 +181,13 @@ pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Action, Cl
             Arg::Long("seccomp") => seccomp(&parser.value()?)?,
             Arg::Long("event-monitor") => options.event_monitor = Some(monitor(&mut parser)?),
             Arg::Long("log-file") => options.log_file = Some(parser.value()?.into()),
+            Arg::Long("log-format") => {
+                options.log_format = match parser.value()?.to_str() {
+                    Some("text") => LogFormat::Text,
+                    Some("json") => LogFormat::Json,
+                    _ => return Err(CliError::Contradiction("--log-format: write text or json")),
+                }
+            }
             Arg::Short('v') => options.verbosity = options.verbosity.saturating_add(1),
             unexpected => return Err(unexpected.unexpected().into()),
         }

@@ -2,7 +2,7 @@
 
 use std::ffi::OsString;
 use std::fs;
-use std::io::{self, Read};
+use std::io::{self, Read, Write};
 use std::path::PathBuf;
 
 use api::ByteSize;
@@ -10,6 +10,8 @@ use api::http::{Client, ClientError};
 use lexopt::{Arg, Parser, ValueExt};
 use serde_json::{Value, json};
 use thiserror::Error;
+
+use crate::top;
 
 /// What `podvmm api --help` prints.
 pub const HELP: &str = include_str!("client.txt");
@@ -22,6 +24,8 @@ pub struct Call {
     path: &'static str,
     body: Option<Body>,
     json: bool,
+    /// Asks again and again.
+    top: bool,
 }
 
 #[derive(Debug)]
@@ -57,6 +61,9 @@ pub enum CallError {
     /// podvmm did not answer, or refused.
     #[error(transparent)]
     Client(#[from] ClientError),
+    /// Standard output.
+    #[error("print the answer")]
+    Print(#[source] io::Error),
     /// podvmm's answer is not what it should be.
     #[error("podvmm's answer is not JSON")]
     Answer(#[source] serde_json::Error),
@@ -93,6 +100,7 @@ pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Option<Cal
         "ping" => ("GET", "/api/v1/vmm.ping", None),
         "info" => ("GET", "/api/v1/vm.info", None),
         "counters" => ("GET", "/api/v1/vm.counters", None),
+        "top" => ("GET", "/api/v1/vm.counters", None),
         "create" => (
             "PUT",
             "/api/v1/vm.create",
@@ -115,12 +123,21 @@ pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Option<Cal
         path,
         body,
         json,
+        top: command == "top",
     }))
 }
 
 impl Call {
-    /// Makes the request and returns what to print.
-    pub fn make(&self) -> Result<String, CallError> {
+    /// Makes the request and prints the answer to `out`.
+    pub fn make(&self, out: &mut impl Write) -> Result<(), CallError> {
+        if self.top {
+            return top::run(&mut Client::connect(&self.socket)?, out);
+        }
+        let answer = self.answer()?;
+        out.write_all(answer.as_bytes()).map_err(CallError::Print)
+    }
+
+    fn answer(&self) -> Result<String, CallError> {
         let body = match &self.body {
             None => None,
             Some(Body::Value(value)) => Some(value.to_string()),

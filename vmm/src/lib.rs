@@ -35,7 +35,8 @@ mod signals;
 pub mod streams;
 mod tap;
 mod terminal;
-pub mod transcript;
+mod top;
+mod transcript;
 pub mod vcpu;
 
 pub use ending::{EXIT_FAILURE, Ending};

@@ -3,11 +3,14 @@
 use std::error::Error;
 use std::ffi::OsString;
 use std::fs::OpenOptions;
+use std::io::{self, Write};
 use std::path::Path;
 use std::process::ExitCode;
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use env_logger::{Builder, Target, TimestampPrecision};
-use vmm::cli::{self, Action, HELP, RunOptions};
+use serde_json::json;
+use vmm::cli::{self, Action, HELP, LogFormat, RunOptions};
 use vmm::{EXIT_FAILURE, check, client, run};
 
 fn main() -> ExitCode {
@@ -31,14 +34,14 @@ fn main() -> ExitCode {
 
 fn call(arguments: impl Iterator<Item = OsString>) -> ExitCode {
     let made = client::parse(arguments).and_then(|call| match call {
-        None => Ok(client::HELP.into()),
-        Some(call) => call.make(),
+        None => {
+            print!("{}", client::HELP);
+            Ok(())
+        }
+        Some(call) => call.make(&mut io::stdout()),
     });
     match made {
-        Ok(text) => {
-            print!("{text}");
-            ExitCode::SUCCESS
-        }
+        Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             complain(&error);
             ExitCode::from(EXIT_FAILURE)
@@ -71,6 +74,17 @@ fn start_logging(options: &RunOptions) -> Result<(), Box<dyn Error>> {
                 .map(|_| TimestampPrecision::Micros),
         )
         .format_target(false);
+    if options.log_format == LogFormat::Json {
+        builder.format(|out, record| {
+            let time = SystemTime::now().duration_since(UNIX_EPOCH);
+            let line = json!({
+                "time": time.unwrap_or_default().as_secs_f64(),
+                "level": record.level().as_str(),
+                "message": record.args().to_string(),
+            });
+            writeln!(out, "{line}")
+        });
+    }
     if let Some(path) = &options.log_file {
         builder.target(Target::Pipe(Box::new(open_log(path)?)));
     }
