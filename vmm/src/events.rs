@@ -6,6 +6,7 @@ use std::fs::File;
 use std::io::Write;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
+use rustix::event::{PollFd, PollFlags};
 use serde_json::{Value, json};
 
 /// Where events go.
@@ -48,6 +49,13 @@ impl Events {
             "event": event,
             "properties": properties,
         });
+        // A pipe that nobody empties must not hold up the VM.
+        let mut room = [PollFd::new(output, PollFlags::OUT)];
+        let now = rustix::time::Timespec::default();
+        if rustix::event::poll(&mut room, Some(&now)) == Ok(0) {
+            log::warn!("nobody takes the events; lost: {source} {event}");
+            return;
+        }
         // In one call, so that a reader of a pipe or of the file's end gets whole lines.
         if let Err(error) = output.write_all(format!("{line}\n").as_bytes()) {
             log::warn!("events go nowhere from now on: {error}");
@@ -111,6 +119,15 @@ mod tests {
         assert_eq!(lines[1]["event"], "resized");
         assert_eq!(lines[1]["properties"]["desired_vcpus"], 2);
         assert!(lines[1]["time"].as_f64().unwrap() > 1e9);
+    }
+
+    #[test]
+    fn a_reader_that_sleeps_holds_up_nobody() {
+        let (_reader, writer) = std::io::pipe().unwrap();
+        let mut events = Events::new(Some(File::from(std::os::fd::OwnedFd::from(writer))));
+        // Far more than a pipe holds.
+        (0..10_000).for_each(|_| events.vmm("started"));
+        assert!(events.output.is_some());
     }
 
     #[test]

@@ -3,6 +3,7 @@
 
 use std::fs::{File, OpenOptions};
 use std::io;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::PathBuf;
 
 use api::{
@@ -71,8 +72,8 @@ pub fn run(options: &RunOptions) -> Result<u8, RunError> {
     let (inbox, events) = Inbox::new();
     watch_signals(inbox.clone())?;
     let transcript = Transcript::default();
-    let mut events_out = Events::new(event_monitor(options)?);
-    events_out.vmm("started");
+    let mut monitor = Events::new(event_monitor(options)?);
+    monitor.vmm("started");
     let has_command = !options.command.is_empty();
     let service = |inbox: &Inbox| match &options.api_socket {
         None => Ok(None),
@@ -85,7 +86,7 @@ pub fn run(options: &RunOptions) -> Result<u8, RunError> {
             command: None,
             transcript: transcript.clone(),
             terminal: false,
-            events: events_out,
+            events: monitor,
         });
         let outcome = control::serve(&mut vm, events);
         drop(service);
@@ -101,7 +102,7 @@ pub fn run(options: &RunOptions) -> Result<u8, RunError> {
         command,
         transcript: transcript.clone(),
         terminal: terminal.is_some(),
-        events: events_out,
+        events: monitor,
     });
     let definition = Definition::of(config.clone());
     vm.create(Box::new(definition)).map_err(RunError::Build)?;
@@ -118,7 +119,12 @@ fn event_monitor(options: &RunOptions) -> Result<Option<File>, RunError> {
         return Ok(None);
     };
     let open = match monitor {
-        EventMonitor::Path(path) => OpenOptions::new().append(true).create(true).open(path),
+        EventMonitor::Path(path) => OpenOptions::new()
+            .append(true)
+            .create(true)
+            // A FIFO that nobody reads is an error, and not waited for.
+            .custom_flags(libc::O_NONBLOCK)
+            .open(path),
         EventMonitor::Fd(fd) => crate::tap::duplicate(*fd).map(File::from),
     };
     open.map(Some).map_err(|source| RunError::EventMonitor {

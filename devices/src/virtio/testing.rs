@@ -157,10 +157,11 @@ impl Guest {
         let half = usize::try_from(RAM_LEN / 2).expect("fits");
         let ranges = [(GuestAddress(0), half), (GuestAddress(RAM_LEN / 2), half)];
         let memory = Memory::new(GuestRam::from_ranges(&ranges).expect("map RAM"));
-        Self::over(memory, device)
+        Self::on(memory, device)
     }
 
-    fn over(memory: Memory, device: impl VirtioDevice + 'static) -> Self {
+    /// Plugs the device into a board with this RAM, which must begin at 0 and be [`RAM_LEN`] long.
+    pub fn on(memory: Memory, device: impl VirtioDevice + 'static) -> Self {
         let irq = EventFd::new(libc::EFD_NONBLOCK).expect("create an event fd");
         let runner = Arc::new(InlineRunner::default());
         let transport = MmioTransport::new(
@@ -201,7 +202,7 @@ impl Guest {
         } = self;
         let state = transport.state();
         drop(transport);
-        let mut guest = Self::over(memory, make());
+        let mut guest = Self::on(memory, make());
         guest.transport.restore(state).expect("restore");
         Self {
             queues,

@@ -2,6 +2,7 @@
 
 mod confinement;
 mod hostile;
+mod vhost_user;
 
 use std::ffi::OsStr;
 use std::fs::{self, File, Permissions};
