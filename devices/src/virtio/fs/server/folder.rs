@@ -6,7 +6,7 @@ use rustix::fs::{OFlags, RawDir, SeekFrom};
 use rustix::io::Errno;
 use zerocopy::IntoBytes;
 
-use super::{Cache, Request, Server};
+use super::{Cache, MAX_TRANSFER, Request, Server};
 use crate::virtio::fs::abi::{Dirent, EntryOut, OpenOut, TransferIn, fopen};
 use crate::virtio::fs::handles::Handle;
 
@@ -43,7 +43,8 @@ impl Server {
             true => Some(self.folder(open.nodeid)?),
             false => None,
         };
-        let room = request.output.len().min(asked.size as usize);
+        let size = asked.size.min(MAX_TRANSFER) as usize;
+        let room = request.output.len().min(size);
         let _reading = open.reading.lock().expect("a panic ends the process");
         rustix::fs::seek(&open.file, SeekFrom::Start(asked.offset))?;
         let mut batch = [MaybeUninit::uninit(); BATCH];
