@@ -127,12 +127,16 @@ fn a_folder_swapped_for_a_link_again_and_again_is_never_followed() {
     let (folder, link) = (client.host("d"), client.host("link"));
     thread::scope(|scope| {
         scope.spawn(|| {
-            while !stop.load(Ordering::Relaxed) {
+            // Not in step with the client, as locks of the host's may make it.
+            let pauses = (0_u32..).map(|turn| turn.wrapping_mul(7919) % 30_000);
+            for pause in pauses.take_while(|_| !stop.load(Ordering::Relaxed)) {
+                (0..pause).for_each(|_| std::hint::spin_loop());
                 let exchange = rustix::fs::RenameFlags::EXCHANGE;
                 let here = rustix::fs::CWD;
                 rustix::fs::renameat_with(here, &folder, here, &link, exchange).unwrap();
             }
         });
+        let stop = StopOnDrop(&stop);
         let mut read = 0;
         for _ in 0..2000 {
             let Ok(folder) = client.lookup(ROOT, "d") else {
@@ -154,7 +158,7 @@ fn a_folder_swapped_for_a_link_again_and_again_is_never_followed() {
                 });
             client.forget(folder.nodeid, 1);
         }
-        stop.store(true, Ordering::Relaxed);
+        drop(stop);
         assert!(read > 0, "the right file is found now and then");
     });
     assert_eq!(fs::read_dir(outside.as_path()).unwrap().count(), 1);
@@ -335,5 +339,14 @@ fn forget_places(client: &mut Client) {
     for index in 0..DESCRIPTORS {
         let other = client.mkdir(ROOT, &format!("other-{index}")).unwrap();
         client.attr(other.nodeid).unwrap();
+    }
+}
+
+/// Ends a thread, also when the test fails.
+struct StopOnDrop<'a>(&'a AtomicBool);
+
+impl Drop for StopOnDrop<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
     }
 }
