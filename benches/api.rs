@@ -52,7 +52,7 @@ impl Service {
             .spawn()
             .expect("podvmm starts");
         while UnixStream::connect(&socket).is_err() {
-            std::hint::spin_loop();
+            std::thread::sleep(Duration::from_micros(20));
         }
         Self {
             folder,
