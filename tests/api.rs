@@ -26,6 +26,8 @@ code!(
     "jmp 1b"
 );
 
+/// What memory may differ by, as the allocator likes.
+const SLACK: u64 = 512 << 10;
 const PLAIN: &str = "temporary files have plain names";
 
 /// A podvmm that serves, in its own folder, and a guest for it.
@@ -80,6 +82,20 @@ impl Service {
     fn proc(&self, folder: &str) -> usize {
         let path = format!("/proc/{}/{folder}", self.running.pid());
         fs::read_dir(path).expect("it runs").count()
+    }
+
+    /// Bytes of memory that the host has given it.
+    fn resident(&self) -> u64 {
+        let path = format!("/proc/{}/statm", self.running.pid());
+        let statm = fs::read_to_string(path).expect("it runs");
+        let pages = statm.split(' ').nth(1).expect("statm has seven fields");
+        4096 * pages.parse::<u64>().expect("they are numbers")
+    }
+
+    fn files(&self) -> usize {
+        fs::read_dir(self.folder.path())
+            .expect("it is ours")
+            .count()
     }
 
     fn maps(&self) -> usize {
@@ -374,6 +390,7 @@ fn two_hundred_lives_leave_nothing_behind() {
     // The first lives warm up what stays: allocator arenas, thread stacks.
     (0..5).for_each(|_| live());
     let before = (service.proc("fd"), service.proc("task"), service.maps());
+    let (files, resident) = (service.files(), service.resident());
     (0..200).for_each(|_| live());
     let after = (service.proc("fd"), service.proc("task"), service.maps());
     assert_eq!((before.0, before.1), (after.0, after.1));
@@ -383,6 +400,8 @@ fn two_hundred_lives_leave_nothing_behind() {
         before.2,
         after.2
     );
+    assert_eq!(service.files(), files);
+    assert!(service.resident() < resident + SLACK);
     service.dismiss();
 }
 
@@ -403,6 +422,7 @@ fn many_requests_and_connections_leave_nothing_behind() {
         thread::sleep(Duration::from_millis(1));
     }
     let before = (service.proc("fd"), service.proc("task"), service.maps());
+    let resident = service.resident();
     many(10_000);
     // Those that left are noticed in the order in which they come to be looked at.
     while service.proc("fd") > before.0 {
@@ -412,6 +432,7 @@ fn many_requests_and_connections_leave_nothing_behind() {
         before,
         (service.proc("fd"), service.proc("task"), service.maps())
     );
+    assert!(service.resident() < resident + SLACK);
     service.dismiss();
 }
 
