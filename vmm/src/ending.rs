@@ -104,6 +104,17 @@ mod tests {
     }
 
     #[test]
+    fn a_guest_out_of_memory_says_so() {
+        let reason = |line: &str| Ending::Panic(line.into()).reason();
+        assert_eq!(reason("Fatal exception"), "panic");
+        assert_eq!(
+            reason("Out of memory: system-wide panic_on_oom is enabled"),
+            "oom"
+        );
+        assert_eq!(reason("System is deadlocked on memory"), "oom");
+    }
+
+    #[test]
     fn signals_count_from_128_as_in_shells() {
         assert_eq!(Ending::Signal(15).exit_code(false), 143);
     }

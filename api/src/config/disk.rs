@@ -43,12 +43,7 @@ impl DiskConfig {
 
     /// Itself, if all of it is in range.
     pub(crate) fn checked(self) -> Result<Self, ConfigError> {
-        if !(1..=16).contains(&self.queues) {
-            return Err(ConfigError::Queues(self.queues));
-        }
-        if !self.queue_size.is_power_of_two() || !(4..=1024).contains(&self.queue_size) {
-            return Err(ConfigError::QueueSize(self.queue_size));
-        }
+        super::check_queues(self.queues, self.queue_size, 4)?;
         self.rates.checked()?;
         match self.id {
             Some(id) if id.len() > 20 => Err(ConfigError::IdTooLong(id)),

@@ -90,12 +90,7 @@ impl FsConfig {
         if !(1..=36).contains(&self.tag.len()) || self.tag.contains('\0') {
             return Err(ConfigError::Tag(self.tag));
         }
-        if !(1..=16).contains(&self.queues) {
-            return Err(ConfigError::Queues(self.queues));
-        }
-        if !self.queue_size.is_power_of_two() || !(16..=1024).contains(&self.queue_size) {
-            return Err(ConfigError::NetQueueSize(self.queue_size));
-        }
+        super::check_queues(self.queues, self.queue_size, 16)?;
         Ok(self)
     }
 }

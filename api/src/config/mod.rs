@@ -98,8 +98,13 @@ pub enum ConfigError {
     #[error("queues={0}: 1 to 16 are possible")]
     Queues(u16),
     /// Out of range.
-    #[error("queue_size={0} is not a power of two from 4 to 1024")]
-    QueueSize(u16),
+    #[error("queue_size={size} is not a power of two from {least} to 1024")]
+    QueueSize {
+        /// What was asked for.
+        size: u16,
+        /// Fewest such a device can have.
+        least: u16,
+    },
     /// virtio-blk has room for 20 bytes.
     #[error("id='{0}' is longer than 20 bytes")]
     IdTooLong(String),
@@ -131,9 +136,6 @@ pub enum ConfigError {
         /// Given.
         fds: usize,
     },
-    /// Out of range.
-    #[error("queue_size={0} is not a power of two from 16 to 1024")]
-    NetQueueSize(u16),
     /// IPv4 needs 68 (RFC 791).
     #[error("mtu={0}: 68 to 65535 is possible")]
     Mtu(u16),
@@ -181,6 +183,17 @@ impl VmConfig {
         }
         Ok(())
     }
+}
+
+/// Whether a device can have `count` queues, or pairs of them, of `size` descriptors.
+fn check_queues(count: u16, size: u16, least: u16) -> Result<(), ConfigError> {
+    if !(1..=16).contains(&count) {
+        return Err(ConfigError::Queues(count));
+    }
+    if !size.is_power_of_two() || !(least..=1024).contains(&size) {
+        return Err(ConfigError::QueueSize { size, least });
+    }
+    Ok(())
 }
 
 #[cfg(test)]

@@ -125,12 +125,7 @@ impl NetConfig {
                 fds,
             });
         }
-        if !(1..=16).contains(&self.pairs) {
-            return Err(ConfigError::Queues(self.pairs));
-        }
-        if !self.queue_size.is_power_of_two() || !(16..=1024).contains(&self.queue_size) {
-            return Err(ConfigError::NetQueueSize(self.queue_size));
-        }
+        super::check_queues(self.pairs, self.queue_size, 16)?;
         self.rates.checked()?;
         if self.mtu.is_some_and(|mtu| mtu < 68) {
             return Err(ConfigError::Mtu(self.mtu.unwrap_or(0)));

@@ -67,13 +67,10 @@ pub fn read_at(
     len: usize,
     offset: u64,
 ) -> io::Result<usize> {
-    let file = file.as_fd();
-    until_short(len, |done| {
+    until_short(file.as_fd(), ram, into, len, |fd, pieces, done| {
         let offset = position(offset, done)?;
-        transfer(file, ram, into, len - done, |fd, pieces| {
-            // SAFETY: see `transfer`.
-            unsafe { libc::preadv(fd, pieces.as_ptr(), count_of(pieces.len()), offset) }
-        })
+        // SAFETY: see `transfer`.
+        Ok(unsafe { libc::preadv(fd, pieces.as_ptr(), count_of(pieces.len()), offset) })
     })
 }
 
@@ -86,13 +83,10 @@ pub fn write_at(
     len: usize,
     offset: u64,
 ) -> io::Result<usize> {
-    let file = file.as_fd();
-    until_short(len, |done| {
+    until_short(file.as_fd(), ram, from, len, |fd, pieces, done| {
         let offset = position(offset, done)?;
-        transfer(file, ram, from, len - done, |fd, pieces| {
-            // SAFETY: see `transfer`.
-            unsafe { libc::pwritev(fd, pieces.as_ptr(), count_of(pieces.len()), offset) }
-        })
+        // SAFETY: see `transfer`.
+        Ok(unsafe { libc::pwritev(fd, pieces.as_ptr(), count_of(pieces.len()), offset) })
     })
 }
 
@@ -103,22 +97,26 @@ pub fn append(
     from: &mut Segments,
     len: usize,
 ) -> io::Result<usize> {
-    let file = file.as_fd();
-    until_short(len, |done| {
-        transfer(file, ram, from, len - done, |fd, pieces| {
-            let (count, flags) = (count_of(pieces.len()), libc::RWF_APPEND);
-            // SAFETY: see `transfer`.
-            unsafe { libc::pwritev2(fd, pieces.as_ptr(), count, 0, flags) }
-        })
+    until_short(file.as_fd(), ram, from, len, |fd, pieces, _| {
+        let (count, flags) = (count_of(pieces.len()), libc::RWF_APPEND);
+        // SAFETY: see `transfer`.
+        Ok(unsafe { libc::pwritev2(fd, pieces.as_ptr(), count, 0, flags) })
     })
 }
 
-/// Repeats `step`, which is told how far it is, up to `len` bytes or the first step of none. An
-/// error after a part is for the next call to meet.
-fn until_short(len: usize, mut step: impl FnMut(usize) -> io::Result<usize>) -> io::Result<usize> {
+/// Repeats `call`, which is told how far it is, up to `len` bytes or the first call that moves
+/// none. An error after a part is for the next call to meet.
+fn until_short(
+    file: BorrowedFd<'_>,
+    ram: &GuestRam,
+    segments: &mut Segments,
+    len: usize,
+    call: impl Fn(RawFd, &[libc::iovec], usize) -> io::Result<isize>,
+) -> io::Result<usize> {
     let mut done = 0;
     while done < len {
-        match step(done) {
+        let step = |fd: RawFd, pieces: &[libc::iovec]| call(fd, pieces, done);
+        match transfer(file, ram, segments, len - done, step) {
             Ok(0) => break,
             Ok(count) => done += count,
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
@@ -140,7 +138,7 @@ fn position(offset: u64, done: usize) -> io::Result<libc::off_t> {
 pub fn read(file: impl AsFd, ram: &GuestRam, into: &mut Segments, max: usize) -> io::Result<usize> {
     transfer(file.as_fd(), ram, into, max, |fd, pieces| {
         // SAFETY: see `transfer`, which calls this.
-        unsafe { libc::readv(fd, pieces.as_ptr(), count_of(pieces.len())) }
+        Ok(unsafe { libc::readv(fd, pieces.as_ptr(), count_of(pieces.len())) })
     })
 }
 
@@ -153,7 +151,7 @@ pub fn write(
 ) -> io::Result<usize> {
     transfer(file.as_fd(), ram, from, max, |fd, pieces| {
         // SAFETY: see `transfer`, which calls this.
-        unsafe { libc::writev(fd, pieces.as_ptr(), count_of(pieces.len())) }
+        Ok(unsafe { libc::writev(fd, pieces.as_ptr(), count_of(pieces.len())) })
     })
 }
 
@@ -165,7 +163,7 @@ pub fn send(
     max: usize,
 ) -> io::Result<usize> {
     transfer(socket.as_fd(), ram, from, max, |fd, pieces| {
-        send_pieces(fd, pieces)
+        Ok(send_pieces(fd, pieces))
     })
 }
 
@@ -199,7 +197,7 @@ fn transfer(
     ram: &GuestRam,
     segments: &mut Segments,
     max: usize,
-    call: impl FnOnce(RawFd, &[libc::iovec]) -> isize,
+    call: impl FnOnce(RawFd, &[libc::iovec]) -> io::Result<isize>,
 ) -> io::Result<usize> {
     let mut pieces = [libc::iovec {
         iov_base: ptr::null_mut(),
@@ -212,7 +210,7 @@ fn transfer(
         piece.iov_len = slice.len();
         count += 1;
     }
-    let moved = call(fd.as_raw_fd(), &pieces[..count]);
+    let moved = call(fd.as_raw_fd(), &pieces[..count])?;
     let moved = usize::try_from(moved).map_err(|_| io::Error::last_os_error())?;
     segments.skip(moved);
     Ok(moved)

@@ -1,5 +1,6 @@
 //! What the guest has open, by number. Looking one up takes no lock; opening and closing do.
 
+use std::collections::HashSet;
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, OnceLock};
 
@@ -78,24 +79,21 @@ impl Handles {
         Ok(number as u64)
     }
 
-    /// Puts it where it was in another life. False if there is no such number.
-    pub(super) fn restore(&self, number: u64, handle: Option<Handle>) -> bool {
+    /// Puts each where it was in another life, for nothing is open now; what could not be opened
+    /// again is closed. False if there is no such number, or it is there twice.
+    pub(super) fn restore(&self, open: impl IntoIterator<Item = (u64, Option<Handle>)>) -> bool {
         let mut numbers = self.numbers.lock().expect("a panic ends the process");
-        let Some(number) = usize::try_from(number).ok().filter(|n| *n < self.limit) else {
-            return false;
-        };
-        while numbers.fresh <= number {
-            let free = numbers.fresh;
-            numbers.free.push(free);
-            numbers.fresh += 1;
-        }
-        let Some(position) = numbers.free.iter().position(|free| *free == number) else {
-            return false;
-        };
-        if handle.is_some() {
-            numbers.free.swap_remove(position);
+        let mut taken = HashSet::new();
+        for (number, handle) in open {
+            let number = usize::try_from(number).ok().filter(|n| *n < self.limit);
+            let Some(number) = number.filter(|number| taken.insert(*number)) else {
+                return false;
+            };
+            numbers.fresh = numbers.fresh.max(number + 1);
             self.slot(number).store(handle.map(Arc::new));
         }
+        let free = (0..numbers.fresh).filter(|number| self.slot(*number).load().is_none());
+        numbers.free = free.collect();
         true
     }
 
@@ -205,9 +203,7 @@ mod tests {
     #[test]
     fn a_restored_number_is_taken_and_those_before_it_are_free() {
         let handles = Handles::new(1000);
-        assert!(handles.restore(300, Some(handle())));
-        assert!(!handles.restore(300, Some(handle())));
-        assert!(!handles.restore(1000, Some(handle())));
+        assert!(handles.restore([(300, Some(handle())), (7, None)]));
         let numbers: Vec<_> = (0..301)
             .map(|_| handles.insert(handle()).unwrap())
             .collect();
@@ -215,5 +211,17 @@ mod tests {
         assert_eq!(handles.all().len(), 302);
         handles.clear();
         assert_eq!(handles.all().len(), 0);
+    }
+
+    #[test]
+    fn numbers_nobody_can_have_had_are_not_restored() {
+        let restore = |numbers: &[u64]| {
+            let open = numbers.iter().map(|number| (*number, None));
+            Handles::new(1000).restore(open)
+        };
+        assert!(restore(&[3, 999]));
+        assert!(!restore(&[3, 3]));
+        assert!(!restore(&[1000]));
+        assert!(!restore(&[u64::MAX]));
     }
 }

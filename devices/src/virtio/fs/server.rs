@@ -136,7 +136,7 @@ fn take<T: FromBytes + IntoBytes>(ram: &GuestRam, input: &mut Segments) -> Resul
     Ok(value)
 }
 
-/// The next of the NUL-terminated texts in `text`, which must be more than the NUL.
+/// The next of the NUL-terminated texts in `text`.
 fn next_text<'a>(text: &mut &'a [u8]) -> Result<&'a CStr, Errno> {
     let first = CStr::from_bytes_until_nul(text).map_err(|_| Errno::INVAL)?;
     *text = &text[first.count_bytes() + 1..];
@@ -388,7 +388,7 @@ impl Server {
         request.put(&answer)
     }
 
-    fn wanted(&self) -> u64 {
+    pub(super) fn wanted(&self) -> u64 {
         let always = init::ASYNC_READ
             | init::ATOMIC_O_TRUNC
             | init::BIG_WRITES

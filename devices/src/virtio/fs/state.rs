@@ -14,6 +14,9 @@ use super::handles::Handle;
 use super::server::{Server, is_name};
 use crate::virtio::StateError;
 
+/// Far more files than a guest can have asked for, and far from where numbers end.
+const MOST_NUMBERS: u64 = 1 << 62;
+
 /// A share as its guest knows it.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FsState {
@@ -67,16 +70,18 @@ impl Server {
     /// Goes on where another server was.
     pub(super) fn restore(&self, state: FsState) -> Result<(), StateError> {
         self.clear();
+        if state.session & !self.wanted() != 0 {
+            return Err(wrong("guest relies on what is not offered here"));
+        }
         self.agree(state.session);
         self.restore_nodes(state.next, state.nodes)?;
-        for HandleState { fh, nodeid, flags } in state.handles {
-            // What is not there any more stays closed.
-            let handle = self.reopen(nodeid, flags).ok();
-            if !self.handles.restore(fh, handle) {
-                return Err(wrong("open files are not as a share can have them"));
-            }
+        let open = state.handles.into_iter();
+        let open =
+            open.map(|HandleState { fh, nodeid, flags }| (fh, self.reopen(nodeid, flags).ok()));
+        match self.handles.restore(open) {
+            true => Ok(()),
+            false => Err(wrong("open files are not as a share can have them")),
         }
-        Ok(())
     }
 
     fn reopen(&self, nodeid: u64, flags: u32) -> Result<Handle, Errno> {
@@ -87,6 +92,9 @@ impl Server {
 
     fn restore_nodes(&self, next: u64, nodes: Vec<NodeState>) -> Result<(), StateError> {
         let count = nodes.len();
+        if next > MOST_NUMBERS {
+            return Err(wrong("files are more than there can have been"));
+        }
         let mut children: HashMap<u64, Vec<NodeState>> = HashMap::new();
         for node in nodes {
             if node.nodeid <= ROOT || node.nodeid >= next {

@@ -330,6 +330,7 @@ impl MutEventSubscriber for VhostUserHandler {
             let socket = Events::with_data(&self.socket(), SOCKET, EventSet::empty());
             // It would be reported again and again.
             let _ = ops.remove(socket);
+            self.works = false;
             self.fail(&"the process that serves it is gone");
         }
     }

@@ -6,13 +6,12 @@ use std::os::fd::OwnedFd;
 use rustix::fs::{FallocateFlags, OFlags, SeekFrom};
 use rustix::io::Errno;
 
-use super::{MAX_TRANSFER, Request, Server};
+use super::{Cache, MAX_TRANSFER, Request, Server};
 use crate::virtio::fs::abi::{
     CopyFileRangeIn, FAllocateIn, FSYNC_FDATASYNC, FSyncIn, LSeekIn, LSeekOut, OPEN_KILL_SUIDGID,
     OpenIn, OpenOut, ReleaseIn, TransferIn, WRITE_CACHE, WRITE_KILL_SUIDGID, WriteOut, fopen, init,
 };
 use crate::virtio::fs::handles::Handle;
-use crate::virtio::fs::server::Cache;
 use crate::virtio::{Counters, vectored};
 
 /// Most bytes that are copied within the host at once: the thread is needed elsewhere.
@@ -27,10 +26,27 @@ impl Server {
             return Err(Errno::ISDIR);
         }
         let file = self.open_for(nodeid, flags, asked.open_flags)?;
+        let open = self.keep_open(file, nodeid, flags)?;
+        request.put(&open)
+    }
+
+    /// Gives an open file a number, and says what the guest may do with the content.
+    pub(super) fn keep_open(
+        &self,
+        file: OwnedFd,
+        nodeid: u64,
+        flags: OFlags,
+    ) -> Result<OpenOut, Errno> {
         let fh = self.handles.insert(Handle::new(file, nodeid, flags))?;
-        request.put(&OpenOut {
+        let open_flags = match (self.cache, flags.contains(OFlags::DIRECTORY)) {
+            (Cache::None, _) => fopen::DIRECT_IO,
+            (Cache::Auto, _) => 0,
+            (Cache::Always, false) => fopen::KEEP_CACHE,
+            (Cache::Always, true) => fopen::KEEP_CACHE | fopen::CACHE_DIR,
+        };
+        Ok(OpenOut {
             fh,
-            open_flags: self.open_answer(),
+            open_flags,
             padding: 0,
         })
     }
@@ -67,15 +83,6 @@ impl Server {
             flags = flags & !OFlags::RWMODE | OFlags::RDWR;
         }
         Ok(flags)
-    }
-
-    /// What the guest may do with the content of an open file.
-    pub(super) fn open_answer(&self) -> u32 {
-        match self.cache {
-            Cache::None => fopen::DIRECT_IO,
-            Cache::Auto => 0,
-            Cache::Always => fopen::KEEP_CACHE,
-        }
     }
 
     pub(super) fn read(

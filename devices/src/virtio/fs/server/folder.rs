@@ -6,9 +6,8 @@ use rustix::fs::{OFlags, RawDir, SeekFrom};
 use rustix::io::Errno;
 use zerocopy::IntoBytes;
 
-use super::{Cache, MAX_TRANSFER, Request, Server};
-use crate::virtio::fs::abi::{Dirent, EntryOut, OpenOut, TransferIn, fopen};
-use crate::virtio::fs::handles::Handle;
+use super::{MAX_TRANSFER, Request, Server};
+use crate::virtio::fs::abi::{Dirent, EntryOut, TransferIn};
 
 /// Bytes of names read from the host at once.
 const BATCH: usize = 8 << 10;
@@ -19,19 +18,8 @@ impl Server {
         let place = self.folder(nodeid)?;
         let flags = OFlags::RDONLY | OFlags::DIRECTORY;
         let file = self.descriptors.open_again(&place.fd, flags)?;
-        let fh = self
-            .handles
-            .insert(Handle::new(file, nodeid, OFlags::RDONLY))?;
-        let open_flags = match self.cache {
-            Cache::None => fopen::DIRECT_IO,
-            Cache::Auto => 0,
-            Cache::Always => fopen::KEEP_CACHE | fopen::CACHE_DIR,
-        };
-        request.put(&OpenOut {
-            fh,
-            open_flags,
-            padding: 0,
-        })
+        let open = self.keep_open(file, nodeid, flags)?;
+        request.put(&open)
     }
 
     /// Lists from the offset on as much as there is room for; with `plus` the guest is told of each

@@ -1,16 +1,15 @@
 //! Requests about names: what is there, what is to be made, moved or removed.
 
 use std::ffi::CStr;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 
 use rustix::fs::{AtFlags, FileType, Gid, Mode, OFlags, RenameFlags, Uid};
 use rustix::io::Errno;
 
 use super::{Request, Server, is_proc, next_name, next_text};
 use crate::virtio::fs::abi::{
-    ATTR_SUBMOUNT, CreateIn, EntryOut, LinkIn, MkDirIn, MkNodIn, OpenOut, Rename2In, RenameIn, init,
+    ATTR_SUBMOUNT, CreateIn, EntryOut, LinkIn, MkDirIn, MkNodIn, Rename2In, RenameIn, init,
 };
-use crate::virtio::fs::handles::Handle;
 use crate::virtio::fs::host::{self, Status};
 use crate::virtio::fs::nodes::Place;
 
@@ -307,18 +306,12 @@ impl Server {
     fn put_created(
         &self,
         request: &mut Request<'_>,
-        file: impl AsFd + Into<OwnedFd>,
-        entry: crate::virtio::fs::abi::EntryOut,
+        file: OwnedFd,
+        entry: EntryOut,
         flags: OFlags,
     ) -> Result<usize, Errno> {
-        let handle = Handle::new(file.into(), entry.nodeid, flags);
-        let opened = self.handles.insert(handle);
-        let fh = opened.inspect_err(|_| self.nodes().forget(entry.nodeid, 1))?;
-        let open = OpenOut {
-            fh,
-            open_flags: self.open_answer(),
-            padding: 0,
-        };
+        let opened = self.keep_open(file, entry.nodeid, flags);
+        let open = opened.inspect_err(|_| self.nodes().forget(entry.nodeid, 1))?;
         Ok(request.put(&entry)? + request.put(&open)?)
     }
 }
