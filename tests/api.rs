@@ -26,6 +26,25 @@ code!(
     "jmp 1b"
 );
 
+// Says what it is told, up to a q.
+code!(
+    echo,
+    ".code32",
+    "1: mov dx, 0x3fd",
+    "in al, dx",
+    "test al, 1",
+    "jz 1b",
+    "mov dx, 0x3f8",
+    "in al, dx",
+    "out dx, al",
+    "cmp al, 'q'",
+    "jne 1b",
+    "mov al, 0xfe",
+    "out 0x64, al",
+    "2: hlt",
+    "jmp 2b"
+);
+
 /// What memory may differ by, as the allocator likes.
 const SLACK: u64 = 512 << 10;
 const PLAIN: &str = "temporary files have plain names";
@@ -382,8 +401,13 @@ fn two_hundred_lives_leave_nothing_behind() {
     }
     let service = Service::start(spin());
     let mut client = service.client();
+    let mut definition = service.definition();
+    for end in ["serial", "console"] {
+        let socket = service.folder.path().join(end);
+        definition[end] = json!({"mode": "Socket", "socket": socket});
+    }
     let mut live = || {
-        put(&mut client, "vm.create", Some(service.definition())).unwrap();
+        put(&mut client, "vm.create", Some(definition.clone())).unwrap();
         put(&mut client, "vm.boot", None).unwrap();
         put(&mut client, "vm.delete", None).unwrap();
     };
@@ -392,6 +416,10 @@ fn two_hundred_lives_leave_nothing_behind() {
     let before = (service.proc("fd"), service.proc("task"), service.maps());
     let (files, resident) = (service.files(), service.resident());
     (0..200).for_each(|_| live());
+    // Who read a console notices by itself that it is gone.
+    while service.proc("task") > before.1 {
+        thread::sleep(Duration::from_millis(1));
+    }
     let after = (service.proc("fd"), service.proc("task"), service.maps());
     assert_eq!((before.0, before.1), (after.0, after.1));
     assert!(
@@ -491,4 +519,33 @@ fn a_person_talks_to_it_with_the_same_binary() {
     );
     assert_eq!(ask(&["exit"]).code, Some(0));
     assert_eq!(service.running.wait().code, Some(0));
+}
+
+#[test]
+fn a_person_is_on_the_guests_console() {
+    if !kvm_is_here() {
+        return;
+    }
+    let service = Service::start(echo());
+    let socket = service.socket();
+    let console = ["api", "--socket", socket.to_str().unwrap(), "console"];
+    let mut client = service.client();
+    put(&mut client, "vm.create", Some(service.definition())).unwrap();
+    let none = Podvmm::new(console).run();
+    assert_eq!(
+        none.stderr,
+        "podvmm: neither console nor serial has mode Socket\n"
+    );
+    put(&mut client, "vm.delete", None).unwrap();
+
+    let mut definition = service.definition();
+    let path = service.folder.path().join("serial");
+    definition["serial"] = json!({"mode": "Socket", "socket": path});
+    put(&mut client, "vm.create", Some(definition)).unwrap();
+    put(&mut client, "vm.boot", None).unwrap();
+    let seen = Podvmm::new(console).input(b"who is there? q").run();
+    assert_eq!(seen.stdout, "who is there? q");
+    assert_eq!(seen.code, Some(0), "{seen:?}");
+    assert_eq!(service.running.wait().code, Some(0));
+    assert!(!path.exists());
 }

@@ -1,6 +1,7 @@
 //! From a configuration to a machine: a straight line, in the order in which
 //! the parts need one another. What fails drops what was made so far.
 
+use std::fs::File;
 use std::io;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -39,7 +40,8 @@ use crate::machine::Machine;
 use crate::memory::{Ram, RamError};
 use crate::resize::MemoryHandles;
 use crate::share;
-use crate::streams::{self, PowerButton, StreamError};
+use crate::socket_console::SocketConsole;
+use crate::streams::{self, HostEnd, PowerButton, StreamError};
 use crate::tap;
 use crate::transcript::Transcript;
 use crate::vcpu::{Buses, Vcpu};
@@ -165,7 +167,8 @@ pub fn build(config: &VmConfig, around: &Surroundings) -> Result<Machine, BuildE
     mptable::write(ram.memory(), count)?;
     timeline.mark("kernel");
 
-    let ports = port_devices(config, around, &vm)?;
+    let mut sockets = Vec::new();
+    let ports = port_devices(config, around, &vm, &mut sockets)?;
     let io = Arc::new(IoThreads::default());
     let mut attacher = Attacher {
         vm: &vm,
@@ -175,7 +178,7 @@ pub fn build(config: &VmConfig, around: &Surroundings) -> Result<Machine, BuildE
         transports: Vec::new(),
         parameters: Vec::new(),
     };
-    let button = attach_devices(config, around, &mut attacher)?;
+    let button = attach_devices(config, around, &mut attacher, &mut sockets)?;
     let memory = attach_memory(config, &mut attacher)?;
     let Attacher {
         mmio,
@@ -241,6 +244,7 @@ pub fn build(config: &VmConfig, around: &Surroundings) -> Result<Machine, BuildE
         memory,
         exits,
         _io: io,
+        _sockets: sockets,
         _vm: vm,
         _ram: ram,
     })
@@ -265,8 +269,13 @@ fn open_kvm() -> Result<Kvm, BuildError> {
     }
 }
 
-/// The serial port and the reset line.
-fn port_devices(config: &VmConfig, around: &Surroundings, vm: &VmFd) -> Result<Bus, BuildError> {
+/// The serial port and the reset line. A socket of the former is added to `sockets`.
+fn port_devices(
+    config: &VmConfig,
+    around: &Surroundings,
+    vm: &VmFd,
+    sockets: &mut Vec<SocketConsole>,
+) -> Result<Bus, BuildError> {
     let mut bus = Bus::new();
     let inbox = around.inbox.clone();
     let reset = Box::new(move || {
@@ -277,36 +286,42 @@ fn port_devices(config: &VmConfig, around: &Surroundings, vm: &VmFd) -> Result<B
         I8042_LEN,
         Arc::new(Mutex::new(I8042::new(reset))),
     )?;
-    let Some(output) = streams::serial(&config.serial, &around.transcript)? else {
+    let Some(mut end) = HostEnd::open(&config.serial)? else {
         return Ok(bus);
     };
+    let typed = end.input.take();
+    sockets.extend(end.socket.take());
     let device = || "the serial port".to_string();
     let line = irqfd(vm, SERIAL_GSI).map_err(|source| BuildError::Attach {
         device: device(),
         source,
     })?;
+    let output = end.into_serial(&around.transcript);
     let serial = Serial::new(line, output).map_err(|source| BuildError::Device {
         device: device(),
         source: source.into(),
     })?;
     let serial = Arc::new(Mutex::new(serial));
     bus.insert(COM1_BASE, SERIAL_LEN, serial.clone())?;
-    if config.serial == Output::Tty {
+    if let Some(typed) = typed {
         let inbox = around.inbox.clone();
         let end = move || {
             let _ = inbox.send(Event::Signal(libc::SIGINT));
         };
-        keyboard::attach(serial, around.terminal, end)
+        let escapes = around.terminal && config.serial == Output::Tty;
+        keyboard::attach(File::from(typed), &serial, escapes, end)
             .map_err(|source| BuildError::Thread("the keyboard".into(), source))?;
     }
     Ok(bus)
 }
 
-/// The devices in the order the guest finds them. Returns the agent's power button, if there is one.
+/// The devices in the order the guest finds them. A console's socket is added to `sockets`. Returns
+/// the agent's power button, if there is one.
 fn attach_devices(
     config: &VmConfig,
     around: &Surroundings,
     attacher: &mut Attacher,
+    sockets: &mut Vec<SocketConsole>,
 ) -> Result<Option<PowerButton>, BuildError> {
     for (index, disk) in config.disks.iter().enumerate() {
         let device = format!("disk {}", disk.path.display());
@@ -346,7 +361,11 @@ fn attach_devices(
         attach(attacher, "vsock", device, Box::new(vsock))?;
     }
     attach(attacher, "rng", "the entropy device", Box::new(Rng::new()))?;
-    let mut ports = Vec::from_iter(streams::console(&config.console, &around.transcript)?);
+    let mut ports = Vec::new();
+    if let Some(mut end) = HostEnd::open(&config.console)? {
+        sockets.extend(end.socket.take());
+        ports.push(end.into_port(&around.transcript)?);
+    }
     let mut button = None;
     if around.command.is_some() {
         let (of_command, its_button) = streams::command(around.inbox.clone())?;

@@ -11,6 +11,7 @@ use lexopt::{Arg, Parser, ValueExt};
 use serde_json::{Value, json};
 use thiserror::Error;
 
+use crate::console_client::{self, ConsoleError};
 use crate::top;
 
 /// What `podvmm api --help` prints.
@@ -24,8 +25,17 @@ pub struct Call {
     path: &'static str,
     body: Option<Body>,
     json: bool,
+    then: Then,
+}
+
+/// What becomes of the answer.
+#[derive(Debug)]
+enum Then {
+    Print,
     /// Asks again and again.
-    top: bool,
+    Top,
+    /// Goes where it says a console is.
+    Console,
 }
 
 #[derive(Debug)]
@@ -64,6 +74,9 @@ pub enum CallError {
     /// Standard output.
     #[error("print the answer")]
     Print(#[source] io::Error),
+    /// The guest's console.
+    #[error(transparent)]
+    Console(#[from] ConsoleError),
     /// podvmm's answer is not what it should be.
     #[error("podvmm's answer is not JSON")]
     Answer(#[source] serde_json::Error),
@@ -98,9 +111,8 @@ pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Option<Cal
     let file = |name| file.clone().map(Body::File).ok_or(CallError::Missing(name));
     let (method, path, body) = match command.as_str() {
         "ping" => ("GET", "/api/v1/vmm.ping", None),
-        "info" => ("GET", "/api/v1/vm.info", None),
-        "counters" => ("GET", "/api/v1/vm.counters", None),
-        "top" => ("GET", "/api/v1/vm.counters", None),
+        "info" | "console" => ("GET", "/api/v1/vm.info", None),
+        "counters" | "top" => ("GET", "/api/v1/vm.counters", None),
         "create" => (
             "PUT",
             "/api/v1/vm.create",
@@ -123,21 +135,32 @@ pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Option<Cal
         path,
         body,
         json,
-        top: command == "top",
+        then: match command.as_str() {
+            "top" => Then::Top,
+            "console" => Then::Console,
+            _ => Then::Print,
+        },
     }))
 }
 
 impl Call {
     /// Makes the request and prints the answer to `out`.
     pub fn make(&self, out: &mut impl Write) -> Result<(), CallError> {
-        if self.top {
-            return top::run(&mut Client::connect(&self.socket)?, out);
+        match self.then {
+            Then::Print => {
+                let answer = self.text()?;
+                out.write_all(answer.as_bytes()).map_err(CallError::Print)
+            }
+            Then::Top => top::run(&mut Client::connect(&self.socket)?, out),
+            Then::Console => {
+                let info = self.answer()?.ok_or(ConsoleError::None)?;
+                Ok(console_client::run(&info)?)
+            }
         }
-        let answer = self.answer()?;
-        out.write_all(answer.as_bytes()).map_err(CallError::Print)
     }
 
-    fn answer(&self) -> Result<String, CallError> {
+    /// None if there is nothing to say but that it was done.
+    fn answer(&self) -> Result<Option<Value>, CallError> {
         let body = match &self.body {
             None => None,
             Some(Body::Value(value)) => Some(value.to_string()),
@@ -146,9 +169,16 @@ impl Call {
         let mut client = Client::connect(&self.socket)?;
         let answer = client.call(self.method, self.path, body.as_deref(), &[])?;
         if answer.is_empty() {
-            return Ok(String::new());
+            return Ok(None);
         }
-        let answer: Value = serde_json::from_slice(&answer).map_err(CallError::Answer)?;
+        let answer = serde_json::from_slice(&answer).map_err(CallError::Answer)?;
+        Ok(Some(answer))
+    }
+
+    fn text(&self) -> Result<String, CallError> {
+        let Some(answer) = self.answer()? else {
+            return Ok(String::new());
+        };
         if self.json {
             return Ok(format!("{answer}\n"));
         }

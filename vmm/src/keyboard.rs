@@ -1,8 +1,9 @@
-//! Standard input as the keyboard of a guest's serial console.
+//! The keyboard of a guest's serial console: standard input, or a socket.
 
 use std::io::{self, Read};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, Weak};
 use std::thread::Builder;
+use std::time::Duration;
 
 use devices::legacy::Serial;
 use vmm_sys_util::eventfd::EventFd;
@@ -12,14 +13,16 @@ use vmm_sys_util::poll::PollContext;
 const ESCAPE: u8 = 0x01;
 const END: u8 = b'x';
 
-/// Starts a thread that types standard input into `serial`. `end` is called
-/// when the user types Ctrl-A x, if `escapes` are looked for.
+/// Starts a thread that types what is `typed` into `serial`, as long as that is there. `end` is
+/// called when the user types Ctrl-A x, if `escapes` are looked for.
 pub(crate) fn attach(
-    serial: Arc<Mutex<Serial>>,
+    mut typed: impl Read + Send + 'static,
+    serial: &Arc<Mutex<Serial>>,
     escapes: bool,
     end: impl Fn() + Send + 'static,
 ) -> io::Result<()> {
-    let room = lock(&serial).room()?;
+    let room = lock(serial).room()?;
+    let serial = Arc::downgrade(serial);
     Builder::new()
         .name("keyboard".into())
         .stack_size(64 << 10)
@@ -31,11 +34,11 @@ pub(crate) fn attach(
             let mut input = [0; 64];
             loop {
                 // A closed terminal types nothing any more; the guest lives on.
-                let Ok(count @ 1..) = io::stdin().lock().read(&mut input) else {
+                let Ok(count @ 1..) = typed.read(&mut input) else {
                     return;
                 };
-                let (typed, ends) = filter.apply(&input[..count]);
-                if type_all(&serial, &room, &typed).is_err() {
+                let (bytes, ends) = filter.apply(&input[..count]);
+                if type_all(&serial, &room, &bytes).is_none() {
                     return;
                 }
                 if ends {
@@ -46,23 +49,30 @@ pub(crate) fn attach(
     Ok(())
 }
 
-/// Types `bytes`, waiting for room whenever the guest is slow to read.
-fn type_all(serial: &Mutex<Serial>, room: &EventFd, mut bytes: &[u8]) -> io::Result<()> {
-    while !bytes.is_empty() {
-        let taken = lock(serial).enqueue(bytes);
+/// Types `bytes`, waiting for room whenever the guest is slow to read. None once there is no serial
+/// port any more.
+fn type_all(serial: &Weak<Mutex<Serial>>, room: &EventFd, mut bytes: &[u8]) -> Option<()> {
+    loop {
+        let taken = lock(&*serial.upgrade()?).enqueue(bytes);
         bytes = &bytes[taken..];
-        if !bytes.is_empty() {
-            wait(room)?;
+        if bytes.is_empty() {
+            return Some(());
         }
+        wait(room).ok()?;
     }
-    Ok(())
 }
 
+/// Waits for room, for a while.
 fn wait(room: &EventFd) -> io::Result<()> {
     let poll = PollContext::<u32>::new().map_err(io::Error::from)?;
     poll.add(room, 0).map_err(io::Error::from)?;
-    poll.wait().map_err(io::Error::from)?;
-    room.read().map(drop)
+    let ready = poll
+        .wait_timeout(Duration::from_secs(1))
+        .map_err(io::Error::from)?;
+    match ready.iter().next() {
+        Some(_) => room.read().map(drop),
+        None => Ok(()),
+    }
 }
 
 fn lock(serial: &Mutex<Serial>) -> std::sync::MutexGuard<'_, Serial> {

@@ -13,6 +13,7 @@ use crate::events::Timeline;
 use crate::io::IoThreads;
 use crate::memory::Ram;
 use crate::resize::MemoryHandles;
+use crate::socket_console::SocketConsole;
 use crate::streams::PowerButton;
 use crate::vcpu::{ExitCounters, Vcpu};
 
@@ -33,6 +34,7 @@ pub struct Machine {
     pub(crate) transports: Vec<(String, Arc<Mutex<MmioTransport>>)>,
     pub(crate) memory: MemoryHandles,
     pub(crate) _io: Arc<IoThreads>,
+    pub(crate) _sockets: Vec<SocketConsole>,
     /// Asks the agent to end its command.
     pub(crate) button: Option<PowerButton>,
     /// How it came to be.

@@ -14,6 +14,7 @@ use thiserror::Error;
 
 use crate::command::{STATUS_PORT, STDERR_PORT, STDIN_PORT, STDOUT_PORT, StatusParser};
 use crate::control::{Event, Inbox};
+use crate::socket_console::{SocketConsole, SocketConsoleError};
 use crate::transcript::{Recorded, Transcript};
 
 /// Why a stream could not be had.
@@ -27,51 +28,77 @@ pub enum StreamError {
         /// Why.
         source: io::Error,
     },
-    /// One of podvmm's own streams.
+    /// A console's socket.
+    #[error("serve a console")]
+    Socket(#[from] SocketConsoleError),
+    /// One of podvmm's own streams, or a console's.
     #[error("use {0} for the guest")]
     Standard(&'static str, #[source] io::Error),
 }
 
-/// Where a serial port prints; none if there is to be no port. Everything is
-/// recorded in `transcript`.
-pub(crate) fn serial(
-    destination: &Destination,
-    transcript: &Transcript,
-) -> Result<Option<Box<dyn Write + Send>>, StreamError> {
-    Ok(output(destination)?.map(|output| {
-        let transcript = transcript.clone();
-        Box::new(Recorded {
-            transcript,
-            output: Hasty {
-                output,
-                stuck: false,
-            },
-        }) as _
-    }))
+/// The host's end of a serial port or console.
+pub(crate) struct HostEnd {
+    /// What is typed there.
+    pub(crate) input: Option<OwnedFd>,
+    /// None if what is printed goes nowhere.
+    output: Option<Output>,
+    /// Joins it to whoever connects, as long as it is kept.
+    pub(crate) socket: Option<SocketConsole>,
 }
 
-/// The virtio console as a port; none if there is to be no console.
-pub(crate) fn console(
-    destination: &Destination,
-    transcript: &Transcript,
-) -> Result<Option<Port>, StreamError> {
-    let input = match destination {
-        Destination::Tty => Some(standard_input()?),
-        Destination::Off | Destination::Null | Destination::File(_) => None,
-    };
-    Ok(output(destination)?.map(|output| {
-        let output = if *destination == Destination::Null {
-            Output::sink(Box::new(transcript.clone()))
-        } else {
-            output
+impl HostEnd {
+    /// None if there is to be no such device.
+    pub(crate) fn open(destination: &Destination) -> Result<Option<Self>, StreamError> {
+        let (input, output, socket) = match destination {
+            Destination::Off => return Ok(None),
+            Destination::Null => (None, None, None),
+            Destination::Tty => {
+                let input = own("standard input", io::stdin())?;
+                (
+                    Some(input),
+                    Some(output("standard output", io::stdout())?),
+                    None,
+                )
+            }
+            Destination::File(path) => (None, Some(file(path)?), None),
+            Destination::Socket(path) => {
+                let (guest, socket) = SocketConsole::start(path)?;
+                let output = output("a console's socket", &guest)?;
+                (Some(guest.into()), Some(output), Some(socket))
+            }
         };
-        Port {
+        Ok(Some(Self {
+            input,
+            output,
+            socket,
+        }))
+    }
+
+    /// Where a serial port prints. Everything is recorded in `transcript`.
+    pub(crate) fn into_serial(self, transcript: &Transcript) -> Box<dyn Write + Send> {
+        Box::new(Recorded {
+            transcript: transcript.clone(),
+            output: Hasty {
+                output: self
+                    .output
+                    .unwrap_or_else(|| Output::sink(Box::new(io::sink()))),
+                stuck: false,
+            },
+        })
+    }
+
+    /// The port of a virtio console. What it prints to nowhere is recorded in `transcript`.
+    pub(crate) fn into_port(self, transcript: &Transcript) -> Result<Port, StreamError> {
+        let input = self.input.map(Input::new).transpose();
+        let input = input.map_err(|source| StreamError::Standard("a console's input", source))?;
+        let unseen = || Output::sink(Box::new(transcript.clone()));
+        Ok(Port {
             name: "podvmm.console".into(),
             console: true,
             input,
-            output: Some(output),
-        }
-    }))
+            output: Some(self.output.unwrap_or_else(unseen)),
+        })
+    }
 }
 
 /// The way to ask the agent to end its command.
@@ -101,12 +128,14 @@ pub(crate) fn command(inbox: Inbox) -> Result<([Port; 4], PowerButton), StreamEr
             let _ = inbox.send(Event::Status(status));
         });
     });
-    let stdout = standard("standard output", io::stdout().as_fd().try_clone_to_owned())?;
-    let stderr = standard("standard error", io::stderr().as_fd().try_clone_to_owned())?;
+    let stdin = Input::new(own("standard input", io::stdin())?);
+    let stdin = stdin.map_err(|source| StreamError::Standard("standard input", source))?;
+    let stdout = output("standard output", io::stdout())?;
+    let stderr = output("standard error", io::stderr())?;
     let (pressed, button) =
         power_button().map_err(|source| StreamError::Standard("a pipe", source))?;
     let ports = [
-        port(STDIN_PORT, Some(standard_input()?), None),
+        port(STDIN_PORT, Some(stdin), None),
         port(STDOUT_PORT, None, Some(stdout)),
         port(STDERR_PORT, None, Some(stderr)),
         port(
@@ -124,18 +153,6 @@ fn power_button() -> io::Result<(Input, PowerButton)> {
     Ok((Input::new(pressed.into())?, PowerButton(button)))
 }
 
-fn output(destination: &Destination) -> Result<Option<Output>, StreamError> {
-    Ok(match destination {
-        Destination::Off => None,
-        Destination::Null => Some(Output::sink(Box::new(io::sink()))),
-        Destination::Tty => Some(standard(
-            "standard output",
-            io::stdout().as_fd().try_clone_to_owned(),
-        )?),
-        Destination::File(path) => Some(file(path)?),
-    })
-}
-
 fn file(path: &PathBuf) -> Result<Output, StreamError> {
     OpenOptions::new()
         .append(true)
@@ -148,17 +165,13 @@ fn file(path: &PathBuf) -> Result<Output, StreamError> {
         })
 }
 
-fn standard(name: &'static str, fd: io::Result<OwnedFd>) -> Result<Output, StreamError> {
-    fd.and_then(Output::new)
-        .map_err(|source| StreamError::Standard(name, source))
+fn output(name: &'static str, stream: impl AsFd) -> Result<Output, StreamError> {
+    Output::new(own(name, stream)?).map_err(|source| StreamError::Standard(name, source))
 }
 
-fn standard_input() -> Result<Input, StreamError> {
-    io::stdin()
-        .as_fd()
-        .try_clone_to_owned()
-        .and_then(Input::new)
-        .map_err(|source| StreamError::Standard("standard input", source))
+fn own(name: &'static str, stream: impl AsFd) -> Result<OwnedFd, StreamError> {
+    let own = stream.as_fd().try_clone_to_owned();
+    own.map_err(|source| StreamError::Standard(name, source))
 }
 
 /// A serial port's output. It is written by a vCPU thread, which must not wait

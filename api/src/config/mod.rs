@@ -161,7 +161,7 @@ pub enum ConfigError {
     #[error("'{0}' is not the address of one device, such as 02:00:00:00:00:01")]
     Mac(String),
     /// No such output.
-    #[error("'{0}' is none of off, null, tty, file=PATH")]
+    #[error("'{0}' is none of off, null, tty, file=PATH, socket=PATH")]
     Output(String),
 }
 

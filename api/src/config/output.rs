@@ -16,17 +16,20 @@ pub enum Output {
     Tty,
     /// Appended to a file.
     File(PathBuf),
+    /// A unix socket that is listened on, for one client at a time.
+    Socket(PathBuf),
 }
 
 impl FromStr for Output {
     type Err = ConfigError;
 
     fn from_str(text: &str) -> Result<Self, ConfigError> {
-        match (text, text.strip_prefix("file=")) {
-            ("off", _) => Ok(Self::Off),
-            ("null", _) => Ok(Self::Null),
-            ("tty", _) => Ok(Self::Tty),
-            (_, Some(path)) if !path.is_empty() => Ok(Self::File(path.into())),
+        match text.split_once('=') {
+            None if text == "off" => Ok(Self::Off),
+            None if text == "null" => Ok(Self::Null),
+            None if text == "tty" => Ok(Self::Tty),
+            Some(("file", path)) if !path.is_empty() => Ok(Self::File(path.into())),
+            Some(("socket", path)) if !path.is_empty() => Ok(Self::Socket(path.into())),
             _ => Err(ConfigError::Output(text.into())),
         }
     }
@@ -38,20 +41,22 @@ mod tests {
     use crate::config::tests::refusal;
 
     #[test]
-    fn outputs_are_off_null_tty_or_a_file() {
-        let outputs = ["off", "null", "tty", "file=/x"].map(|text| text.parse::<Output>().unwrap());
+    fn outputs_are_off_null_tty_a_file_or_a_socket() {
+        let texts = ["off", "null", "tty", "file=/x", "socket=/x"];
+        let outputs = texts.map(|text| text.parse::<Output>().unwrap());
         assert_eq!(
             outputs,
             [
                 Output::Off,
                 Output::Null,
                 Output::Tty,
-                Output::File("/x".into())
+                Output::File("/x".into()),
+                Output::Socket("/x".into())
             ]
         );
         assert_eq!(
             refusal::<Output>("file="),
-            "'file=' is none of off, null, tty, file=PATH"
+            "'file=' is none of off, null, tty, file=PATH, socket=PATH"
         );
     }
 }

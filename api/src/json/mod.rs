@@ -320,6 +320,7 @@ fn mode(output: &Output) -> Value {
         Output::Null => "Null",
         Output::Tty => "Tty",
         Output::File(_) => "File",
+        Output::Socket(_) => "Socket",
     })
 }
 

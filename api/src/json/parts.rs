@@ -161,6 +161,7 @@ pub(super) struct VsockJson {
 struct ConsoleJson {
     mode: Mode,
     file: Option<PathBuf>,
+    socket: Option<PathBuf>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -169,6 +170,7 @@ enum Mode {
     Null,
     Tty,
     File,
+    Socket,
 }
 
 impl VmJson {
@@ -348,15 +350,22 @@ impl VsockJson {
 
 impl ConsoleJson {
     fn output(self, path: &'static str) -> Result<Output, JsonError> {
-        match (self.mode, self.file) {
-            (Mode::Off, _) => Ok(Output::Off),
-            (Mode::Null, _) => Ok(Output::Null),
-            (Mode::Tty, _) => Ok(Output::Tty),
-            (Mode::File, Some(file)) => Ok(Output::File(file)),
-            (Mode::File, None) => Err(JsonError::Unsupported {
-                path: path.into(),
-                why: "mode File needs a file",
-            }),
+        let needs = |why| JsonError::Unsupported {
+            path: path.into(),
+            why,
+        };
+        match self.mode {
+            Mode::Off => Ok(Output::Off),
+            Mode::Null => Ok(Output::Null),
+            Mode::Tty => Ok(Output::Tty),
+            Mode::File => match self.file {
+                Some(file) => Ok(Output::File(file)),
+                None => Err(needs("mode File needs a file")),
+            },
+            Mode::Socket => match self.socket {
+                Some(socket) => Ok(Output::Socket(socket)),
+                None => Err(needs("mode Socket needs a socket")),
+            },
         }
     }
 }

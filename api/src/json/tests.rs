@@ -89,6 +89,10 @@ fn what_cannot_be_honoured_is_named() {
         with("serial", json!({"mode": "File"})),
         "serial: mode File needs a file"
     );
+    assert_eq!(
+        with("console", json!({"mode": "Socket"})),
+        "console: mode Socket needs a socket"
+    );
     let pty = with("console", json!({"mode": "Pty"}));
     assert!(
         pty.starts_with("console.mode: unknown variant `Pty`"),

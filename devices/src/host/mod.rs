@@ -5,6 +5,7 @@
 //! says it is ready, and then by no more than it is sure to take.
 
 mod input;
+mod listener;
 mod output;
 
 use std::fs::File;
@@ -15,6 +16,7 @@ use std::time::Duration;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 pub use self::input::{Arrival, Input};
+pub use self::listener::{ListenError, Listener};
 pub use self::output::{Output, Progress};
 
 /// Whether epoll can tell when the file is ready. Regular files and /dev/null always are.

@@ -1,17 +1,13 @@
 //! What the driver of a socket device configures: the guest's address, and nothing else.
 
-use std::fs;
-use std::io;
-use std::os::unix::fs::PermissionsExt;
-use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use virtio_bindings::virtio_ids::VIRTIO_ID_VSOCK;
 use vmm_sys_util::timerfd::TimerFd;
 
 use super::handler::{EVENT, Parts, RECEIVE, TRANSMIT, VsockHandler};
-use super::muxer::HostEnd;
+use crate::host::{ListenError, Listener};
 use crate::virtio::{
     ActivateError, Activation, Counters, DeviceState, Handler, Lender, StateError, VirtioDevice,
     read_config_bytes,
@@ -29,23 +25,11 @@ pub struct VsockConfig {
     pub socket: PathBuf,
 }
 
-/// Why there is no socket device.
-#[derive(Debug, thiserror::Error)]
-pub enum VsockError {
-    #[error("{} is in use by a process that answers there", .0.display())]
-    InUse(PathBuf),
-    #[error("{} was left behind by a process that is gone: remove it", .0.display())]
-    Stale(PathBuf),
-    #[error("listen on {}", .path.display())]
-    Listen { path: PathBuf, source: io::Error },
-}
-
 /// A socket device. Dropping it removes its unix socket.
 #[derive(Debug)]
 pub struct Vsock {
     cid: u64,
-    path: PathBuf,
-    host: Lender<HostEnd>,
+    host: Lender<Listener>,
     /// The next activation is one of a restored device.
     restored: bool,
     counters: Arc<Counters>,
@@ -53,45 +37,13 @@ pub struct Vsock {
 
 impl Vsock {
     /// Listens on the unix socket, which only this user may open.
-    pub fn new(config: VsockConfig) -> Result<Self, VsockError> {
-        let VsockConfig { cid, socket: path } = config;
-        let listener = listen(&path)?;
-        let host = HostEnd {
-            listener,
-            path: path.clone(),
-        };
+    pub fn new(config: VsockConfig) -> Result<Self, ListenError> {
         Ok(Self {
-            cid: cid.into(),
-            path,
-            host: Lender::new(host),
+            cid: config.cid.into(),
+            host: Lender::new(Listener::bind(&config.socket)?),
             restored: false,
             counters: Arc::default(),
         })
-    }
-}
-
-fn listen(path: &Path) -> Result<UnixListener, VsockError> {
-    let failed = |source| VsockError::Listen {
-        path: path.into(),
-        source,
-    };
-    let listener = UnixListener::bind(path).map_err(|source| match source.kind() {
-        io::ErrorKind::AddrInUse if UnixStream::connect(path).is_ok() => {
-            VsockError::InUse(path.into())
-        }
-        io::ErrorKind::AddrInUse => VsockError::Stale(path.into()),
-        _ => failed(source),
-    })?;
-    let private = fs::Permissions::from_mode(0o600);
-    fs::set_permissions(path, private).map_err(failed)?;
-    listener.set_nonblocking(true).map_err(failed)?;
-    Ok(listener)
-}
-
-impl Drop for Vsock {
-    fn drop(&mut self) {
-        // It may have been removed by somebody else.
-        let _ = fs::remove_file(&self.path);
     }
 }
 

@@ -11,8 +11,9 @@ use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use vm_memory::GuestAddressSpace;
 use vmm_sys_util::timerfd::TimerFd;
 
-use super::muxer::{Change, HostEnd, Muxer};
+use super::muxer::{Change, Muxer};
 use super::packet::HEADER_LEN;
+use crate::host::Listener;
 use crate::virtio::queue::LAST_TURNS;
 use crate::virtio::{Counters, GuestRam, Handler, Lent, Memory, Ring, RingState, Segments, Thread};
 
@@ -34,7 +35,7 @@ pub(super) struct VsockHandler {
     receive: Option<Ring>,
     transmit: Option<Ring>,
     event: Option<Ring>,
-    host: Lent<HostEnd>,
+    host: Lent<Listener>,
     muxer: Muxer,
     timer: TimerFd,
     /// When the timer goes off.
@@ -53,7 +54,7 @@ pub(super) struct Parts {
     pub(super) receive: Option<Ring>,
     pub(super) transmit: Option<Ring>,
     pub(super) event: Option<Ring>,
-    pub(super) host: Lent<HostEnd>,
+    pub(super) host: Lent<Listener>,
     pub(super) guest_cid: u64,
     pub(super) timer: TimerFd,
     pub(super) reset_due: bool,
@@ -246,7 +247,7 @@ impl MutEventSubscriber for VsockHandler {
         }
         let edge = EventSet::IN | EventSet::EDGE_TRIGGERED;
         let added = ops
-            .add(Events::with_data(&self.host.listener, LISTENER, edge))
+            .add(Events::with_data(&*self.host, LISTENER, edge))
             .and_then(|()| ops.add(Events::with_data(&self.timer, TIMER, EventSet::IN)));
         if let Err(error) = added {
             log::error!("watch the socket of vsock: {error}");

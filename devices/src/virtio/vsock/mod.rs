@@ -24,4 +24,4 @@ mod packet;
 #[cfg(test)]
 mod tests;
 
-pub use self::device::{Vsock, VsockConfig, VsockError};
+pub use self::device::{Vsock, VsockConfig};

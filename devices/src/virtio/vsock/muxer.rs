@@ -4,14 +4,15 @@
 use std::collections::{HashMap, VecDeque};
 use std::ffi::OsString;
 use std::io;
-use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::{Path, PathBuf};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::time::Instant;
 
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
 
 use super::connection::{Connection, Fate, Key};
 use super::packet::{HEADER_LEN, HOST_CID, Header, Op, TYPE_STREAM};
+use crate::host::Listener;
 use crate::virtio::{Counters, GuestRam, Segments};
 
 /// Connections there may be, greetings included.
@@ -22,14 +23,6 @@ const MAX_OF_GUEST: usize = 1024;
 const MAX_RESETS: usize = 256;
 /// Ports given to callers of the host's. The guest sees them as the host's end.
 const FIRST_HOST_PORT: u32 = 1 << 30;
-
-/// What the host offers: a socket for callers, and where the guest's calls go.
-#[derive(Debug)]
-pub(super) struct HostEnd {
-    pub(super) listener: UnixListener,
-    /// Followed by `_<port>` for calls of the guest's.
-    pub(super) path: PathBuf,
-}
 
 /// Something to be watched, or not any more.
 #[derive(Debug)]
@@ -81,11 +74,11 @@ impl Muxer {
     }
 
     /// Lets in callers, as long as there is room.
-    pub(super) fn accept(&mut self, host: &HostEnd, more: bool) {
+    pub(super) fn accept(&mut self, host: &Listener, more: bool) {
         self.callers |= more;
         while self.callers && self.keys_and_greetings() < MAX_CONNECTIONS {
-            match host.listener.accept() {
-                Ok((stream, _)) if stream.set_nonblocking(true).is_ok() => {
+            match host.accept() {
+                Ok(stream) if stream.set_nonblocking(true).is_ok() => {
                     let slot = self.insert(Connection::greeting(stream));
                     self.greet(slot);
                 }
@@ -141,7 +134,7 @@ impl Muxer {
     /// Follows one packet of the guest's.
     pub(super) fn hear(
         &mut self,
-        host: &HostEnd,
+        host: &Listener,
         ram: &GuestRam,
         packet: &mut Segments,
         counters: &Counters,
@@ -203,11 +196,11 @@ impl Muxer {
     }
 
     /// The guest's program calls a host's.
-    fn call_host(&mut self, host: &HostEnd, key: Key, header: &Header) {
+    fn call_host(&mut self, host: &Listener, key: Key, header: &Header) {
         let full = self.of_guest >= MAX_OF_GUEST || self.keys_and_greetings() >= MAX_CONNECTIONS;
         let stream = match full {
             true => None,
-            false => connect_to(&host.path, key.host_port).ok(),
+            false => connect_to(host.path(), key.host_port).ok(),
         };
         let Some(stream) = stream else {
             return self.refuse(key, TYPE_STREAM);
@@ -357,6 +350,8 @@ fn connect_to(path: &Path, port: u32) -> io::Result<UnixStream> {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::net::UnixListener;
+
     use vm_memory::{Bytes, GuestAddress};
     use vmm_sys_util::tempdir::TempDir;
 
@@ -367,10 +362,7 @@ mod tests {
         let folder = TempDir::new().unwrap();
         let path = folder.as_path().join("vsock");
         let listener = UnixListener::bind(folder.as_path().join("vsock_52")).unwrap();
-        let host = HostEnd {
-            listener: UnixListener::bind(&path).unwrap(),
-            path,
-        };
+        let host = Listener::bind(&path).unwrap();
         let ram = GuestRam::from_ranges(&[(GuestAddress(0), 0x1000)]).unwrap();
         let counters = Counters::default();
         let mut muxer = Muxer::new(3);
