@@ -1,6 +1,9 @@
 //! What the guest and its monitor agree on, for both sides to use: names of files and ports, and
 //! the lines of the status port. `docs/guest-contract.md` tells the whole agreement.
 
+pub mod protocol;
+pub mod ttrpc;
+
 use std::fmt;
 use std::str::FromStr;
 

@@ -1,0 +1,642 @@
+//! Requests of `grpc.AgentService` and `grpc.Health`, and their answers.
+
+use std::collections::BTreeMap;
+
+use super::{oci, types};
+
+/// The answer where there is nothing to say.
+#[derive(Clone, Copy, PartialEq, ::prost::Message)]
+pub struct Empty {}
+
+/// Asks how `service` is.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct CheckRequest {
+    #[prost(string, tag = "1")]
+    pub service: String,
+}
+
+/// How a service is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, ::prost::Enumeration)]
+#[repr(i32)]
+pub enum ServingStatus {
+    Unknown = 0,
+    Serving = 1,
+    NotServing = 2,
+}
+
+/// Says how it is.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct HealthCheckResponse {
+    #[prost(enumeration = "ServingStatus", tag = "1")]
+    pub status: i32,
+}
+
+/// Which protocol and which agent.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct VersionCheckResponse {
+    #[prost(string, tag = "1")]
+    pub grpc_version: String,
+    #[prost(string, tag = "2")]
+    pub agent_version: String,
+}
+
+/// Makes a container, whose first process waits to be started.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct CreateContainerRequest {
+    #[prost(string, tag = "1")]
+    pub container_id: String,
+    #[prost(string, tag = "2")]
+    pub exec_id: String,
+    #[prost(message, optional, tag = "3")]
+    pub string_user: Option<StringUser>,
+    #[prost(message, repeated, tag = "4")]
+    pub devices: Vec<Device>,
+    #[prost(message, repeated, tag = "5")]
+    pub storages: Vec<Storage>,
+    #[prost(message, optional, tag = "6")]
+    pub oci: Option<oci::Spec>,
+    #[prost(bool, tag = "7")]
+    pub sandbox_pidns: bool,
+    #[prost(message, repeated, tag = "8")]
+    pub shared_mounts: Vec<SharedMount>,
+    #[prost(uint32, optional, tag = "9")]
+    pub stdin_port: Option<u32>,
+    #[prost(uint32, optional, tag = "10")]
+    pub stdout_port: Option<u32>,
+    #[prost(uint32, optional, tag = "11")]
+    pub stderr_port: Option<u32>,
+}
+
+/// Lets the first process go.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct StartContainerRequest {
+    #[prost(string, tag = "1")]
+    pub container_id: String,
+}
+
+/// Kills what is left and forgets the container; `timeout` is in seconds, 0 is none.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct RemoveContainerRequest {
+    #[prost(string, tag = "1")]
+    pub container_id: String,
+    #[prost(uint32, tag = "2")]
+    pub timeout: u32,
+}
+
+/// Starts one more process in a container.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct ExecProcessRequest {
+    #[prost(string, tag = "1")]
+    pub container_id: String,
+    #[prost(string, tag = "2")]
+    pub exec_id: String,
+    #[prost(message, optional, tag = "3")]
+    pub string_user: Option<StringUser>,
+    #[prost(message, optional, tag = "4")]
+    pub process: Option<oci::Process>,
+    #[prost(uint32, optional, tag = "5")]
+    pub stdin_port: Option<u32>,
+    #[prost(uint32, optional, tag = "6")]
+    pub stdout_port: Option<u32>,
+    #[prost(uint32, optional, tag = "7")]
+    pub stderr_port: Option<u32>,
+}
+
+/// Without an `exec_id`, SIGKILL is for all of the container.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct SignalProcessRequest {
+    #[prost(string, tag = "1")]
+    pub container_id: String,
+    #[prost(string, tag = "2")]
+    pub exec_id: String,
+    #[prost(uint32, tag = "3")]
+    pub signal: u32,
+}
+
+/// Waits for a process, which is then forgotten.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct WaitProcessRequest {
+    #[prost(string, tag = "1")]
+    pub container_id: String,
+    #[prost(string, tag = "2")]
+    pub exec_id: String,
+}
+
+/// 128 + N if signal N ended it.
+#[derive(Clone, Copy, PartialEq, ::prost::Message)]
+pub struct WaitProcessResponse {
+    #[prost(int32, tag = "1")]
+    pub status: i32,
+}
+
+/// Changes what a container may use.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct UpdateContainerRequest {
+    #[prost(string, tag = "1")]
+    pub container_id: String,
+    #[prost(message, optional, tag = "2")]
+    pub resources: Option<oci::LinuxResources>,
+}
+
+/// Asks what a container has used.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct StatsContainerRequest {
+    #[prost(string, tag = "1")]
+    pub container_id: String,
+}
+
+/// Freezes a container.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct PauseContainerRequest {
+    #[prost(string, tag = "1")]
+    pub container_id: String,
+}
+
+/// Lets a frozen container go on.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct ResumeContainerRequest {
+    #[prost(string, tag = "1")]
+    pub container_id: String,
+}
+
+/// For standard input; no data closes it.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct WriteStreamRequest {
+    #[prost(string, tag = "1")]
+    pub container_id: String,
+    #[prost(string, tag = "2")]
+    pub exec_id: String,
+    #[prost(bytes = "vec", tag = "3")]
+    pub data: Vec<u8>,
+}
+
+/// How much of it was taken.
+#[derive(Clone, Copy, PartialEq, ::prost::Message)]
+pub struct WriteStreamResponse {
+    #[prost(uint32, tag = "1")]
+    pub len: u32,
+}
+
+/// Waits for at most `len` bytes.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct ReadStreamRequest {
+    #[prost(string, tag = "1")]
+    pub container_id: String,
+    #[prost(string, tag = "2")]
+    pub exec_id: String,
+    #[prost(uint32, tag = "3")]
+    pub len: u32,
+}
+
+/// None at the end.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct ReadStreamResponse {
+    #[prost(bytes = "vec", tag = "1")]
+    pub data: Vec<u8>,
+}
+
+/// Ends standard input.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct CloseStdinRequest {
+    #[prost(string, tag = "1")]
+    pub container_id: String,
+    #[prost(string, tag = "2")]
+    pub exec_id: String,
+}
+
+/// Tells a terminal its size.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct TtyWinResizeRequest {
+    #[prost(string, tag = "1")]
+    pub container_id: String,
+    #[prost(string, tag = "2")]
+    pub exec_id: String,
+    #[prost(uint32, tag = "3")]
+    pub row: u32,
+    #[prost(uint32, tag = "4")]
+    pub column: u32,
+}
+
+/// Prepares the guest for containers.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct CreateSandboxRequest {
+    #[prost(string, tag = "1")]
+    pub hostname: String,
+    #[prost(string, repeated, tag = "2")]
+    pub dns: Vec<String>,
+    #[prost(message, repeated, tag = "3")]
+    pub storages: Vec<Storage>,
+    #[prost(bool, tag = "4")]
+    pub sandbox_pidns: bool,
+    #[prost(string, tag = "5")]
+    pub sandbox_id: String,
+    #[prost(string, tag = "6")]
+    pub guest_hook_path: String,
+    #[prost(message, repeated, tag = "7")]
+    pub kernel_modules: Vec<KernelModule>,
+}
+
+/// To be loaded.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct KernelModule {
+    #[prost(string, tag = "1")]
+    pub name: String,
+    #[prost(string, repeated, tag = "2")]
+    pub parameters: Vec<String>,
+}
+
+/// Ends all containers, and then the guest.
+#[derive(Clone, Copy, PartialEq, ::prost::Message)]
+pub struct DestroySandboxRequest {}
+
+/// Something to be mounted for containers.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct Storage {
+    #[prost(string, tag = "1")]
+    pub driver: String,
+    #[prost(string, repeated, tag = "2")]
+    pub driver_options: Vec<String>,
+    #[prost(string, tag = "3")]
+    pub source: String,
+    #[prost(string, tag = "4")]
+    pub fstype: String,
+    #[prost(string, repeated, tag = "5")]
+    pub options: Vec<String>,
+    #[prost(string, tag = "6")]
+    pub mount_point: String,
+    #[prost(message, optional, tag = "7")]
+    pub fs_group: Option<FsGroup>,
+    #[prost(bool, tag = "8")]
+    pub shared: bool,
+}
+
+/// Whom the files of a volume belong to.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct FsGroup {
+    #[prost(uint32, tag = "2")]
+    pub group_id: u32,
+    #[prost(enumeration = "types::FsGroupChangePolicy", tag = "3")]
+    pub group_change_policy: i32,
+}
+
+/// A device for a container.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct Device {
+    #[prost(string, tag = "1")]
+    pub id: String,
+    #[prost(string, tag = "2")]
+    pub r#type: String,
+    #[prost(string, tag = "3")]
+    pub vm_path: String,
+    #[prost(string, tag = "4")]
+    pub container_path: String,
+    #[prost(string, repeated, tag = "5")]
+    pub options: Vec<String>,
+}
+
+/// A user by name or number.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct StringUser {
+    #[prost(string, tag = "1")]
+    pub uid: String,
+    #[prost(string, tag = "2")]
+    pub gid: String,
+    #[prost(string, repeated, tag = "3")]
+    pub additional_gids: Vec<String>,
+}
+
+/// A mount taken from another container.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct SharedMount {
+    #[prost(string, tag = "1")]
+    pub name: String,
+    #[prost(string, tag = "2")]
+    pub src_ctr: String,
+    #[prost(string, tag = "3")]
+    pub src_path: String,
+    #[prost(string, tag = "4")]
+    pub dst_ctr: String,
+    #[prost(string, tag = "5")]
+    pub dst_path: String,
+}
+
+/// All interfaces.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct Interfaces {
+    #[prost(message, repeated, tag = "1")]
+    pub interfaces: Vec<types::Interface>,
+}
+
+/// All routes.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct Routes {
+    #[prost(message, repeated, tag = "1")]
+    pub routes: Vec<types::Route>,
+}
+
+/// Neighbours to be known.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct ArpNeighbors {
+    #[prost(message, repeated, tag = "1")]
+    pub neighbors: Vec<types::ArpNeighbor>,
+}
+
+/// Sets an interface up.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct UpdateInterfaceRequest {
+    #[prost(message, optional, tag = "1")]
+    pub interface: Option<types::Interface>,
+}
+
+/// Sets routes.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct UpdateRoutesRequest {
+    #[prost(message, optional, tag = "1")]
+    pub routes: Option<Routes>,
+}
+
+/// Asks for all interfaces.
+#[derive(Clone, Copy, PartialEq, ::prost::Message)]
+pub struct ListInterfacesRequest {}
+
+/// Asks for all routes.
+#[derive(Clone, Copy, PartialEq, ::prost::Message)]
+pub struct ListRoutesRequest {}
+
+/// Sets neighbours.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct AddArpNeighborsRequest {
+    #[prost(message, optional, tag = "1")]
+    pub neighbors: Option<ArpNeighbors>,
+}
+
+/// Brings plugged CPUs online.
+#[derive(Clone, Copy, PartialEq, ::prost::Message)]
+pub struct OnlineCpuMemRequest {
+    #[prost(bool, tag = "1")]
+    pub wait: bool,
+    #[prost(uint32, tag = "2")]
+    pub nb_cpus: u32,
+    #[prost(bool, tag = "3")]
+    pub cpu_only: bool,
+}
+
+/// Entropy for the guest.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct ReseedRandomDevRequest {
+    #[prost(bytes = "vec", tag = "2")]
+    pub data: Vec<u8>,
+}
+
+/// The time of day.
+#[derive(Clone, Copy, PartialEq, ::prost::Message)]
+pub struct SetGuestDateTimeRequest {
+    #[prost(int64, tag = "1")]
+    pub sec: i64,
+    #[prost(int64, tag = "2")]
+    pub usec: i64,
+}
+
+/// Asks what the guest can do.
+#[derive(Clone, Copy, PartialEq, ::prost::Message)]
+pub struct GuestDetailsRequest {
+    #[prost(bool, tag = "1")]
+    pub mem_block_size: bool,
+    #[prost(bool, tag = "2")]
+    pub mem_hotplug_probe: bool,
+}
+
+/// What the guest can do.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct GuestDetailsResponse {
+    #[prost(uint64, tag = "1")]
+    pub mem_block_size_bytes: u64,
+    #[prost(message, optional, tag = "2")]
+    pub agent_details: Option<AgentDetails>,
+    #[prost(bool, tag = "3")]
+    pub support_mem_hotplug_probe: bool,
+}
+
+/// What the agent can do.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct AgentDetails {
+    #[prost(string, tag = "1")]
+    pub version: String,
+    #[prost(bool, tag = "2")]
+    pub init_daemon: bool,
+    #[prost(string, repeated, tag = "3")]
+    pub device_handlers: Vec<String>,
+    #[prost(string, repeated, tag = "4")]
+    pub storage_handlers: Vec<String>,
+    #[prost(bool, tag = "5")]
+    pub supports_seccomp: bool,
+    #[prost(string, repeated, tag = "6")]
+    pub extra_features: Vec<String>,
+}
+
+/// A piece of a file.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct CopyFileRequest {
+    #[prost(string, tag = "1")]
+    pub path: String,
+    #[prost(int64, tag = "2")]
+    pub file_size: i64,
+    #[prost(uint32, tag = "3")]
+    pub file_mode: u32,
+    #[prost(uint32, tag = "4")]
+    pub dir_mode: u32,
+    #[prost(int32, tag = "5")]
+    pub uid: i32,
+    #[prost(int32, tag = "6")]
+    pub gid: i32,
+    #[prost(int64, tag = "7")]
+    pub offset: i64,
+    #[prost(bytes = "vec", tag = "8")]
+    pub data: Vec<u8>,
+}
+
+/// Waits for a container to run out of memory.
+#[derive(Clone, Copy, PartialEq, ::prost::Message)]
+pub struct GetOomEventRequest {}
+
+/// It ran out of memory.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct OomEvent {
+    #[prost(string, tag = "1")]
+    pub container_id: String,
+}
+
+/// Asks for the agent's own figures.
+#[derive(Clone, Copy, PartialEq, ::prost::Message)]
+pub struct GetMetricsRequest {}
+
+/// In Prometheus' text format.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct Metrics {
+    #[prost(string, tag = "1")]
+    pub metrics: String,
+}
+
+/// What a container has used.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct StatsContainerResponse {
+    #[prost(message, optional, tag = "1")]
+    pub cgroup_stats: Option<CgroupStats>,
+    #[prost(message, repeated, tag = "2")]
+    pub network_stats: Vec<NetworkStats>,
+}
+
+/// By its cgroup.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct CgroupStats {
+    #[prost(message, optional, tag = "1")]
+    pub cpu_stats: Option<CpuStats>,
+    #[prost(message, optional, tag = "2")]
+    pub memory_stats: Option<MemoryStats>,
+    #[prost(message, optional, tag = "3")]
+    pub pids_stats: Option<PidsStats>,
+    #[prost(message, optional, tag = "4")]
+    pub blkio_stats: Option<BlkioStats>,
+    #[prost(btree_map = "string, message", tag = "5")]
+    pub hugetlb_stats: BTreeMap<String, HugetlbStats>,
+}
+
+/// Of processors.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct CpuStats {
+    #[prost(message, optional, tag = "1")]
+    pub cpu_usage: Option<CpuUsage>,
+    #[prost(message, optional, tag = "2")]
+    pub throttling_data: Option<ThrottlingData>,
+}
+
+/// Nanoseconds.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct CpuUsage {
+    #[prost(uint64, tag = "1")]
+    pub total_usage: u64,
+    #[prost(uint64, repeated, tag = "2")]
+    pub percpu_usage: Vec<u64>,
+    #[prost(uint64, tag = "3")]
+    pub usage_in_kernelmode: u64,
+    #[prost(uint64, tag = "4")]
+    pub usage_in_usermode: u64,
+}
+
+/// How its quota held it up.
+#[derive(Clone, Copy, PartialEq, ::prost::Message)]
+pub struct ThrottlingData {
+    #[prost(uint64, tag = "1")]
+    pub periods: u64,
+    #[prost(uint64, tag = "2")]
+    pub throttled_periods: u64,
+    #[prost(uint64, tag = "3")]
+    pub throttled_time: u64,
+}
+
+/// Of memory.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct MemoryStats {
+    #[prost(uint64, tag = "1")]
+    pub cache: u64,
+    #[prost(message, optional, tag = "2")]
+    pub usage: Option<MemoryData>,
+    #[prost(message, optional, tag = "3")]
+    pub swap_usage: Option<MemoryData>,
+    #[prost(message, optional, tag = "4")]
+    pub kernel_usage: Option<MemoryData>,
+    #[prost(bool, tag = "5")]
+    pub use_hierarchy: bool,
+    #[prost(btree_map = "string, uint64", tag = "6")]
+    pub stats: BTreeMap<String, u64>,
+}
+
+/// Bytes.
+#[derive(Clone, Copy, PartialEq, ::prost::Message)]
+pub struct MemoryData {
+    #[prost(uint64, tag = "1")]
+    pub usage: u64,
+    #[prost(uint64, tag = "2")]
+    pub max_usage: u64,
+    #[prost(uint64, tag = "3")]
+    pub failcnt: u64,
+    #[prost(uint64, tag = "4")]
+    pub limit: u64,
+}
+
+/// Of processes and threads.
+#[derive(Clone, Copy, PartialEq, ::prost::Message)]
+pub struct PidsStats {
+    #[prost(uint64, tag = "1")]
+    pub current: u64,
+    #[prost(uint64, tag = "2")]
+    pub limit: u64,
+}
+
+/// Bytes of huge pages.
+#[derive(Clone, Copy, PartialEq, ::prost::Message)]
+pub struct HugetlbStats {
+    #[prost(uint64, tag = "1")]
+    pub usage: u64,
+    #[prost(uint64, tag = "2")]
+    pub max_usage: u64,
+    #[prost(uint64, tag = "3")]
+    pub failcnt: u64,
+}
+
+/// Of disks.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct BlkioStats {
+    #[prost(message, repeated, tag = "1")]
+    pub io_service_bytes_recursive: Vec<BlkioStatsEntry>,
+    #[prost(message, repeated, tag = "2")]
+    pub io_serviced_recursive: Vec<BlkioStatsEntry>,
+    #[prost(message, repeated, tag = "3")]
+    pub io_queued_recursive: Vec<BlkioStatsEntry>,
+    #[prost(message, repeated, tag = "4")]
+    pub io_service_time_recursive: Vec<BlkioStatsEntry>,
+    #[prost(message, repeated, tag = "5")]
+    pub io_wait_time_recursive: Vec<BlkioStatsEntry>,
+    #[prost(message, repeated, tag = "6")]
+    pub io_merged_recursive: Vec<BlkioStatsEntry>,
+    #[prost(message, repeated, tag = "7")]
+    pub io_time_recursive: Vec<BlkioStatsEntry>,
+    #[prost(message, repeated, tag = "8")]
+    pub sectors_recursive: Vec<BlkioStatsEntry>,
+}
+
+/// Of one disk and kind of operation.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct BlkioStatsEntry {
+    #[prost(uint64, tag = "1")]
+    pub major: u64,
+    #[prost(uint64, tag = "2")]
+    pub minor: u64,
+    #[prost(string, tag = "3")]
+    pub op: String,
+    #[prost(uint64, tag = "4")]
+    pub value: u64,
+}
+
+/// Of an interface.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct NetworkStats {
+    #[prost(string, tag = "1")]
+    pub name: String,
+    #[prost(uint64, tag = "2")]
+    pub rx_bytes: u64,
+    #[prost(uint64, tag = "3")]
+    pub rx_packets: u64,
+    #[prost(uint64, tag = "4")]
+    pub rx_errors: u64,
+    #[prost(uint64, tag = "5")]
+    pub rx_dropped: u64,
+    #[prost(uint64, tag = "6")]
+    pub tx_bytes: u64,
+    #[prost(uint64, tag = "7")]
+    pub tx_packets: u64,
+    #[prost(uint64, tag = "8")]
+    pub tx_errors: u64,
+    #[prost(uint64, tag = "9")]
+    pub tx_dropped: u64,
+}

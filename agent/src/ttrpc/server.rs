@@ -1,0 +1,200 @@
+//! Answers calls. The thread that reads a connection gives each call to a worker, as many wait for
+//! as long as what they wait for lives.
+
+use std::collections::VecDeque;
+use std::io::{self, Read, Write};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::thread;
+
+use prost::Message;
+
+use super::{Code, MAX_MESSAGE, Request, Response, Status, StatusMessage, frame};
+
+/// A call to be answered.
+#[derive(Debug)]
+pub struct Call<'a> {
+    /// As `grpc.Health`.
+    pub service: &'a str,
+    /// As `Check`.
+    pub method: &'a str,
+    payload: &'a [u8],
+}
+
+impl Call<'_> {
+    /// Answers by `answer`, whose request is what this call brings.
+    pub fn answer<Q: Message + Default, A: Message>(
+        &self,
+        answer: impl FnOnce(Q) -> Result<A, Status>,
+    ) -> Result<Vec<u8>, Status> {
+        let request = Q::decode(self.payload);
+        let request = request.map_err(|error| Status::new(Code::InvalidArgument, error))?;
+        Ok(answer(request)?.encode_to_vec())
+    }
+
+    /// There is no such method.
+    pub fn unimplemented(&self) -> Status {
+        Status::unimplemented(self.service, self.method)
+    }
+}
+
+/// What answers calls, several at once.
+pub trait Service: Send + Sync + 'static {
+    /// May take as long as it likes. The answer is an encoded message.
+    fn call(&self, call: &Call<'_>) -> Result<Vec<u8>, Status>;
+}
+
+/// Answers the calls of one connection until the other side ends it, or says what no ttrpc client
+/// does.
+pub fn serve(
+    mut reader: impl Read,
+    writer: impl Write + Send + 'static,
+    service: &Arc<dyn Service>,
+    workers: &Workers,
+) -> io::Result<()> {
+    let writer = Arc::new(Mutex::new(writer));
+    while let Some(frame) = frame::read(&mut reader)? {
+        if frame.kind != frame::REQUEST {
+            // Streaming is not offered, so this is for nobody.
+            continue;
+        }
+        let stream = frame.stream;
+        let refused = match parse(&frame) {
+            Err(status) => Some(status),
+            Ok(request) => {
+                let (service, writer) = (Arc::clone(service), Arc::clone(&writer));
+                let job = move || {
+                    let answer = service.call(&Call {
+                        service: &request.service,
+                        method: &request.method,
+                        payload: &request.payload,
+                    });
+                    // A client that is gone needs no answer; the reader sees that it is.
+                    let _ = reply(&writer, stream, answer);
+                };
+                workers.run(Box::new(job)).err()
+            }
+        };
+        if let Some(status) = refused {
+            reply(&writer, stream, Err(status))?;
+        }
+    }
+    Ok(())
+}
+
+fn parse(frame: &frame::Frame) -> Result<Request, Status> {
+    let invalid = |what: &dyn std::fmt::Display| Status::new(Code::InvalidArgument, what);
+    if frame.stream.is_multiple_of(2) {
+        return Err(invalid(&"a client's streams have odd numbers"));
+    }
+    let payload = frame.payload.as_deref();
+    let payload = payload.ok_or_else(|| invalid(&"a message of more than 4 MiB"))?;
+    Request::decode(payload).map_err(|error| invalid(&error))
+}
+
+fn reply(
+    writer: &Mutex<impl Write>,
+    stream: u32,
+    answer: Result<Vec<u8>, Status>,
+) -> io::Result<()> {
+    let refusal = |Status { code, message }| Response {
+        status: Some(StatusMessage {
+            code: code.into(),
+            message,
+        }),
+        payload: Vec::new(),
+    };
+    let response = match answer {
+        Ok(payload) => Response {
+            status: None,
+            payload,
+        },
+        Err(status) => refusal(status),
+    };
+    let mut response = response.encode_to_vec();
+    if response.len() > MAX_MESSAGE as usize {
+        let status = Status::new(Code::ResourceExhausted, "an answer of more than 4 MiB");
+        response = refusal(status).encode_to_vec();
+    }
+    let mut writer = writer.lock().expect("a panic ends the process");
+    frame::write(&mut *writer, stream, frame::RESPONSE, &response)
+}
+
+type Job = Box<dyn FnOnce() + Send>;
+
+/// Threads that answer calls, for all connections. There are as many as calls were ever under way
+/// at once.
+#[derive(Clone, Debug, Default)]
+pub struct Workers(Arc<Shared>);
+
+#[derive(Debug, Default)]
+struct Shared {
+    state: Mutex<State>,
+    work: Condvar,
+}
+
+#[derive(Default)]
+struct State {
+    jobs: VecDeque<Job>,
+    threads: usize,
+    idle: usize,
+}
+
+impl Workers {
+    /// Far more than the processes of a pod have streams.
+    const MOST: usize = 4096;
+    /// Virtual memory; what is not used costs nothing.
+    const STACK: usize = 256 << 10;
+
+    fn run(&self, job: Job) -> Result<(), Status> {
+        let mut state = self.0.state();
+        if state.idle <= state.jobs.len() {
+            if state.threads == Self::MOST {
+                return Err(Status::new(
+                    Code::ResourceExhausted,
+                    "too many calls are under way",
+                ));
+            }
+            let shared = Arc::clone(&self.0);
+            let thread = thread::Builder::new().stack_size(Self::STACK);
+            let spawned = thread.spawn(move || shared.work());
+            spawned.map_err(|error| Status::new(Code::ResourceExhausted, error))?;
+            state.threads += 1;
+            state.idle += 1;
+        }
+        state.jobs.push_back(job);
+        self.0.work.notify_one();
+        Ok(())
+    }
+}
+
+impl Shared {
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().expect("a panic ends the process")
+    }
+
+    fn work(&self) {
+        let mut state = self.state();
+        loop {
+            match state.jobs.pop_front() {
+                None => state = self.work.wait(state).expect("a panic ends the process"),
+                Some(job) => {
+                    state.idle -= 1;
+                    drop(state);
+                    job();
+                    state = self.state();
+                    state.idle += 1;
+                }
+            }
+        }
+    }
+}
+
+impl std::fmt::Debug for State {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("State")
+            .field("jobs", &self.jobs.len())
+            .field("threads", &self.threads)
+            .field("idle", &self.idle)
+            .finish()
+    }
+}

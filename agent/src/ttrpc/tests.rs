@@ -1,0 +1,167 @@
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
+use std::sync::{Arc, Barrier};
+use std::thread;
+use std::time::Duration;
+
+use proptest::prelude::*;
+use prost::Message;
+
+use super::*;
+use crate::protocol::agent::{CheckRequest, Empty, ReadStreamResponse, WaitProcessRequest};
+
+/// Says back what it is told. `Meet` waits until so many calls wait; `Sleep` for ever.
+struct Echo(Barrier);
+
+impl Service for Echo {
+    fn call(&self, call: &Call<'_>) -> Result<Vec<u8>, Status> {
+        match call.method {
+            "Say" => call.answer(|request: CheckRequest| Ok(request)),
+            "Meet" => call.answer(|_: Empty| {
+                self.0.wait();
+                Ok(Empty {})
+            }),
+            "Sleep" => call.answer(|_: Empty| -> Result<Empty, Status> {
+                loop {
+                    thread::park();
+                }
+            }),
+            "Fill" => call.answer(|_: Empty| {
+                let data = vec![0; MAX_MESSAGE as usize - 8];
+                Ok(ReadStreamResponse { data })
+            }),
+            "Refuse" => Err(Status::new(Code::NotFound, "no such container")),
+            _ => Err(call.unimplemented()),
+        }
+    }
+}
+
+const CALLERS: usize = 20;
+
+fn server() -> UnixStream {
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    let writer = theirs.try_clone().unwrap();
+    let service: Arc<dyn Service> = Arc::new(Echo(Barrier::new(CALLERS)));
+    thread::spawn(move || serve(&theirs, writer, &service, &Workers::default()));
+    ours
+}
+
+fn say(client: &Client, text: &str) -> Result<String, CallError> {
+    let request = CheckRequest {
+        service: text.into(),
+    };
+    let said: CheckRequest = client.call("echo", "Say", &request, None)?;
+    Ok(said.service)
+}
+
+#[test]
+fn calls_are_answered_while_others_wait() {
+    let client = Client::new(server()).unwrap();
+    thread::scope(|scope| {
+        let meet = || client.call::<Empty>("echo", "Meet", &Empty {}, None);
+        let callers: Vec<_> = (1..CALLERS).map(|_| scope.spawn(meet)).collect();
+        assert_eq!(say(&client, "meanwhile").unwrap(), "meanwhile");
+        meet().unwrap();
+        for caller in callers {
+            caller.join().unwrap().unwrap();
+        }
+    });
+}
+
+#[test]
+fn a_refusal_says_what_and_why() {
+    let client = Client::new(server()).unwrap();
+    let refusal = |method: &str| match client.call::<Empty>("echo", method, &Empty {}, None) {
+        Err(CallError::Refused(status)) => (status.code, status.message),
+        other => panic!("{other:?}"),
+    };
+    let missing = "no such container".to_string();
+    assert_eq!(refusal("Refuse"), (Code::NotFound, missing));
+    let unknown = "there is no echo/Fly".to_string();
+    assert_eq!(refusal("Fly"), (Code::Unimplemented, unknown));
+    assert_eq!(refusal("Fill").0, Code::ResourceExhausted);
+}
+
+#[test]
+fn nobody_waits_for_an_answer_that_cannot_come() {
+    let client = Client::new(server()).unwrap();
+    let patience = Some(Duration::from_millis(20));
+    let late = client.call::<Empty>("echo", "Sleep", &Empty {}, patience);
+    assert!(matches!(late, Err(CallError::Late { .. })), "{late:?}");
+    assert_eq!(say(&client, "still here").unwrap(), "still here");
+
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    let client = Client::new(ours).unwrap();
+    thread::scope(|scope| {
+        let call = scope.spawn(|| say(&client, "?"));
+        (&theirs).read_exact(&mut [0; 10]).unwrap();
+        drop(theirs);
+        let gone = call.join().unwrap();
+        assert!(matches!(gone, Err(CallError::Gone(_))), "{gone:?}");
+    });
+    say(&client, "?").unwrap_err();
+}
+
+/// What comes back for a frame with this header and body.
+fn answer(stream: &mut UnixStream, header: [u8; 10], body: &[u8]) -> frame::Frame {
+    stream.write_all(&header).unwrap();
+    stream.write_all(body).unwrap();
+    frame::read(stream).unwrap().unwrap()
+}
+
+#[test]
+fn a_message_that_is_too_long_is_refused_and_the_next_one_heard() {
+    let mut stream = server();
+    let long = vec![0; MAX_MESSAGE as usize + 1];
+    let refused = answer(&mut stream, [0, 0x40, 0, 1, 0, 0, 0, 1, 1, 0], &long);
+    let refused = Response::decode(&refused.payload.unwrap()[..]).unwrap();
+    assert_eq!(
+        refused.status.unwrap().code,
+        i32::from(Code::InvalidArgument)
+    );
+    let client = Client::new(stream).unwrap();
+    assert_eq!(say(&client, "go on").unwrap(), "go on");
+}
+
+#[test]
+fn what_is_no_request_is_refused_or_passed_over() {
+    let mut stream = server();
+    let code = |frame: frame::Frame| {
+        let response = Response::decode(&frame.payload.unwrap()[..]).unwrap();
+        response.status.unwrap().code
+    };
+    let even = answer(&mut stream, [0, 0, 0, 0, 0, 0, 0, 2, 1, 0], b"");
+    assert_eq!(code(even), i32::from(Code::InvalidArgument));
+    let garbage = answer(&mut stream, [0, 0, 0, 2, 0, 0, 0, 1, 1, 0], b"\xff\xff");
+    assert_eq!(code(garbage), i32::from(Code::InvalidArgument));
+    // Data of a stream that is none, then a call without a method.
+    stream.write_all(&[0, 0, 0, 0, 0, 0, 0, 7, 3, 0]).unwrap();
+    let empty = answer(&mut stream, [0, 0, 0, 0, 0, 0, 0, 3, 1, 0], b"");
+    assert_eq!(
+        (empty.stream, code(empty)),
+        (3, i32::from(Code::Unimplemented))
+    );
+}
+
+proptest! {
+    #[test]
+    fn any_bytes_are_frames_or_an_error(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
+        let mut rest = &bytes[..];
+        while let Ok(Some(frame)) = frame::read(&mut rest) {
+            let payload = frame.payload.unwrap_or_default();
+            prop_assert!(payload.len() <= bytes.len());
+            let _ = Request::decode(&payload[..]);
+            let _ = Response::decode(&payload[..]);
+            let _ = WaitProcessRequest::decode(&payload[..]);
+        }
+    }
+
+    #[test]
+    fn a_frame_survives_the_wire(stream: u32, kind: u8, payload in proptest::collection::vec(any::<u8>(), 0..99)) {
+        let mut bytes = Vec::new();
+        frame::write(&mut bytes, stream, kind, &payload).unwrap();
+        let frame = frame::read(&mut &bytes[..]).unwrap();
+        prop_assert_eq!(frame, Some(frame::Frame { stream, kind, payload: Some(payload) }));
+        prop_assert!(frame::read(&mut &bytes[..bytes.len() - 1]).is_err());
+    }
+}
