@@ -5,6 +5,8 @@
 pub(crate) struct BootArgs {
     /// `root=` and what belongs to it; without it the initramfs stays the root.
     pub(crate) root: Option<Root>,
+    /// `podvmm.pod`: serve a pod's containers rather than run a command.
+    pub(crate) pod: bool,
 }
 
 /// The root file system asked for.
@@ -27,6 +29,7 @@ impl BootArgs {
     /// follows `--` is init's.
     pub(crate) fn parse(line: &str) -> Self {
         let mut root = Root::default();
+        let mut pod = false;
         for argument in arguments(line).take_while(|argument| argument != "--") {
             match argument.split_once('=') {
                 Some(("root", value)) => value.clone_into(&mut root.source),
@@ -37,12 +40,14 @@ impl BootArgs {
                     "ro" => root.writable = false,
                     "rw" => root.writable = true,
                     "podvmm.overlay" => root.overlay = true,
+                    "podvmm.pod" => pod = true,
                     _ => (),
                 },
             }
         }
         Self {
             root: (!root.source.is_empty()).then_some(root),
+            pod,
         }
     }
 }

@@ -127,7 +127,8 @@ impl Command {
             paths: &candidates(&self.argv[0]),
             argv: &self.argv,
             env: &environment(std::env::var_os("TERM").as_deref()),
-            stdio,
+            descriptors: &stdio,
+            namespaces: 0,
             terminal,
         };
         let sys::Spawned { pid, failure } = sys::spawn(&program).map_err(Error::Spawn)?;

@@ -8,10 +8,14 @@
 
 mod cmdline;
 mod command;
+mod container;
 mod mounts;
 mod ports;
+mod reaper;
 mod relay;
 mod rootfs;
+mod serve;
+mod storage;
 mod sys;
 mod wait;
 
@@ -22,6 +26,8 @@ use std::time::Duration;
 use agent::Status;
 use cmdline::BootArgs;
 use command::{Command, Size, Streams};
+use container::launch::{LAUNCH, STAGE};
+use container::stage;
 use ports::{Ports, StatusPort};
 use relay::{Children, Pump};
 
@@ -39,6 +45,12 @@ extern "C" fn start() -> std::ffi::c_int {
         say(&panic.to_string());
         end_vm();
     }));
+    if std::env::args_os()
+        .nth(1)
+        .is_some_and(|argument| argument == STAGE)
+    {
+        return stage::run().into();
+    }
     if let Err(error) = run() {
         say(&describe(&*error));
     }
@@ -55,9 +67,10 @@ fn end_vm() {
 
 fn run() -> Result<(), Box<dyn Error>> {
     mounts::first()?;
-    sys::fill_standard_descriptors();
+    sys::fill_descriptors(2);
     match Command::read()? {
         Some(command) => run_command(&command),
+        None if boot_args()?.pod => run_pod(),
         None => run_shell(),
     }
 }
@@ -119,12 +132,29 @@ fn run_shell() -> Result<(), Box<dyn Error>> {
     Ok(())
 }
 
+/// Serves a pod's containers for the host.
+fn run_pod() -> Result<(), Box<dyn Error>> {
+    // Of what a container's process is given none may lie where it is to be put.
+    sys::fill_descriptors(LAUNCH);
+    enter_root()?;
+    serve::run()?;
+    settle_disks();
+    Ok(())
+}
+
+fn boot_args() -> Result<BootArgs, Box<dyn Error>> {
+    let line = sys::read_file("/proc/cmdline")?;
+    Ok(BootArgs::parse(&String::from_utf8_lossy(&line)))
+}
+
 /// Makes the guest what programs expect, with the root file system that the command line names.
 fn enter_root() -> Result<(), Box<dyn Error>> {
-    let line = sys::read_file("/proc/cmdline")?;
-    let root = BootArgs::parse(&String::from_utf8_lossy(&line)).root;
+    let BootArgs { root, pod } = boot_args()?;
     if let Some(root) = &root {
         rootfs::enter(root)?;
+    } else if pod {
+        // Containers leave their root by pivot_root(2), which the initramfs is not made for.
+        rootfs::enter_empty()?;
     }
     let read_only = root.is_some_and(|root| !root.writable && !root.overlay);
     for error in mounts::later(read_only) {

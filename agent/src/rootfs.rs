@@ -51,6 +51,15 @@ pub(crate) fn enter(root: &Root) -> Result<(), Error> {
     Ok(mounts::enter_root(NEW_ROOT)?)
 }
 
+/// Makes an empty file system in memory the root.
+pub(crate) fn enter_empty() -> Result<(), Error> {
+    sys::mount(c"tmpfs", NEW_ROOT, c"tmpfs", 0, c"mode=0755").map_err(|source| Error::Mount {
+        device: "tmpfs".to_owned(),
+        source,
+    })?;
+    Ok(mounts::enter_root(NEW_ROOT)?)
+}
+
 fn mount(root: &Root, target: &CStr) -> Result<(), Error> {
     let device = || root.source.clone();
     let fstype = match &root.fstype {

@@ -84,11 +84,11 @@ pub(crate) fn reboot() -> io::Error {
     io::Error::last_os_error()
 }
 
-/// Makes sure that descriptors 0 to 2 are open, as a kernel without a console leaves them closed
-/// and the next files opened would take their place.
-pub(crate) fn fill_standard_descriptors() {
-    // SAFETY: asks about a number; 2 is the last to be filled.
-    while unsafe { libc::fcntl(2, libc::F_GETFD) } == -1 {
+/// Makes sure that descriptors 0 to `last` are open, or the next files opened would take their
+/// place: a kernel without a console leaves the first three closed.
+pub(crate) fn fill_descriptors(last: c_int) {
+    // SAFETY: asks about a number.
+    while unsafe { libc::fcntl(last, libc::F_GETFD) } == -1 {
         // SAFETY: the path is NUL-terminated; the descriptor is left open on purpose.
         if unsafe { libc::open(c"/dev/null".as_ptr(), libc::O_RDWR) } == -1 {
             return;
@@ -201,6 +201,67 @@ fn shell_status(status: c_int) -> u8 {
     u8::try_from(status).unwrap_or(u8::MAX)
 }
 
+/// A process like this one, as a child of this one's parent. Zero in the new one.
+///
+/// This process must have no other threads: those would not be there in the new one, and what they
+/// held would be held for ever.
+pub(crate) fn fork_sibling() -> io::Result<pid_t> {
+    let flags = libc::CLONE_PARENT | libc::SIGCHLD;
+    // SAFETY: without a stack of its own the child goes on where this process is, in memory of its
+    // own; there is one thread.
+    let pid = unsafe { libc::syscall(libc::SYS_clone, flags, 0, 0, 0, 0) };
+    match pid_t::try_from(pid) {
+        Ok(pid) if pid >= 0 => Ok(pid),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+/// Which child has ended, without taking note of it. Waits until one has.
+pub(crate) fn next_ended() -> io::Result<pid_t> {
+    // SAFETY: a siginfo_t is integers and unions of them, for which zero is a value.
+    let mut info: libc::siginfo_t = unsafe { std::mem::zeroed() };
+    let flags = libc::WEXITED | libc::WNOWAIT;
+    // SAFETY: `info` outlives the call.
+    check(unsafe { libc::waitid(libc::P_ALL, 0, &raw mut info, flags) })?;
+    // SAFETY: waitid has filled it for a child.
+    Ok(unsafe { info.si_pid() })
+}
+
+/// Takes note of the end of this child, if it has ended: its status as shells tell it.
+pub(crate) fn reap(child: pid_t) -> Option<u8> {
+    let mut status = 0;
+    // SAFETY: `status` outlives the call.
+    let reaped = unsafe { libc::waitpid(child, &raw mut status, libc::WNOHANG) };
+    (reaped == child).then(|| shell_status(status))
+}
+
+pub(crate) fn kill(pid: pid_t, signal: c_int) -> io::Result<()> {
+    // SAFETY: takes no pointers.
+    match check(unsafe { libc::kill(pid, signal) }) {
+        Err(error) if error.raw_os_error() != Some(libc::ESRCH) => Err(error),
+        _ => Ok(()),
+    }
+}
+
+pub(crate) fn set_time(seconds: i64, microseconds: i64) -> io::Result<()> {
+    let time = libc::timeval {
+        tv_sec: seconds,
+        tv_usec: microseconds,
+    };
+    // SAFETY: `time` outlives the call; no time zone is given.
+    check(unsafe { libc::settimeofday(&raw const time, ptr::null()) }).map(drop)
+}
+
+/// Mixes `bytes` into the kernel's entropy and has it used from now on.
+pub(crate) fn add_entropy(bytes: &[u8]) -> io::Result<()> {
+    /// From linux/random.h.
+    const RNDRESEEDCRNG: libc::Ioctl = 0x5207;
+    let device = File::options().write(true).open("/dev/urandom")?;
+    std::io::Write::write_all(&mut &device, bytes)?;
+    // SAFETY: takes no argument.
+    check(unsafe { libc::ioctl(device.as_raw_fd(), RNDRESEEDCRNG) }).map(drop)
+}
+
 /// Asks a child to end. One that has ended and was not waited for keeps its number, so nobody else
 /// is meant.
 pub(crate) fn terminate(child: pid_t) {
@@ -245,8 +306,10 @@ pub(crate) struct Program<'a> {
     pub(crate) paths: &'a [CString],
     pub(crate) argv: &'a [CString],
     pub(crate) env: &'a [CString],
-    /// Standard input, output and error.
-    pub(crate) stdio: [BorrowedFd<'a>; 3],
+    /// Standard input, output and error, and what else it is to have.
+    pub(crate) descriptors: &'a [BorrowedFd<'a>],
+    /// Namespaces of its own: CLONE_NEW*.
+    pub(crate) namespaces: c_int,
     /// If standard input is a terminal, it is to be the controlling one.
     pub(crate) terminal: bool,
 }
@@ -287,7 +350,7 @@ pub(crate) fn spawn(program: &Program<'_>) -> io::Result<Spawned> {
         libc::clone(
             child,
             top.cast::<c_void>(),
-            libc::CLONE_VM | libc::CLONE_VFORK | libc::SIGCHLD,
+            libc::CLONE_VM | libc::CLONE_VFORK | libc::SIGCHLD | program.namespaces,
             (&raw mut launch).cast::<c_void>(),
         )
     })?;
@@ -324,7 +387,7 @@ extern "C" fn child(launch: *mut c_void) -> c_int {
 fn become_program(launch: &Launch<'_>) -> io::Result<std::convert::Infallible> {
     let Program {
         paths,
-        stdio,
+        descriptors,
         terminal,
         ..
     } = launch.program;
@@ -334,7 +397,7 @@ fn become_program(launch: &Launch<'_>) -> io::Result<std::convert::Infallible> {
     check(unsafe { libc::sigprocmask(libc::SIG_SETMASK, &raw const no_signals, ptr::null_mut()) })?;
     // SAFETY: no arguments.
     check(unsafe { libc::setsid() })?;
-    for (to, from) in (0..).zip(stdio) {
+    for (to, from) in (0..).zip(*descriptors) {
         // SAFETY: plain integers in; this process's table of descriptors is its own.
         check(unsafe { libc::dup2(from.as_raw_fd(), to) })?;
     }

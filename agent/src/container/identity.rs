@@ -1,0 +1,145 @@
+//! What a process may do: its user, capabilities and limits.
+
+use std::collections::HashMap;
+use std::io;
+
+use agent::protocol::oci::{LinuxCapabilities, PosixRlimit, Process};
+use rustix::process::{Resource, Rlimit};
+use rustix::thread::{self as threads, CapabilitySet, CapabilitySets};
+
+type Error = Box<dyn std::error::Error>;
+
+/// Takes on what `process` is to be. The last thing before its program.
+pub(crate) fn assume(process: &Process) -> Result<(), Error> {
+    for limit in &process.rlimits {
+        set_limit(limit)?;
+    }
+    if process.oom_score_adj != 0 {
+        std::fs::write(
+            "/proc/self/oom_score_adj",
+            process.oom_score_adj.to_string(),
+        )?;
+    }
+    let capabilities = process.capabilities.clone().unwrap_or_default();
+    let sets = Sets::parse(&capabilities)?;
+    let bounds = sets.bounding.complement();
+    for capability in bounds.iter() {
+        // Those the kernel does not know cannot be had either.
+        let _ = threads::remove_capability_from_bounding_set(capability);
+    }
+    let user = process.user.clone().unwrap_or_default();
+    let groups: Vec<_> = user
+        .additional_gids
+        .iter()
+        .map(|gid| rustix::fs::Gid::from_raw(*gid))
+        .collect();
+    threads::set_thread_groups(&groups)?;
+    let gid = rustix::fs::Gid::from_raw(user.gid);
+    threads::set_thread_res_gid(gid, gid, gid)?;
+    // Or giving up root would be giving up all.
+    threads::set_keep_capabilities(true)?;
+    let uid = rustix::fs::Uid::from_raw(user.uid);
+    threads::set_thread_res_uid(uid, uid, uid)?;
+    threads::set_keep_capabilities(false)?;
+    threads::set_capabilities(
+        None,
+        CapabilitySets {
+            effective: sets.effective,
+            permitted: sets.permitted,
+            inheritable: sets.inheritable,
+        },
+    )?;
+    threads::clear_ambient_capability_set()?;
+    for capability in sets.ambient.iter() {
+        threads::configure_capability_in_ambient_set(capability, true)?;
+    }
+    if process.no_new_privileges {
+        threads::set_no_new_privs(true)?;
+    }
+    Ok(())
+}
+
+struct Sets {
+    bounding: CapabilitySet,
+    effective: CapabilitySet,
+    inheritable: CapabilitySet,
+    permitted: CapabilitySet,
+    ambient: CapabilitySet,
+}
+
+impl Sets {
+    fn parse(named: &LinuxCapabilities) -> Result<Self, Error> {
+        let known: HashMap<_, _> = CapabilitySet::all().iter_names().collect();
+        let set = |names: &[String]| -> Result<CapabilitySet, Error> {
+            let mut set = CapabilitySet::empty();
+            for name in names {
+                let upper = name.to_uppercase();
+                let short = upper.strip_prefix("CAP_").unwrap_or(&upper);
+                set |= *known
+                    .get(short)
+                    .ok_or_else(|| format!("there is no capability {name}"))?;
+            }
+            Ok(set)
+        };
+        Ok(Self {
+            bounding: set(&named.bounding)?,
+            effective: set(&named.effective)?,
+            inheritable: set(&named.inheritable)?,
+            permitted: set(&named.permitted)?,
+            ambient: set(&named.ambient)?,
+        })
+    }
+}
+
+fn set_limit(limit: &PosixRlimit) -> Result<(), Error> {
+    let resource = match limit.r#type.as_str() {
+        "RLIMIT_AS" => Resource::As,
+        "RLIMIT_CORE" => Resource::Core,
+        "RLIMIT_CPU" => Resource::Cpu,
+        "RLIMIT_DATA" => Resource::Data,
+        "RLIMIT_FSIZE" => Resource::Fsize,
+        "RLIMIT_LOCKS" => Resource::Locks,
+        "RLIMIT_MEMLOCK" => Resource::Memlock,
+        "RLIMIT_MSGQUEUE" => Resource::Msgqueue,
+        "RLIMIT_NICE" => Resource::Nice,
+        "RLIMIT_NOFILE" => Resource::Nofile,
+        "RLIMIT_NPROC" => Resource::Nproc,
+        "RLIMIT_RSS" => Resource::Rss,
+        "RLIMIT_RTPRIO" => Resource::Rtprio,
+        "RLIMIT_RTTIME" => Resource::Rttime,
+        "RLIMIT_SIGPENDING" => Resource::Sigpending,
+        "RLIMIT_STACK" => Resource::Stack,
+        other => return Err(format!("there is no limit {other}").into()),
+    };
+    let bytes = |value: u64| (value != u64::MAX).then_some(value);
+    let rlimit = Rlimit {
+        current: bytes(limit.soft),
+        maximum: bytes(limit.hard),
+    };
+    rustix::process::setrlimit(resource, rlimit)
+        .map_err(|errno| io::Error::other(format!("{}: {errno}", limit.r#type)).into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn capabilities_are_known_by_name() {
+        let named = LinuxCapabilities {
+            bounding: vec!["CAP_CHOWN".into(), "cap_sys_admin".into()],
+            ..LinuxCapabilities::default()
+        };
+        let sets = Sets::parse(&named).unwrap();
+        assert_eq!(
+            sets.bounding,
+            CapabilitySet::CHOWN | CapabilitySet::SYS_ADMIN
+        );
+        let named = LinuxCapabilities {
+            ambient: vec!["CAP_FLY".into()],
+            ..LinuxCapabilities::default()
+        };
+        let refused = Sets::parse(&named).err().unwrap();
+        assert_eq!(refused.to_string(), "there is no capability CAP_FLY");
+    }
+}

@@ -1,0 +1,409 @@
+//! A container's view of files, made in its own mount namespace. Paths are of the image's making: each
+//! is looked up as if the container's root were the only one.
+
+use std::ffi::CString;
+use std::fs;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::path::{Component, Path};
+
+use agent::protocol::oci::{LinuxDevice, Mount, Spec};
+use rustix::fs::{CWD, FileType, Mode, OFlags, ResolveFlags};
+use rustix::mount::{MountFlags, MountPropagationFlags, UnmountFlags};
+
+type Error = Box<dyn std::error::Error>;
+
+/// Character devices that every container has: name, major and minor number.
+const DEVICES: [(&str, u32, u32); 6] = [
+    ("null", 1, 3),
+    ("zero", 1, 5),
+    ("full", 1, 7),
+    ("random", 1, 8),
+    ("urandom", 1, 9),
+    ("tty", 5, 0),
+];
+
+const LINKS: [(&str, &str); 5] = [
+    ("/proc/self/fd", "fd"),
+    ("/proc/self/fd/0", "stdin"),
+    ("/proc/self/fd/1", "stdout"),
+    ("/proc/self/fd/2", "stderr"),
+    ("pts/ptmx", "ptmx"),
+];
+
+/// Makes the container's root this process's, with all that is to be mounted there.
+pub(crate) fn enter(spec: &Spec) -> Result<(), Error> {
+    let linux = spec.linux.clone().unwrap_or_default();
+    let root = spec.root.clone().unwrap_or_default();
+    let propagation = match linux.rootfs_propagation.as_str() {
+        // The guest shares what is mounted with nobody, so a container has nobody to share with.
+        "" | "shared" | "rshared" | "slave" | "rslave" => MountPropagationFlags::DOWNSTREAM,
+        "private" | "rprivate" => MountPropagationFlags::PRIVATE,
+        other => return Err(format!("there is no propagation {other}").into()),
+    };
+    rustix::mount::mount_change("/", propagation | MountPropagationFlags::REC)?;
+    let at = |what: &str, source: io::Error| -> Error { format!("{what}: {source}").into() };
+    rustix::mount::mount_bind_recursive(&root.path, &root.path)
+        .map_err(|errno| at(&root.path, errno.into()))?;
+    let fd = rustix::fs::open(
+        &root.path,
+        OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC,
+        Mode::empty(),
+    )?;
+    for mount in &spec.mounts {
+        apply(fd.as_fd(), mount).map_err(|error| -> Error {
+            format!("mount {} on {}: {error}", mount.source, mount.destination).into()
+        })?;
+    }
+    make_devices(fd.as_fd(), &linux.devices)?;
+    rustix::process::fchdir(&fd)?;
+    rustix::process::pivot_root(".", ".").map_err(|errno| at("enter the root", errno.into()))?;
+    rustix::mount::unmount(".", UnmountFlags::DETACH)?;
+    rustix::process::chdir("/")?;
+    for path in &linux.masked_paths {
+        mask(path).map_err(|error| at(path, error))?;
+    }
+    for path in &linux.readonly_paths {
+        make_readonly(path).map_err(|error| at(path, error))?;
+    }
+    if root.readonly {
+        rustix::mount::mount_remount("/", MountFlags::BIND | MountFlags::RDONLY, c"")?;
+    }
+    Ok(())
+}
+
+/// The options of a mount, told apart.
+#[derive(Debug, PartialEq)]
+struct Options {
+    flags: MountFlags,
+    propagation: Vec<MountPropagationFlags>,
+    bind: Option<bool>,
+    /// For the file system.
+    data: Vec<String>,
+}
+
+fn options(words: &[String]) -> Options {
+    let mut options = Options {
+        flags: MountFlags::empty(),
+        propagation: Vec::new(),
+        bind: None,
+        data: Vec::new(),
+    };
+    for word in words {
+        let (flag, on) = match word.as_str() {
+            "bind" => {
+                options.bind = Some(options.bind.unwrap_or(false));
+                continue;
+            }
+            "rbind" => {
+                options.bind = Some(true);
+                continue;
+            }
+            "defaults" => continue,
+            "ro" => (MountFlags::RDONLY, true),
+            "rw" => (MountFlags::RDONLY, false),
+            "nosuid" => (MountFlags::NOSUID, true),
+            "suid" => (MountFlags::NOSUID, false),
+            "nodev" => (MountFlags::NODEV, true),
+            "dev" => (MountFlags::NODEV, false),
+            "noexec" => (MountFlags::NOEXEC, true),
+            "exec" => (MountFlags::NOEXEC, false),
+            "sync" => (MountFlags::SYNCHRONOUS, true),
+            "async" => (MountFlags::SYNCHRONOUS, false),
+            "dirsync" => (MountFlags::DIRSYNC, true),
+            "noatime" => (MountFlags::NOATIME, true),
+            "atime" => (MountFlags::NOATIME, false),
+            "nodiratime" => (MountFlags::NODIRATIME, true),
+            "diratime" => (MountFlags::NODIRATIME, false),
+            "relatime" => (MountFlags::RELATIME, true),
+            "norelatime" => (MountFlags::RELATIME, false),
+            "strictatime" => (MountFlags::STRICTATIME, true),
+            other => {
+                match propagation(other) {
+                    Some(flags) => options.propagation.push(flags),
+                    None => options.data.push(other.into()),
+                }
+                continue;
+            }
+        };
+        options.flags.set(flag, on);
+    }
+    options
+}
+
+fn propagation(word: &str) -> Option<MountPropagationFlags> {
+    let (word, deep) = match word.strip_prefix('r') {
+        Some(rest) => (rest, MountPropagationFlags::REC),
+        None => (word, MountPropagationFlags::empty()),
+    };
+    let flags = match word {
+        "private" => MountPropagationFlags::PRIVATE,
+        "slave" => MountPropagationFlags::DOWNSTREAM,
+        "shared" => MountPropagationFlags::SHARED,
+        "unbindable" => MountPropagationFlags::UNBINDABLE,
+        _ => return None,
+    };
+    Some(flags | deep)
+}
+
+fn apply(root: BorrowedFd<'_>, mount: &Mount) -> Result<(), Error> {
+    let options = options(&mount.options);
+    let bind = match (mount.r#type.as_str(), options.bind) {
+        (_, Some(deep)) => Some(deep),
+        ("bind", None) => Some(true),
+        _ => None,
+    };
+    let is_file = bind.is_some() && !fs::metadata(&mount.source)?.is_dir();
+    let target = find(root, Path::new(&mount.destination), is_file)?;
+    let place = format!("/proc/self/fd/{}", target.as_raw_fd());
+    if let Some(deep) = bind {
+        if deep {
+            rustix::mount::mount_bind_recursive(&mount.source, &place)?;
+        } else {
+            rustix::mount::mount_bind(&mount.source, &place)?;
+        }
+    } else {
+        // The guest has cgroups of version 2 alone.
+        let kind = match mount.r#type.as_str() {
+            "cgroup" => "cgroup2",
+            kind => kind,
+        };
+        let data = match kind {
+            "cgroup2" => String::new(),
+            _ => options.data.join(","),
+        };
+        let data = CString::new(data)?;
+        rustix::mount::mount(&mount.source, &place, kind, options.flags, Some(&*data))?;
+    }
+    // What is mounted hides the place, so it is looked up once more.
+    let mounted = find(root, Path::new(&mount.destination), is_file)?;
+    let place = format!("/proc/self/fd/{}", mounted.as_raw_fd());
+    if bind.is_some() && !options.flags.is_empty() {
+        rustix::mount::mount_remount(&place, MountFlags::BIND | options.flags, c"")?;
+    }
+    for flags in options.propagation {
+        rustix::mount::mount_change(&place, flags)?;
+    }
+    Ok(())
+}
+
+/// The file or folder at `path` below `root`, made if it is not there.
+fn find(root: BorrowedFd<'_>, path: &Path, is_file: bool) -> io::Result<OwnedFd> {
+    let resolve = ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS;
+    let open = |path: &Path| {
+        rustix::fs::openat2(
+            root,
+            path,
+            OFlags::PATH | OFlags::CLOEXEC,
+            Mode::empty(),
+            resolve,
+        )
+    };
+    match open(path) {
+        Err(rustix::io::Errno::NOENT) => {}
+        found => return Ok(found?),
+    }
+    let mut names: Vec<_> = path
+        .components()
+        .filter_map(|part| match part {
+            Component::Normal(name) => Some(name),
+            _ => None,
+        })
+        .collect();
+    let last = if is_file { names.pop() } else { None };
+    let mut here = open(Path::new("/"))?;
+    let mut so_far = std::path::PathBuf::from("/");
+    for name in names {
+        so_far.push(name);
+        here = match open(&so_far) {
+            Err(rustix::io::Errno::NOENT) => {
+                rustix::fs::mkdirat(&here, name, Mode::from_raw_mode(0o755))?;
+                open(&so_far)?
+            }
+            found => found?,
+        };
+    }
+    if let Some(name) = last {
+        let flags = OFlags::CREATE | OFlags::EXCL | OFlags::WRONLY | OFlags::CLOEXEC;
+        rustix::fs::openat(&here, name, flags, Mode::from_raw_mode(0o644))?;
+    }
+    Ok(open(path)?)
+}
+
+fn make_devices(root: BorrowedFd<'_>, more: &[LinuxDevice]) -> Result<(), Error> {
+    let dev = find(root, Path::new("/dev"), false)?;
+    for (name, major, minor) in DEVICES {
+        make_node(
+            dev.as_fd(),
+            name,
+            FileType::CharacterDevice,
+            0o666,
+            (major, minor),
+            (0, 0),
+        )?;
+    }
+    for (target, name) in LINKS {
+        match rustix::fs::symlinkat(target, &dev, name) {
+            Err(rustix::io::Errno::EXIST) => {}
+            made => made?,
+        }
+    }
+    for device in more {
+        let path = Path::new(&device.path);
+        let (Some(folder), Some(name)) = (path.parent(), path.file_name()) else {
+            return Err(format!("{} is no place for a device", device.path).into());
+        };
+        let kind = match device.r#type.as_str() {
+            "b" => FileType::BlockDevice,
+            "c" | "u" => FileType::CharacterDevice,
+            "p" => FileType::Fifo,
+            other => {
+                return Err(
+                    format!("{}: there are no devices of type {other}", device.path).into(),
+                );
+            }
+        };
+        let number =
+            |value: i64| u32::try_from(value).map_err(|_| format!("{}: {value}", device.path));
+        let numbers = (number(device.major)?, number(device.minor)?);
+        let folder = find(root, folder, false)?;
+        let mode = if device.file_mode == 0 {
+            0o666
+        } else {
+            device.file_mode
+        };
+        make_node(
+            folder.as_fd(),
+            &name.to_string_lossy(),
+            kind,
+            mode,
+            numbers,
+            (device.uid, device.gid),
+        )?;
+    }
+    Ok(())
+}
+
+fn make_node(
+    folder: BorrowedFd<'_>,
+    name: &str,
+    kind: FileType,
+    mode: u32,
+    (major, minor): (u32, u32),
+    (uid, gid): (u32, u32),
+) -> io::Result<()> {
+    use rustix::fs::{AtFlags, Gid, Uid};
+    match rustix::fs::mknodat(
+        folder,
+        name,
+        kind,
+        Mode::from_raw_mode(mode),
+        rustix::fs::makedev(major, minor),
+    ) {
+        Err(rustix::io::Errno::EXIST) => return Ok(()),
+        made => made?,
+    }
+    // What the mask took away.
+    rustix::fs::chmodat(folder, name, Mode::from_raw_mode(mode), AtFlags::empty())?;
+    let (uid, gid) = (Uid::from_raw(uid), Gid::from_raw(gid));
+    rustix::fs::chownat(
+        folder,
+        name,
+        Some(uid),
+        Some(gid),
+        AtFlags::SYMLINK_NOFOLLOW,
+    )?;
+    Ok(())
+}
+
+/// Hides what is at `path`, if there is anything.
+fn mask(path: &str) -> io::Result<()> {
+    let metadata = match fs::metadata(path) {
+        Err(error)
+            if matches!(
+                error.kind(),
+                io::ErrorKind::NotFound | io::ErrorKind::NotADirectory
+            ) =>
+        {
+            return Ok(());
+        }
+        found => found?,
+    };
+    if metadata.is_dir() {
+        rustix::mount::mount("tmpfs", path, "tmpfs", MountFlags::RDONLY, c"size=0k")?;
+    } else {
+        rustix::mount::mount_bind("/dev/null", path)?;
+    }
+    Ok(())
+}
+
+fn make_readonly(path: &str) -> io::Result<()> {
+    match rustix::mount::mount_bind_recursive(path, path) {
+        Err(rustix::io::Errno::NOENT) => return Ok(()),
+        bound => bound?,
+    }
+    let flags = MountFlags::BIND
+        | MountFlags::RDONLY
+        | MountFlags::NOSUID
+        | MountFlags::NODEV
+        | MountFlags::NOEXEC;
+    rustix::mount::mount_remount(path, flags, c"")?;
+    Ok(())
+}
+
+/// Puts the slave of the container's terminal where consoles are.
+pub(crate) fn mount_console(slave: &str) -> io::Result<()> {
+    let root = rustix::fs::openat(CWD, "/", OFlags::PATH | OFlags::CLOEXEC, Mode::empty())?;
+    let console = find(root.as_fd(), Path::new("/dev/console"), true)?;
+    rustix::mount::mount_bind(slave, format!("/proc/self/fd/{}", console.as_raw_fd()))?;
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn options_are_flags_propagation_or_the_file_systems() {
+        let words = [
+            "rbind", "nosuid", "ro", "rw", "rslave", "size=64k", "rprivate", "mode=755",
+        ];
+        let options = options(&words.map(String::from));
+        assert_eq!(
+            options,
+            Options {
+                flags: MountFlags::NOSUID,
+                propagation: vec![
+                    MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC,
+                    MountPropagationFlags::PRIVATE | MountPropagationFlags::REC,
+                ],
+                bind: Some(true),
+                data: vec!["size=64k".into(), "mode=755".into()],
+            }
+        );
+    }
+
+    #[test]
+    fn places_are_made_below_the_root_whatever_links_say() {
+        let folder = std::env::temp_dir().join(format!("podvmm-agent-root-{}", std::process::id()));
+        fs::create_dir_all(folder.join("inside")).unwrap();
+        std::os::unix::fs::symlink("/inside", folder.join("link")).unwrap();
+        std::os::unix::fs::symlink("../../../../etc", folder.join("out")).unwrap();
+        let root =
+            rustix::fs::open(&folder, OFlags::PATH | OFlags::CLOEXEC, Mode::empty()).unwrap();
+        find(root.as_fd(), Path::new("/link/a/b"), false).unwrap();
+        find(root.as_fd(), Path::new("/link/file"), true).unwrap();
+        find(root.as_fd(), Path::new("/../up"), false).unwrap();
+        let outside = find(root.as_fd(), Path::new("/out/passwd"), true);
+        let made = [
+            folder.join("inside/a/b").is_dir(),
+            folder.join("inside/file").is_file(),
+            folder.join("up").is_dir(),
+        ];
+        let leaked = folder.join("etc").exists();
+        fs::remove_dir_all(&folder).unwrap();
+        assert_eq!(made, [true; 3]);
+        // A link to nowhere is not followed to make something.
+        assert!(outside.is_err() && !leaked);
+    }
+}

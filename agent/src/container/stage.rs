@@ -1,0 +1,258 @@
+//! The process between the agent and a container's program: this program once more, in the
+//! container's namespaces, which makes itself what the container is to be. One thread, so that it
+//! may fork, and all memory its own.
+
+use std::ffi::{CString, OsStr};
+use std::fs::{self, File};
+use std::io;
+use std::os::fd::{AsFd, FromRawFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::process::CommandExt;
+use std::process::Command;
+
+use agent::protocol::oci::{Process, Spec};
+use rustix::fs::{Mode, OFlags};
+use rustix::pty::OpenptFlags;
+use rustix::thread::{LinkNameSpaceType, UnshareFlags};
+
+use super::launch::{CHANNEL, LAUNCH, Launch, Word, hear, say};
+use super::{identity, rootfs};
+use crate::sys;
+
+type Error = Box<dyn std::error::Error>;
+
+/// Becomes what it is told to. Returns only if that fails, after having said so.
+pub(crate) fn run() -> u8 {
+    let (channel, launch) = given();
+    let (why, code) = match prepare(&channel, launch) {
+        Err(error) => (error.to_string(), 1),
+        Ok(mut command) => {
+            let error = command.exec();
+            let code = if error.kind() == io::ErrorKind::NotFound {
+                127
+            } else {
+                126
+            };
+            (
+                format!("{}: {error}", command.get_program().to_string_lossy()),
+                code,
+            )
+        }
+    };
+    // Without the agent there is nobody to tell.
+    let _ = say(channel.as_fd(), &Word::Failed(why));
+    code
+}
+
+fn given() -> (OwnedFd, File) {
+    // SAFETY: the agent starts this process with the channel there, and nobody else has it.
+    let channel = unsafe { OwnedFd::from_raw_fd(CHANNEL) };
+    // SAFETY: as above, with what is to be read.
+    let launch = unsafe { OwnedFd::from_raw_fd(LAUNCH) };
+    (channel, launch.into())
+}
+
+fn prepare(channel: &OwnedFd, launch: File) -> Result<Command, Error> {
+    rustix::io::fcntl_setfd(channel, rustix::io::FdFlags::CLOEXEC)?;
+    // First it is put into the container's cgroup.
+    await_order(channel);
+    let launch = Launch::from_file(launch)?;
+    let process = match &launch.spec {
+        Some(spec) => {
+            enter(spec)?;
+            spec.process.clone()
+        }
+        None => {
+            join(launch.join)?;
+            match sys::fork_sibling()? {
+                0 => {
+                    rustix::process::setsid()?;
+                    launch.process
+                }
+                pid => {
+                    say(channel.as_fd(), &Word::Pid(pid))?;
+                    std::process::exit(0);
+                }
+            }
+        }
+    };
+    let process = process.ok_or("there is no process to become")?;
+    if process.terminal {
+        let is_first = launch.spec.is_some();
+        say(
+            channel.as_fd(),
+            &Word::Terminal(terminal(&process, is_first)?),
+        )?;
+    }
+    say(channel.as_fd(), &Word::Ready)?;
+    await_order(channel);
+    let command = command(&process)?;
+    identity::assume(&process)?;
+    let cwd = if process.cwd.is_empty() {
+        "/"
+    } else {
+        &process.cwd
+    };
+    rustix::process::chdir(cwd).map_err(|errno| format!("{cwd}: {errno}"))?;
+    Ok(command)
+}
+
+/// Waits to be told to go on. Whatever is said tells it; if nothing is, there is no agent any more.
+fn await_order(channel: &OwnedFd) {
+    if !matches!(hear(channel.as_fd()), Ok(Some(_))) {
+        std::process::exit(1);
+    }
+}
+
+fn enter(spec: &Spec) -> Result<(), Error> {
+    let linux = spec.linux.clone().unwrap_or_default();
+    for (name, value) in &linux.sysctl {
+        let path = format!("/proc/sys/{}", name.replace('.', "/"));
+        fs::write(&path, value).map_err(|error| format!("sysctl {name}: {error}"))?;
+    }
+    if linux
+        .namespaces
+        .iter()
+        .any(|namespace| namespace.r#type == "cgroup")
+    {
+        unshare_cgroup()?;
+    }
+    rootfs::enter(spec)
+}
+
+fn unshare_cgroup() -> io::Result<()> {
+    // SAFETY: descriptors stay shared with nobody: this process has one thread.
+    unsafe { rustix::thread::unshare_unsafe(UnshareFlags::NEWCGROUP) }?;
+    Ok(())
+}
+
+/// Enters the namespaces of the container's first process.
+fn join(pid: i32) -> Result<(), Error> {
+    let open = |kind: &str| {
+        let path = format!("/proc/{pid}/ns/{kind}");
+        rustix::fs::open(path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())
+    };
+    let namespaces = [
+        (open("cgroup")?, LinkNameSpaceType::ControlGroup),
+        (open("pid")?, LinkNameSpaceType::ProcessID),
+        (open("mnt")?, LinkNameSpaceType::Mount),
+    ];
+    for (namespace, kind) in &namespaces {
+        rustix::thread::move_into_link_name_space(namespace.as_fd(), Some(*kind))?;
+    }
+    Ok(())
+}
+
+/// Opens a terminal in the container and makes it this process's own. Returns the agent's end.
+fn terminal(process: &Process, is_first: bool) -> Result<OwnedFd, Error> {
+    let flags = OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC;
+    let master = rustix::pty::openpt(flags)?;
+    rustix::pty::unlockpt(&master)?;
+    let name = rustix::pty::ptsname(&master, Vec::new())?;
+    let name = name.to_str()?;
+    if let Some(size) = process.console_size {
+        let cells = |count: u32| u16::try_from(count).unwrap_or(u16::MAX);
+        let size = rustix::termios::Winsize {
+            ws_row: cells(size.height),
+            ws_col: cells(size.width),
+            ws_xpixel: 0,
+            ws_ypixel: 0,
+        };
+        rustix::termios::tcsetwinsize(&master, size)?;
+    }
+    let slave = rustix::fs::open(name, OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())?;
+    if is_first {
+        rootfs::mount_console(name)?;
+    }
+    rustix::process::ioctl_tiocsctty(&slave)?;
+    rustix::stdio::dup2_stdin(&slave)?;
+    rustix::stdio::dup2_stdout(&slave)?;
+    rustix::stdio::dup2_stderr(&slave)?;
+    if let Some(user) = &process.user {
+        let uid = rustix::fs::Uid::from_raw(user.uid);
+        rustix::fs::fchown(&slave, Some(uid), None)?;
+    }
+    Ok(master)
+}
+
+/// The program with its arguments and environment; a name without a slash is looked for in its PATH.
+fn command(process: &Process) -> Result<Command, Error> {
+    let (name, arguments) = process
+        .args
+        .split_first()
+        .ok_or("there is nothing to run")?;
+    let variable = |wanted: &str| {
+        let variables = process.env.iter().filter_map(|text| text.split_once('='));
+        variables
+            .rev()
+            .find(|(key, _)| *key == wanted)
+            .map(|(_, value)| value)
+    };
+    let path = match name.contains('/') {
+        true => name.into(),
+        false => search(name, variable("PATH").unwrap_or_default()),
+    };
+    let mut command = Command::new(path);
+    command.arg0(name).args(arguments).env_clear();
+    if variable("HOME").is_none() {
+        let uid = process.user.as_ref().map_or(0, |user| user.uid);
+        let passwd = fs::read_to_string("/etc/passwd").unwrap_or_default();
+        command.env("HOME", home(&passwd, uid));
+    }
+    for text in &process.env {
+        let (key, value) = text.split_once('=').unwrap_or((text, ""));
+        // std takes no such names, and neither do shells.
+        if !key.is_empty() && CString::new(text.as_bytes()).is_ok() {
+            command.env(key, OsStr::from_bytes(value.as_bytes()));
+        }
+    }
+    Ok(command)
+}
+
+/// Where in `path` there is a program of this name; the name itself if nowhere.
+fn search(name: &str, path: &str) -> String {
+    use std::os::unix::fs::PermissionsExt;
+    let places = path.split(':').filter(|folder| !folder.is_empty());
+    let mut places = places.map(|folder| format!("{folder}/{name}"));
+    let is_program = |place: &String| {
+        fs::metadata(place)
+            .is_ok_and(|file| file.is_file() && file.permissions().mode() & 0o111 != 0)
+    };
+    // With a slash, or it would be looked for in the agent's own PATH.
+    places
+        .find(is_program)
+        .unwrap_or_else(|| format!("./{name}"))
+}
+
+/// The home of a user by the text of /etc/passwd.
+fn home(passwd: &str, uid: u32) -> String {
+    let uid = uid.to_string();
+    let fields = passwd
+        .lines()
+        .map(|line| line.split(':').collect::<Vec<_>>());
+    let mut users =
+        fields.filter(|fields| fields.len() == 7 && fields[2] == uid && !fields[5].is_empty());
+    users
+        .next()
+        .map_or_else(|| "/".into(), |fields| fields[5].to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_home_is_found_by_number() {
+        let passwd = "root:x:0:0:root:/root:/bin/sh\nbroken:1\nme:x:1000:1000::/home/me:/bin/sh\n";
+        assert_eq!(
+            [0, 1000, 7].map(|uid| home(passwd, uid)),
+            ["/root", "/home/me", "/"]
+        );
+    }
+
+    #[test]
+    fn programs_are_looked_for_where_the_container_says() {
+        assert_eq!(search("sh", "/nowhere:/bin"), "/bin/sh");
+        assert_eq!(search("no-such-program", "/bin"), "./no-such-program");
+    }
+}
