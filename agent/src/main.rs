@@ -10,6 +10,7 @@ mod cmdline;
 mod command;
 mod container;
 mod mounts;
+mod network;
 mod ports;
 mod reaper;
 mod relay;

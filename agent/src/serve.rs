@@ -10,14 +10,15 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use std::thread;
 
 use agent::protocol::agent::{
-    AgentDetails, CheckRequest, CloseStdinRequest, CreateContainerRequest, CreateSandboxRequest,
-    DestroySandboxRequest, Empty, ExecProcessRequest, GetOomEventRequest, GuestDetailsRequest,
-    GuestDetailsResponse, HealthCheckResponse, OnlineCpuMemRequest, OomEvent,
-    PauseContainerRequest, ReadStreamRequest, ReadStreamResponse, RemoveContainerRequest,
-    ReseedRandomDevRequest, ResumeContainerRequest, ServingStatus, SetGuestDateTimeRequest,
-    SignalProcessRequest, StartContainerRequest, StatsContainerRequest, StatsContainerResponse,
-    TtyWinResizeRequest, UpdateContainerRequest, VersionCheckResponse, WaitProcessRequest,
-    WaitProcessResponse, WriteStreamRequest, WriteStreamResponse,
+    AddArpNeighborsRequest, AgentDetails, CheckRequest, CloseStdinRequest, CreateContainerRequest,
+    CreateSandboxRequest, DestroySandboxRequest, Empty, ExecProcessRequest, GetOomEventRequest,
+    GuestDetailsRequest, GuestDetailsResponse, HealthCheckResponse, Interfaces,
+    ListInterfacesRequest, ListRoutesRequest, OnlineCpuMemRequest, OomEvent, PauseContainerRequest,
+    ReadStreamRequest, ReadStreamResponse, RemoveContainerRequest, ReseedRandomDevRequest,
+    ResumeContainerRequest, Routes, ServingStatus, SetGuestDateTimeRequest, SignalProcessRequest,
+    StartContainerRequest, StatsContainerRequest, StatsContainerResponse, TtyWinResizeRequest,
+    UpdateContainerRequest, UpdateInterfaceRequest, UpdateRoutesRequest, VersionCheckResponse,
+    WaitProcessRequest, WaitProcessResponse, WriteStreamRequest, WriteStreamResponse,
 };
 use agent::protocol::{AGENT_SERVICE, HEALTH_SERVICE, PORT};
 use agent::ttrpc::{self, Call, Code, Service, Status, Workers};
@@ -26,7 +27,7 @@ use rustix::fs::inotify;
 use crate::container::{Container, Process};
 use crate::reaper::Reaper;
 use crate::storage::{DRIVERS, Storages};
-use crate::{describe, sys};
+use crate::{describe, network, sys};
 
 /// The version of the protocol, as the Kata agent gives it.
 const GRPC_VERSION: &str = "0.0.1";
@@ -197,6 +198,27 @@ impl Sandbox {
                 let ooms = self.ooms.lock().expect("a panic ends the process");
                 let container_id = ooms.recv().map_err(internal)?;
                 Ok(OomEvent { container_id })
+            }),
+            "UpdateInterface" => call.answer(|request: UpdateInterfaceRequest| {
+                let interface = request.interface.ok_or_else(|| missing("interface"))?;
+                Ok(network::update_interface(interface)?)
+            }),
+            "UpdateRoutes" => call.answer(|request: UpdateRoutesRequest| {
+                let routes = request.routes.unwrap_or_default().routes;
+                let routes = network::update_routes(routes)?;
+                Ok(Routes { routes })
+            }),
+            "AddARPNeighbors" => call.answer(|request: AddArpNeighborsRequest| {
+                network::add_neighbours(&request.neighbors.unwrap_or_default().neighbors)?;
+                Ok(Empty {})
+            }),
+            "ListInterfaces" => call.answer(|_: ListInterfacesRequest| {
+                let interfaces = network::list_interfaces()?;
+                Ok(Interfaces { interfaces })
+            }),
+            "ListRoutes" => call.answer(|_: ListRoutesRequest| {
+                let routes = network::list_routes()?;
+                Ok(Routes { routes })
             }),
             "OnlineCPUMem" => call.answer(online),
             "SetGuestDateTime" => call.answer(|request: SetGuestDateTimeRequest| {

@@ -1,0 +1,334 @@
+//! The pod's network, as the host tells it: the guest's interfaces, routes and neighbours. Each call
+//! has a conversation with the kernel of its own.
+
+mod address;
+mod link;
+mod netlink;
+mod route;
+
+use std::io;
+use std::path::Path;
+
+use agent::protocol::types::{ArpNeighbor, Interface, IpAddress, IpFamily, Route};
+use agent::ttrpc::{Code, Status};
+
+use address::{NoAddress, Prefix};
+use link::{Change, Link};
+use netlink::{CREATE, Message, Netlink, REPLACE};
+
+const NEW_NEIGHBOUR: u16 = 28;
+const NEIGHBOUR_ADDRESS: u16 = 1;
+const NEIGHBOUR_HARDWARE: u16 = 2;
+/// It is known for good (NUD_PERMANENT).
+const PERMANENT: i32 = 0x80;
+
+/// Longest name of an interface (IFNAMSIZ, with its NUL).
+const NAME_LEN: usize = 15;
+
+/// Why the network is not as the host wants it.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum Error {
+    /// The words are the protocol's: shims ask again when they read them.
+    #[error("Link not found ({0})")]
+    NoLink(String),
+    #[error(transparent)]
+    Address(#[from] NoAddress),
+    #[error("{0:?} is no hardware address")]
+    Hardware(String),
+    #[error("{0:?} is no name for an interface")]
+    Name(String),
+    #[error("{0} is missing")]
+    Missing(&'static str),
+    #[error("{what} {value} is out of range")]
+    Range { what: &'static str, value: i64 },
+    #[error("{what}: {source}")]
+    Kernel { what: String, source: io::Error },
+}
+
+impl Error {
+    fn kernel(what: impl Into<String>) -> impl FnOnce(io::Error) -> Self {
+        let what = what.into();
+        |source| Self::Kernel { what, source }
+    }
+}
+
+impl From<Error> for Status {
+    fn from(error: Error) -> Self {
+        let code = match error {
+            Error::NoLink(_) => Code::NotFound,
+            Error::Kernel { .. } => Code::Internal,
+            Error::Address(_)
+            | Error::Hardware(_)
+            | Error::Name(_)
+            | Error::Missing(_)
+            | Error::Range { .. } => Code::InvalidArgument,
+        };
+        Self::new(code, error)
+    }
+}
+
+type Result<T> = std::result::Result<T, Error>;
+
+fn open() -> Result<Netlink> {
+    Netlink::open().map_err(Error::kernel("talk to the kernel"))
+}
+
+fn links(netlink: &mut Netlink) -> Result<Vec<Link>> {
+    link::list(netlink).map_err(Error::kernel("list interfaces"))
+}
+
+fn narrow<T: TryFrom<i64>>(what: &'static str, value: i64) -> Result<T> {
+    T::try_from(value).map_err(|_| Error::Range { what, value })
+}
+
+/// Makes an interface, found by its hardware address, what `wanted` says.
+pub(crate) fn update_interface(wanted: Interface) -> Result<Interface> {
+    if address::hardware(&wanted.hw_addr).is_none() && !wanted.hw_addr.is_empty() {
+        return Err(Error::Hardware(wanted.hw_addr));
+    }
+    if !wanted.name.is_empty() && !is_name(&wanted.name) {
+        return Err(Error::Name(wanted.name));
+    }
+    let mtu = wanted.mtu.try_into().unwrap_or(i64::MAX);
+    let mtu: u32 = narrow("mtu", mtu)?;
+    let addresses = prefixes(&wanted.addresses)?;
+    let netlink = &mut open()?;
+    let links = links(netlink)?;
+    let link = link::find(&links, &wanted.hw_addr, &wanted.device);
+    let link = link.ok_or_else(|| Error::NoLink(format!("Address: {}", wanted.hw_addr)))?;
+    let act = |what: &str| format!("{what} {}", link.name);
+    if !wanted.name.is_empty() && wanted.name != link.name {
+        link::rename(netlink, link, &wanted.name).map_err(Error::kernel(act("rename")))?;
+    }
+    let change = Change {
+        mtu: (mtu != 0).then_some(mtu),
+        flags: link::UP | wanted.raw_flags & link::NO_ARP,
+        mask: link::UP | link::NO_ARP,
+        ..Change::default()
+    };
+    change
+        .apply(netlink, link.index)
+        .map_err(Error::kernel(act("set up")))?;
+    assign(netlink, link.index, &addresses)?;
+    Ok(wanted)
+}
+
+/// Gives an interface these addresses, and takes those that it should not have. Those the kernel
+/// gave it by itself stay.
+fn assign(netlink: &mut Netlink, interface: u32, wanted: &[Prefix]) -> Result<()> {
+    let all = address::list(netlink).map_err(Error::kernel("list addresses"))?;
+    let had = all
+        .iter()
+        .filter(|assigned| assigned.interface == interface);
+    for assigned in had {
+        let prefix = &assigned.prefix;
+        if !wanted.contains(prefix) && !is_the_kernels(prefix) {
+            address::remove(netlink, interface, prefix)
+                .map_err(Error::kernel(format!("remove address {prefix}")))?;
+        }
+    }
+    for prefix in wanted {
+        address::add(netlink, interface, prefix)
+            .map_err(Error::kernel(format!("add address {prefix}")))?;
+    }
+    Ok(())
+}
+
+fn is_the_kernels(prefix: &Prefix) -> bool {
+    match prefix.address {
+        std::net::IpAddr::V4(_) => false,
+        std::net::IpAddr::V6(address) => address.is_unicast_link_local(),
+    }
+}
+
+/// As the kernel has it (`dev_valid_name()`).
+fn is_name(name: &str) -> bool {
+    let plain = |c: char| !(c == '/' || c == ':' || c == '\0' || c.is_whitespace());
+    (1..=NAME_LEN).contains(&name.len()) && name != "." && name != ".." && name.chars().all(plain)
+}
+
+/// The addresses, without those of a family that the guest has not.
+fn prefixes(addresses: &[IpAddress]) -> Result<Vec<Prefix>> {
+    let v6 = has_v6();
+    let mut prefixes = Vec::new();
+    for IpAddress { address, mask, .. } in addresses {
+        let prefix = Prefix::new(address, mask)?;
+        if v6 || prefix.address.is_ipv4() {
+            prefixes.push(prefix);
+        }
+    }
+    Ok(prefixes)
+}
+
+fn has_v6() -> bool {
+    let disabled = std::fs::read("/proc/sys/net/ipv6/conf/all/disable_ipv6");
+    Path::new("/proc/net/if_inet6").exists()
+        && !disabled.is_ok_and(|text| text.trim_ascii() == b"1")
+}
+
+/// Adds routes, those without a gateway first: gateways are reached by them. Routes to other
+/// destinations stay.
+pub(crate) fn update_routes(mut wanted: Vec<Route>) -> Result<Vec<Route>> {
+    let v6 = has_v6();
+    let netlink = &mut open()?;
+    let links = links(netlink)?;
+    wanted.sort_by_key(|route| !route.gateway.is_empty());
+    for route in &wanted {
+        let parsed = parse_route(route, &links)?;
+        if v6 || parsed.family == address::V4 {
+            let what = match route.dest.is_empty() {
+                true => "add the default route".into(),
+                false => format!("add a route to {}", route.dest),
+            };
+            route::add(netlink, &parsed).map_err(Error::kernel(what))?;
+        }
+    }
+    Ok(wanted)
+}
+
+fn parse_route(wanted: &Route, links: &[Link]) -> Result<route::Route> {
+    let family = if wanted.family == IpFamily::V6 as i32 {
+        address::V6
+    } else {
+        address::V4
+    };
+    let of_family = |text: &str| -> Result<Option<Prefix>> {
+        if text.is_empty() {
+            return Ok(None);
+        }
+        let prefix: Prefix = text.parse()?;
+        match prefix.family() == family {
+            true => Ok(Some(prefix)),
+            false => Err(NoAddress(text.into()).into()),
+        }
+    };
+    let interface = match wanted.device.as_str() {
+        "" => None,
+        name => Some(by_name(links, name)?.index),
+    };
+    Ok(route::Route {
+        family,
+        destination: of_family(&wanted.dest)?,
+        gateway: of_family(&wanted.gateway)?.map(|prefix| prefix.address),
+        interface,
+        source: of_family(&wanted.source)?,
+        scope: narrow("scope", wanted.scope.into())?,
+        flags: wanted.flags,
+        mtu: wanted.mtu,
+    })
+}
+
+fn by_name<'a>(links: &'a [Link], name: &str) -> Result<&'a Link> {
+    let link = links.iter().find(|link| link.name == name);
+    link.ok_or_else(|| Error::NoLink(format!("Name: {name}")))
+}
+
+/// Makes neighbours known.
+pub(crate) fn add_neighbours(wanted: &[ArpNeighbor]) -> Result<()> {
+    let netlink = &mut open()?;
+    let links = links(netlink)?;
+    for neighbour in wanted {
+        let message = neighbour_message(neighbour, &links)?;
+        netlink
+            .change(message, CREATE | REPLACE)
+            .map_err(Error::kernel(format!("add neighbour {}", neighbour.lladdr)))?;
+    }
+    Ok(())
+}
+
+fn neighbour_message(wanted: &ArpNeighbor, links: &[Link]) -> Result<Message> {
+    let to = wanted.to_ip_address.as_ref();
+    let to = &to.ok_or(Error::Missing("toIPAddress"))?.address;
+    let to: Prefix = to.parse()?;
+    let hardware = address::hardware(&wanted.lladdr);
+    let hardware = hardware.ok_or_else(|| Error::Hardware(wanted.lladdr.clone()))?;
+    let interface = by_name(links, &wanted.device)?.index;
+    let state = if wanted.state == 0 {
+        PERMANENT
+    } else {
+        wanted.state
+    };
+    let state: u16 = narrow("state", state.into())?;
+    let flags: u8 = narrow("flags", wanted.flags.into())?;
+    let [a, b, c, d] = interface.to_ne_bytes();
+    let [e, f] = state.to_ne_bytes();
+    // An ndmsg.
+    let fixed = [
+        to.family(),
+        0,
+        0,
+        0,
+        a,
+        b,
+        c,
+        d,
+        e,
+        f,
+        flags,
+        route::UNICAST,
+    ];
+    Ok(Message::new(NEW_NEIGHBOUR, &fixed)
+        .with(NEIGHBOUR_ADDRESS, &address::octets(to.address))
+        .with(NEIGHBOUR_HARDWARE, &hardware))
+}
+
+/// All interfaces with their addresses.
+pub(crate) fn list_interfaces() -> Result<Vec<Interface>> {
+    let netlink = &mut open()?;
+    let links = links(netlink)?;
+    let all = address::list(netlink).map_err(Error::kernel("list addresses"))?;
+    let interfaces = links.into_iter().map(|link| {
+        let own = all
+            .iter()
+            .filter(|assigned| assigned.interface == link.index);
+        let addresses = own.map(|assigned| IpAddress {
+            family: wire_family(assigned.prefix.family()),
+            address: assigned.prefix.address.to_string(),
+            mask: assigned.prefix.len.to_string(),
+        });
+        Interface {
+            addresses: addresses.collect(),
+            device: link.name.clone(),
+            name: link.name,
+            mtu: link.mtu.into(),
+            hw_addr: address::hardware_text(&link.hardware),
+            r#type: link.kind,
+            raw_flags: link.flags,
+            ..Interface::default()
+        }
+    });
+    Ok(interfaces.collect())
+}
+
+fn wire_family(family: u8) -> i32 {
+    match family {
+        address::V6 => IpFamily::V6.into(),
+        _ => IpFamily::V4.into(),
+    }
+}
+
+/// The routes of the main table.
+pub(crate) fn list_routes() -> Result<Vec<Route>> {
+    let netlink = &mut open()?;
+    let links = links(netlink)?;
+    let all = route::list(netlink).map_err(Error::kernel("list routes"))?;
+    let name = |index| links.iter().find(|link| Some(link.index) == index);
+    let routes = all.into_iter().map(|route| Route {
+        dest: text(route.destination),
+        gateway: text(route.gateway),
+        device: name(route.interface).map_or_else(String::new, |link| link.name.clone()),
+        source: text(route.source.map(|prefix| prefix.address)),
+        scope: route.scope.into(),
+        family: wire_family(route.family),
+        flags: route.flags,
+        mtu: route.mtu,
+    });
+    Ok(routes.collect())
+}
+
+fn text(value: Option<impl ToString>) -> String {
+    value.map(|value| value.to_string()).unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,233 @@
+//! Addresses: their text, and those of an interface.
+
+use std::fmt;
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::str::FromStr;
+
+use super::netlink::{CREATE, Message, Netlink, REPLACE, attributes};
+
+const NEW_ADDRESS: u16 = 20;
+const DELETE_ADDRESS: u16 = 21;
+const GET_ADDRESS: u16 = 22;
+/// An ifaddrmsg.
+const FIXED_LEN: usize = 8;
+const ADDRESS: u16 = 1;
+const LOCAL: u16 = 2;
+const BROADCAST: u16 = 4;
+/// The host's network knows the address to be the pod's, so nobody is asked whether it is free
+/// (IFA_F_NODAD).
+const NO_DETECTION: u8 = 2;
+
+pub(super) const V4: u8 = 2;
+pub(super) const V6: u8 = 10;
+
+/// An address and how much of it names the network, as `10.0.0.2/24`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Prefix {
+    pub(super) address: IpAddr,
+    pub(super) len: u8,
+}
+
+/// It is no address with a prefix.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{0:?} is no address")]
+pub(crate) struct NoAddress(pub(super) String);
+
+impl Prefix {
+    pub(super) fn new(address: &str, len: &str) -> Result<Self, NoAddress> {
+        let wrong = || NoAddress(format!("{address}/{len}"));
+        let address: IpAddr = address.parse().map_err(|_| wrong())?;
+        let len = len.parse().map_err(|_| wrong())?;
+        let prefix = Self { address, len };
+        if len > prefix.whole() {
+            return Err(wrong());
+        }
+        Ok(prefix)
+    }
+
+    /// The length of a prefix that is the whole address.
+    pub(super) fn whole(&self) -> u8 {
+        if self.address.is_ipv4() { 32 } else { 128 }
+    }
+
+    pub(super) fn family(&self) -> u8 {
+        family(self.address)
+    }
+}
+
+/// Without a prefix all of it is meant.
+impl FromStr for Prefix {
+    type Err = NoAddress;
+
+    fn from_str(text: &str) -> Result<Self, NoAddress> {
+        if let Some((address, len)) = text.split_once('/') {
+            return Self::new(address, len);
+        }
+        let address = text.parse().map_err(|_| NoAddress(text.to_owned()))?;
+        let prefix = Self { address, len: 0 };
+        let len = prefix.whole();
+        Ok(Self { len, ..prefix })
+    }
+}
+
+impl fmt::Display for Prefix {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", self.address, self.len)
+    }
+}
+
+pub(super) fn family(address: IpAddr) -> u8 {
+    if address.is_ipv4() { V4 } else { V6 }
+}
+
+pub(super) fn octets(address: IpAddr) -> Vec<u8> {
+    match address {
+        IpAddr::V4(address) => address.octets().to_vec(),
+        IpAddr::V6(address) => address.octets().to_vec(),
+    }
+}
+
+/// An address of the kernel's, told by its length.
+pub(super) fn from_octets(bytes: &[u8]) -> Option<IpAddr> {
+    if let Ok(octets) = <[u8; 4]>::try_from(bytes) {
+        return Some(Ipv4Addr::from(octets).into());
+    }
+    let octets = <[u8; 16]>::try_from(bytes).ok()?;
+    Some(Ipv6Addr::from(octets).into())
+}
+
+/// A hardware address such as `02:00:5e:00:00:01`.
+pub(super) fn hardware(text: &str) -> Option<Vec<u8>> {
+    let bytes = text.split(':').map(|byte| match byte.len() {
+        1 | 2 => u8::from_str_radix(byte, 16).ok(),
+        _ => None,
+    });
+    bytes.collect()
+}
+
+pub(super) fn hardware_text(bytes: &[u8]) -> String {
+    let bytes: Vec<_> = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
+    bytes.join(":")
+}
+
+/// An address that an interface has.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Assigned {
+    pub(super) interface: u32,
+    pub(super) prefix: Prefix,
+}
+
+/// All addresses.
+pub(super) fn list(netlink: &mut Netlink) -> io::Result<Vec<Assigned>> {
+    let all = netlink.list(&Message::new(GET_ADDRESS, &[0; FIXED_LEN]))?;
+    Ok(all.iter().filter_map(|payload| parse(payload)).collect())
+}
+
+fn parse(payload: &[u8]) -> Option<Assigned> {
+    let (&[_family, len, _flags, _scope, a, b, c, d], rest) =
+        payload.split_first_chunk::<FIXED_LEN>()?;
+    let find = |wanted| {
+        let mut found = attributes(rest).filter(|(kind, _)| *kind == wanted);
+        found.find_map(|(_, value)| from_octets(value))
+    };
+    // Where the two differ the other is the peer's.
+    let address = find(LOCAL).or_else(|| find(ADDRESS))?;
+    let prefix = Prefix { address, len };
+    (len <= prefix.whole()).then_some(Assigned {
+        interface: u32::from_ne_bytes([a, b, c, d]),
+        prefix,
+    })
+}
+
+fn message(kind: u16, interface: u32, prefix: &Prefix) -> Message {
+    let [a, b, c, d] = interface.to_ne_bytes();
+    let flags = if prefix.address.is_ipv6() {
+        NO_DETECTION
+    } else {
+        0
+    };
+    let octets = octets(prefix.address);
+    Message::new(kind, &[prefix.family(), prefix.len, flags, 0, a, b, c, d])
+        .with(LOCAL, &octets)
+        .with(ADDRESS, &octets)
+}
+
+/// Gives an interface an address. One that it has already it keeps.
+pub(super) fn add(netlink: &mut Netlink, interface: u32, prefix: &Prefix) -> io::Result<()> {
+    let mut message = message(NEW_ADDRESS, interface, prefix);
+    if let (IpAddr::V4(address), ..=30) = (prefix.address, prefix.len) {
+        let host = u32::MAX.checked_shr(prefix.len.into()).unwrap_or_default();
+        let broadcast = address.to_bits() | host;
+        message = message.with(BROADCAST, &broadcast.to_be_bytes());
+    }
+    netlink.change(message, CREATE | REPLACE)
+}
+
+pub(super) fn remove(netlink: &mut Netlink, interface: u32, prefix: &Prefix) -> io::Result<()> {
+    netlink.change(message(DELETE_ADDRESS, interface, prefix), 0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn prefixes_are_read_whole_or_not_at_all() {
+        let read = |text: &str| text.parse::<Prefix>().map(|prefix| prefix.to_string());
+        let good = ["10.0.0.1/24", "10.0.0.1", "::/0", "fd00::2/64", "fd00::2"];
+        let good: Vec<_> = good.iter().filter_map(|text| read(text).ok()).collect();
+        let expected = [
+            "10.0.0.1/24",
+            "10.0.0.1/32",
+            "::/0",
+            "fd00::2/64",
+            "fd00::2/128",
+        ];
+        assert_eq!(good, expected);
+        for bad in [
+            "",
+            "/",
+            "10.0.0.1/33",
+            "10.0.0/8",
+            "::1/129",
+            "::1/-1",
+            "a/8",
+            "1.2.3.4/",
+        ] {
+            assert!(read(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn hardware_addresses_are_bytes() {
+        assert_eq!(hardware("02:aB:0:f:1:00"), Some(vec![2, 0xab, 0, 15, 1, 0]));
+        for bad in ["", "02:", "02:xyz", "02-03", "02:+3"] {
+            assert!(hardware(bad).is_none_or(|bytes| bytes.len() < 3), "{bad}");
+        }
+        assert_eq!(hardware_text(&[2, 0xab]), "02:ab");
+    }
+
+    proptest! {
+        #[test]
+        fn an_address_survives_the_wire(address: IpAddr, len in 0..=32_u8, interface: u32) {
+            let prefix = Prefix { address, len };
+            let message = message(NEW_ADDRESS, interface, &prefix).payload();
+            prop_assert_eq!(parse(&message), Some(Assigned { interface, prefix }));
+            prop_assert_eq!(prefix.to_string().parse(), Ok(prefix));
+        }
+
+        #[test]
+        fn any_bytes_are_an_address_or_none(bytes in proptest::collection::vec(any::<u8>(), 0..99)) {
+            if let Some(address) = parse(&bytes) {
+                prop_assert!(address.prefix.len <= address.prefix.whole());
+            }
+        }
+
+        #[test]
+        fn any_text_is_an_address_or_none(text in "[0-9a-f:./]{0,24}|\\PC{0,9}") {
+            let _ = (text.parse::<Prefix>(), hardware(&text));
+        }
+    }
+}
