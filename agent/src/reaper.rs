@@ -3,19 +3,38 @@
 
 use std::collections::HashMap;
 use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread;
+use std::time::Duration;
+
+use rustix::event::{EventfdFlags, eventfd};
 
 use crate::sys::{self, pid_t};
 
 /// How one process ends.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct End {
     status: Mutex<Option<u8>>,
     known: Condvar,
+    /// Readable once it is known.
+    event: OwnedFd,
 }
 
 impl End {
+    pub(crate) fn new() -> io::Result<Self> {
+        Ok(Self {
+            status: Mutex::default(),
+            known: Condvar::new(),
+            event: eventfd(0, EventfdFlags::CLOEXEC)?,
+        })
+    }
+
+    /// Readable once it is known.
+    pub(crate) fn event(&self) -> BorrowedFd<'_> {
+        self.event.as_fd()
+    }
+
     /// Waits for it: the process's own status, or 128 + N if signal N ended it.
     pub(crate) fn wait(&self) -> u8 {
         let mut status = self.status.lock().expect("a panic ends the process");
@@ -27,6 +46,15 @@ impl End {
         }
     }
 
+    /// Waits for it at most so long.
+    pub(crate) fn wait_for(&self, time: Duration) -> Option<u8> {
+        let status = self.status.lock().expect("a panic ends the process");
+        let waited = self
+            .known
+            .wait_timeout_while(status, time, |status| status.is_none());
+        *waited.expect("a panic ends the process").0
+    }
+
     /// Whether it has.
     pub(crate) fn is_known(&self) -> bool {
         self.status
@@ -35,8 +63,10 @@ impl End {
             .is_some()
     }
 
-    fn tell(&self, status: u8) {
+    pub(crate) fn tell(&self, status: u8) {
         *self.status.lock().expect("a panic ends the process") = Some(status);
+        // Its count is far from its end.
+        let _ = rustix::io::write(&self.event, &1_u64.to_ne_bytes());
         self.known.notify_all();
     }
 }
@@ -47,13 +77,70 @@ pub(crate) struct Reaper(Arc<Shared>);
 
 #[derive(Debug, Default)]
 struct Shared {
-    expected: Mutex<HashMap<pid_t, Arc<End>>>,
+    children: Mutex<Children>,
     born: Condvar,
 }
 
+#[derive(Debug, Default)]
+struct Children {
+    expected: HashMap<pid_t, Arc<End>>,
+    /// How many births are under way whose children are not known yet.
+    births: usize,
+    /// Who ended meanwhile and was not expected.
+    strangers: HashMap<pid_t, u8>,
+}
+
+impl Children {
+    fn expect(&mut self, pid: pid_t, end: &Arc<End>) {
+        self.expected.insert(pid, Arc::clone(end));
+    }
+
+    /// One that was waited for has ended. Whom to tell.
+    fn ended(&mut self, pid: pid_t, status: u8) -> Option<Arc<End>> {
+        let end = self.expected.remove(&pid);
+        if end.is_none() && self.births > 0 {
+            self.strangers.insert(pid, status);
+        }
+        end
+    }
+}
+
 impl Shared {
-    fn expected(&self) -> MutexGuard<'_, HashMap<pid_t, Arc<End>>> {
-        self.expected.lock().expect("a panic ends the process")
+    fn children(&self) -> MutexGuard<'_, Children> {
+        self.children.lock().expect("a panic ends the process")
+    }
+}
+
+/// A child's start, until all that came of it is known.
+#[derive(Debug)]
+pub(crate) struct Birth(Arc<Shared>);
+
+impl Birth {
+    /// A child that is there already, as another one told. It may have ended.
+    pub(crate) fn adopt(&self, pid: pid_t) -> io::Result<Arc<End>> {
+        let end = Arc::new(End::new()?);
+        let mut children = self.0.children();
+        if children.expected.contains_key(&pid) {
+            return Err(io::Error::other("another process is taken for its own"));
+        }
+        match children.strangers.remove(&pid) {
+            Some(status) => end.tell(status),
+            None => {
+                children.expect(pid, &end);
+                self.0.born.notify_all();
+            }
+        }
+        Ok(end)
+    }
+}
+
+impl Drop for Birth {
+    fn drop(&mut self) {
+        let mut children = self.0.children();
+        children.births -= 1;
+        if children.births == 0 {
+            children.strangers = HashMap::new();
+        }
     }
 }
 
@@ -76,33 +163,57 @@ impl Reaper {
     pub(crate) fn expect(
         &self,
         spawn: impl FnOnce() -> io::Result<pid_t>,
-    ) -> io::Result<(pid_t, Arc<End>)> {
+    ) -> io::Result<(pid_t, Arc<End>, Birth)> {
+        let end = Arc::new(End::new()?);
         // Whoever has just ended is not looked up before it is here.
-        let mut expected = self.0.expected();
+        let mut children = self.0.children();
         let pid = spawn()?;
-        let end = Arc::<End>::default();
-        expected.insert(pid, Arc::clone(&end));
+        children.expect(pid, &end);
+        children.births += 1;
         self.0.born.notify_all();
-        Ok((pid, end))
+        Ok((pid, end, Birth(Arc::clone(&self.0))))
     }
 }
 
 fn reap_next(shared: &Shared) {
     let Ok(pid) = sys::next_ended() else {
         // There is no child; one that is born meanwhile is seen at the next look.
-        let expected = shared.expected();
-        if expected.is_empty() {
-            drop(shared.born.wait(expected));
+        let children = shared.children();
+        if children.expected.is_empty() {
+            drop(shared.born.wait(children));
         }
         return;
     };
-    let mut expected = shared.expected();
+    let mut children = shared.children();
     let Some(status) = sys::reap(pid) else {
         return;
     };
-    let end = expected.remove(&pid);
-    drop(expected);
+    let end = children.ended(pid, status);
+    drop(children);
     if let Some(end) = end {
         end.tell(status);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_child_that_ended_before_it_was_told_of_is_known_to_have() {
+        let reaper = Reaper::default();
+        let (pid, end, birth) = reaper.expect(|| Ok(70_000)).unwrap();
+        let end_of = |pid, status| reaper.0.children().ended(pid, status);
+        assert!(end_of(70_001, 137).is_none());
+        assert_eq!(birth.adopt(70_001).unwrap().wait(), 137);
+        let late = birth.adopt(70_002).unwrap();
+        assert!(birth.adopt(pid).is_err() && birth.adopt(70_002).is_err());
+        drop(birth);
+        assert!(end_of(70_003, 1).is_none());
+        assert!(reaper.0.children().strangers.is_empty());
+        end_of(70_002, 4).unwrap().tell(4);
+        end_of(pid, 5).unwrap().tell(5);
+        assert_eq!((late.wait(), end.wait()), (4, 5));
+        assert_eq!(end.wait_for(Duration::ZERO), Some(5));
     }
 }

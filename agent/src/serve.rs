@@ -8,6 +8,7 @@ use std::os::fd::OwnedFd;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::thread;
+use std::time::Duration;
 
 use agent::protocol::agent::{
     AddArpNeighborsRequest, AgentDetails, CheckRequest, CloseStdinRequest, CreateContainerRequest,
@@ -324,7 +325,15 @@ impl Sandbox {
     fn remove_container(&self, request: RemoveContainerRequest) -> Result<Empty, Status> {
         let container = self.container(&request.container_id)?;
         container.cgroup().kill().map_err(internal)?;
-        container.first().end.wait();
+        let end = &container.first().end;
+        match request.timeout {
+            0 => drop(end.wait()),
+            seconds => {
+                let ended = end.wait_for(Duration::from_secs(seconds.into()));
+                let why = || format!("{} has not ended", request.container_id);
+                ended.ok_or_else(|| Status::new(Code::DeadlineExceeded, why()))?;
+            }
+        }
         if let Some(held) = self.containers().remove(&request.container_id) {
             held.storages
                 .iter()

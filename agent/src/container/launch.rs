@@ -106,12 +106,71 @@ pub(crate) fn hear(channel: BorrowedFd<'_>) -> io::Result<Option<Word>> {
     match bytes[..received].split_first() {
         None => Ok(None),
         Some((b'p', pid)) => {
-            let pid = pid.try_into().map_err(|_| nonsense())?;
-            Ok(Some(Word::Pid(i32::from_le_bytes(pid))))
+            let pid = i32::from_le_bytes(pid.try_into().map_err(|_| nonsense())?);
+            // What is not a process's is many processes', or the agent's.
+            if pid <= 1 {
+                return Err(nonsense());
+            }
+            Ok(Some(Word::Pid(pid)))
         }
         Some((b'r', _)) => Ok(Some(Word::Ready)),
         Some((b't', _)) => Ok(Some(Word::Terminal(fd.ok_or_else(nonsense)?))),
         Some((b'e', why)) => Ok(Some(Word::Failed(String::from_utf8_lossy(why).into()))),
         Some(_) => Err(nonsense()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use rustix::net::{AddressFamily, SocketFlags, SocketType};
+
+    fn channel() -> (OwnedFd, OwnedFd) {
+        let flags = SocketFlags::CLOEXEC;
+        rustix::net::socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None).unwrap()
+    }
+
+    #[test]
+    fn words_are_heard_as_they_are_said() {
+        let (ours, theirs) = channel();
+        let (end, _) = io::pipe().unwrap();
+        let long = Word::Failed("long".repeat(LONGEST));
+        for word in [Word::Pid(7), Word::Terminal(end.into()), Word::Ready, long] {
+            say(theirs.as_fd(), &word).unwrap();
+        }
+        drop(theirs);
+        let hear = || hear(ours.as_fd()).unwrap();
+        assert!(matches!(hear(), Some(Word::Pid(7))));
+        assert!(matches!(hear(), Some(Word::Terminal(_))));
+        assert!(matches!(hear(), Some(Word::Ready)));
+        assert!(matches!(hear(), Some(Word::Failed(why)) if why.len() == LONGEST - 1));
+        assert!(hear().is_none());
+    }
+
+    proptest! {
+        #[test]
+        fn whatever_a_process_says_is_a_word_or_nonsense(
+            first in prop::sample::select(&b"prtex"[..]),
+            rest in prop::collection::vec(any::<u8>(), 0..20),
+            fds in 0..4_usize,
+        ) {
+            let (ours, theirs) = channel();
+            let fd = [theirs.as_fd(); 4];
+            let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(4))];
+            let mut control = SendAncillaryBuffer::new(&mut space);
+            if fds > 0 {
+                control.push(SendAncillaryMessage::ScmRights(&fd[..fds]));
+            }
+            let bytes = [&[first], &rest[..]].concat();
+            let parts = [IoSlice::new(&bytes)];
+            rustix::net::sendmsg(&theirs, &parts, &mut control, SendFlags::empty()).unwrap();
+            match hear(ours.as_fd()) {
+                Ok(Some(Word::Pid(pid))) => prop_assert!(pid > 1 && rest.len() == 4),
+                Ok(Some(Word::Terminal(_))) => prop_assert!(fds > 0),
+                Ok(None) => prop_assert!(false, "something was said"),
+                Ok(Some(Word::Ready | Word::Failed(_))) | Err(_) => {}
+            }
+        }
     }
 }

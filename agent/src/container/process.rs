@@ -1,0 +1,245 @@
+//! A process of a container and the agent's ends of its streams.
+
+use std::fs::File;
+use std::io::{self, PipeReader, PipeWriter, Write};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::sync::{Arc, Mutex, MutexGuard};
+
+use super::Error;
+use super::launch::{self, Word};
+use crate::reaper::End;
+use crate::sys::{self, pid_t};
+
+#[derive(Debug)]
+pub(crate) struct Process {
+    pub(crate) pid: pid_t,
+    pub(crate) end: Arc<End>,
+    /// Until it is told to go on.
+    waiting: Mutex<Option<OwnedFd>>,
+    streams: Streams,
+}
+
+/// The agent's ends, none of which blocks: whoever waits for one waits for the process's end too.
+#[derive(Debug)]
+pub(super) struct Streams {
+    /// None once it is closed.
+    stdin: Mutex<Option<Arc<File>>>,
+    /// Held while something is written.
+    writing: Mutex<()>,
+    stdout: File,
+    /// None where a terminal carries both.
+    stderr: Option<File>,
+}
+
+impl Streams {
+    pub(super) fn pipes(
+        stdin: PipeWriter,
+        stdout: PipeReader,
+        stderr: PipeReader,
+    ) -> io::Result<Self> {
+        let stdin = File::from(OwnedFd::from(stdin));
+        let [stdout, stderr] = [stdout, stderr].map(|pipe| File::from(OwnedFd::from(pipe)));
+        Self::new(stdin, stdout, Some(stderr))
+    }
+
+    pub(super) fn terminal(master: OwnedFd) -> io::Result<Self> {
+        let master = File::from(master);
+        Self::new(master.try_clone()?, master, None)
+    }
+
+    fn new(stdin: File, stdout: File, stderr: Option<File>) -> io::Result<Self> {
+        for stream in [Some(&stdin), Some(&stdout), stderr.as_ref()]
+            .into_iter()
+            .flatten()
+        {
+            sys::set_nonblocking(stream.as_fd())?;
+        }
+        Ok(Self {
+            stdin: Mutex::new(Some(Arc::new(stdin))),
+            writing: Mutex::default(),
+            stdout,
+            stderr,
+        })
+    }
+
+    fn stdin(&self) -> MutexGuard<'_, Option<Arc<File>>> {
+        self.stdin.lock().expect("a panic ends the process")
+    }
+}
+
+impl Process {
+    pub(super) fn new(pid: pid_t, end: Arc<End>, channel: OwnedFd, streams: Streams) -> Self {
+        Self {
+            pid,
+            end,
+            waiting: Mutex::new(Some(channel)),
+            streams,
+        }
+    }
+
+    fn waiting(&self) -> MutexGuard<'_, Option<OwnedFd>> {
+        self.waiting.lock().expect("a panic ends the process")
+    }
+
+    /// Lets it become its program.
+    pub(crate) fn go_on(&self) -> Result<(), Error> {
+        let channel = self.waiting().take();
+        let Some(channel) = channel else {
+            return Err(Error::Process("it has been started already".into()));
+        };
+        launch::say(channel.as_fd(), &Word::Ready)?;
+        // Silence is success: it has become its program.
+        match launch::hear(channel.as_fd())? {
+            Some(Word::Failed(why)) => Err(Error::Process(why)),
+            _ => Ok(()),
+        }
+    }
+
+    /// Whether it still waits to be told.
+    pub(crate) fn waits(&self) -> bool {
+        self.waiting().is_some()
+    }
+
+    pub(crate) fn signal(&self, signal: i32) -> io::Result<()> {
+        // One that has ended and was not taken note of keeps its number.
+        if self.end.is_known() {
+            return Ok(());
+        }
+        sys::kill(self.pid, signal)
+    }
+
+    /// Waits for output, of standard error if `error`. Nothing is the end: nobody can write any
+    /// more, or the process has ended and what it wrote has been read. Its children may live on
+    /// with its streams.
+    pub(crate) fn read(&self, error: bool, len: usize) -> Vec<u8> {
+        let mut data = Vec::new();
+        let stream = match error {
+            true => self.streams.stderr.as_ref(),
+            false => Some(&self.streams.stdout),
+        };
+        let Some(stream) = stream else {
+            return data;
+        };
+        loop {
+            // Asked first: what it wrote before it ended is there once its end is known.
+            let ended = self.end.is_known();
+            match sys::read(stream.as_fd(), &mut data, len.max(1)) {
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock && !ended => {
+                    self.wait_for(stream.as_fd(), sys::POLLIN);
+                }
+                // A terminal nobody is on says EIO, which is an end like others.
+                _ => return data,
+            }
+        }
+    }
+
+    /// Gives it input; nothing ends that.
+    pub(crate) fn write(&self, data: &[u8]) -> io::Result<()> {
+        if data.is_empty() {
+            *self.streams.stdin() = None;
+            return Ok(());
+        }
+        let stdin = self.streams.stdin().clone();
+        let stdin = stdin.ok_or(io::ErrorKind::BrokenPipe)?;
+        let _turn = self
+            .streams
+            .writing
+            .lock()
+            .expect("a panic ends the process");
+        let mut rest = data;
+        while !rest.is_empty() {
+            match (&*stdin).write(rest) {
+                Ok(count) => rest = &rest[count..],
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    if self.end.is_known() {
+                        return Err(io::ErrorKind::BrokenPipe.into());
+                    }
+                    self.wait_for(stdin.as_fd(), sys::POLLOUT);
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+
+    /// Waits until `stream` is ready or the process has ended.
+    fn wait_for(&self, stream: BorrowedFd<'_>, events: libc::c_short) {
+        let fd = |fd: BorrowedFd<'_>, events| sys::pollfd {
+            fd: fd.as_raw_fd(),
+            events,
+            revents: 0,
+        };
+        let mut fds = [fd(stream, events), fd(self.end.event(), sys::POLLIN)];
+        // If it cannot wait it looks again.
+        let _ = sys::poll(&mut fds, None);
+    }
+
+    pub(crate) fn resize(&self, rows: u16, columns: u16) -> io::Result<()> {
+        let size = rustix::termios::Winsize {
+            ws_row: rows,
+            ws_col: columns,
+            ws_xpixel: 0,
+            ws_ypixel: 0,
+        };
+        match self.streams.stderr {
+            None => Ok(rustix::termios::tcsetwinsize(&self.streams.stdout, size)?),
+            Some(_) => Err(io::Error::other("it has no terminal")),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::mpsc::channel;
+    use std::thread;
+    use std::time::Duration;
+
+    /// A process with the other ends of its streams.
+    fn process() -> (Process, PipeReader, PipeWriter, PipeWriter) {
+        let (stdin, ours) = io::pipe().unwrap();
+        let (out, stdout) = io::pipe().unwrap();
+        let (err, stderr) = io::pipe().unwrap();
+        let streams = Streams::pipes(ours, out, err).unwrap();
+        let (channel, _) = io::pipe().unwrap();
+        let end = Arc::new(End::new().unwrap());
+        let process = Process::new(1, end, channel.into(), streams);
+        (process, stdin, stdout, stderr)
+    }
+
+    #[test]
+    fn output_ends_with_the_process_though_others_hold_the_pipe() {
+        let (process, _stdin, mut stdout, _stderr) = process();
+        stdout.write_all(b"last words").unwrap();
+        thread::scope(|scope| {
+            // Two wait where nothing comes.
+            let waiting = [(); 2].map(|()| scope.spawn(|| process.read(true, 9)));
+            thread::sleep(Duration::from_millis(20));
+            process.end.tell(3);
+            for reader in waiting {
+                assert_eq!(reader.join().unwrap(), b"");
+            }
+        });
+        assert_eq!(process.read(false, 4), b"last");
+        assert_eq!(process.read(false, 99), b" words");
+        assert_eq!(process.read(false, 99), b"");
+        assert_eq!([process.end.wait(), process.end.wait()], [3, 3]);
+    }
+
+    #[test]
+    fn input_that_is_not_read_holds_up_nobody_else() {
+        let (process, _stdin, _stdout, _stderr) = process();
+        let process = Arc::new(process);
+        let (done, written) = channel();
+        let writer = Arc::clone(&process);
+        thread::spawn(move || done.send(writer.write(&vec![0; 1 << 20])));
+        assert!(written.recv_timeout(Duration::from_millis(50)).is_err());
+        process.write(b"").unwrap();
+        process.write(b"more").unwrap_err();
+        process.end.tell(0);
+        let outcome = written.recv_timeout(Duration::from_secs(60)).unwrap();
+        assert_eq!(outcome.unwrap_err().kind(), io::ErrorKind::BrokenPipe);
+    }
+}
