@@ -5,6 +5,7 @@ mod identity;
 pub(crate) mod launch;
 mod process;
 mod rootfs;
+mod seccomp;
 pub(crate) mod stage;
 
 use std::collections::HashMap;
@@ -22,12 +23,15 @@ use cgroup::Cgroup;
 use launch::{Launch, Word};
 pub(crate) use process::Process;
 use process::Streams;
+use seccomp::Filter;
 
 /// Why a container or process could not be made.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum Error {
     #[error(transparent)]
     Cgroup(#[from] cgroup::Error),
+    #[error(transparent)]
+    Seccomp(#[from] seccomp::Error),
     #[error("start a process")]
     Start(#[from] io::Error),
     /// What the process itself said.
@@ -46,26 +50,33 @@ pub(crate) struct Container {
     /// By `exec_id`; the first process by the container's own.
     processes: Mutex<HashMap<String, Arc<Process>>>,
     first: Arc<Process>,
+    /// For all its processes.
+    seccomp: Option<Filter>,
     /// Kills for want of memory that were told of.
     pub(crate) oom_kills: Mutex<u64>,
 }
 
 impl Container {
     /// Makes a container whose first process waits.
-    pub(crate) fn create(id: &str, spec: oci::Spec, reaper: &Reaper) -> Result<Self, Error> {
-        let linux = spec.linux.as_ref().ok_or(Error::Missing("linux"))?;
+    pub(crate) fn create(id: &str, mut spec: oci::Spec, reaper: &Reaper) -> Result<Self, Error> {
+        let linux = spec.linux.as_mut().ok_or(Error::Missing("linux"))?;
         spec.process.as_ref().ok_or(Error::Missing("process"))?;
         let user =
             |namespace: &&oci::LinuxNamespace| matches!(namespace.r#type.as_str(), "user" | "time");
         if let Some(namespace) = linux.namespaces.iter().find(user) {
             return Err(Error::Namespace(namespace.r#type.clone()));
         }
+        let profile = linux.seccomp.take();
+        let seccomp = profile
+            .map(|profile| seccomp::compile(&profile))
+            .transpose()?;
         let cgroup = Cgroup::new(&linux.cgroups_path, id)?;
         if let Some(resources) = &linux.resources {
             cgroup.limit(resources)?;
         }
         let launch = Launch {
             spec: Some(spec),
+            seccomp: seccomp.clone(),
             ..Launch::default()
         };
         let namespaces = libc::CLONE_NEWNS | libc::CLONE_NEWPID;
@@ -74,6 +85,7 @@ impl Container {
             cgroup,
             processes: Mutex::new(HashMap::from([(id.to_owned(), Arc::clone(&first))])),
             first,
+            seccomp,
             oom_kills: Mutex::default(),
         })
     }
@@ -89,6 +101,7 @@ impl Container {
             spec: None,
             process: Some(process),
             join: self.first.pid,
+            seccomp: self.seccomp.clone(),
         };
         let process = start(&launch, 0, &self.cgroup, reaper)?;
         process.go_on()?;

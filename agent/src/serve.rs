@@ -409,7 +409,7 @@ fn details(_: GuestDetailsRequest) -> GuestDetailsResponse {
             init_daemon: std::process::id() == 1,
             device_handlers: Vec::new(),
             storage_handlers: DRIVERS.map(String::from).to_vec(),
-            supports_seccomp: false,
+            supports_seccomp: true,
             extra_features: Vec::new(),
         }),
         support_mem_hotplug_probe: false,

@@ -262,6 +262,32 @@ pub(crate) fn add_entropy(bytes: &[u8]) -> io::Result<()> {
     check(unsafe { libc::ioctl(device.as_raw_fd(), RNDRESEEDCRNG) }).map(drop)
 }
 
+/// Holds this process, which has one thread, to a seccomp filter.
+pub(crate) fn load_seccomp(filter: &[libc::sock_filter], flags: u32) -> io::Result<()> {
+    let len = filter.len().try_into();
+    let program = libc::sock_fprog {
+        len: len.map_err(|_| io::Error::from_raw_os_error(libc::EINVAL))?,
+        // The kernel reads it only.
+        filter: filter.as_ptr().cast_mut(),
+    };
+    // SAFETY: `program` describes `filter`; both outlive the call.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_seccomp,
+            libc::SECCOMP_SET_MODE_FILTER,
+            flags,
+            &raw const program,
+        )
+    };
+    match result {
+        0 => Ok(()),
+        -1 => Err(io::Error::last_os_error()),
+        thread => Err(io::Error::other(format!(
+            "thread {thread} is not held to it"
+        ))),
+    }
+}
+
 /// Asks a child to end. One that has ended and was not waited for keeps its number, so nobody else
 /// is meant.
 pub(crate) fn terminate(child: pid_t) {

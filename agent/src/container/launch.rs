@@ -14,6 +14,8 @@ use rustix::net::{
     SendAncillaryMessage, SendFlags,
 };
 
+use super::seccomp::Filter;
+
 /// The descriptor of the child's end of the channel.
 pub(crate) const CHANNEL: i32 = 3;
 /// The descriptor of its [`Launch`].
@@ -33,6 +35,9 @@ pub(crate) struct Launch {
     /// In the namespaces of this one.
     #[prost(int32, tag = "3")]
     pub(crate) join: i32,
+    /// Held to this.
+    #[prost(message, optional, tag = "4")]
+    pub(crate) seccomp: Option<Filter>,
 }
 
 impl Launch {

@@ -12,10 +12,12 @@ use std::process::Command;
 
 use agent::protocol::oci::{Process, Spec};
 use rustix::fs::{Mode, OFlags};
+use rustix::process::DumpableBehavior;
 use rustix::pty::OpenptFlags;
 use rustix::thread::{LinkNameSpaceType, UnshareFlags};
 
 use super::launch::{CHANNEL, LAUNCH, Launch, Word, hear, say};
+use super::seccomp::Filter;
 use super::{identity, rootfs};
 use crate::sys;
 
@@ -26,18 +28,16 @@ pub(crate) fn run() -> u8 {
     let (channel, launch) = given();
     let (why, code) = match prepare(&channel, launch) {
         Err(error) => (error.to_string(), 1),
-        Ok(mut command) => {
-            let error = command.exec();
-            let code = if error.kind() == io::ErrorKind::NotFound {
-                127
-            } else {
-                126
-            };
-            (
-                format!("{}: {error}", command.get_program().to_string_lossy()),
-                code,
-            )
-        }
+        Ok((mut command, filter)) => match filter.map_or(Ok(()), |filter| filter.load()) {
+            Err(error) => (format!("load the seccomp filter: {error}"), 1),
+            Ok(()) => {
+                let error = command.exec();
+                let name = command.get_program().to_string_lossy();
+                let is_missing = error.kind() == io::ErrorKind::NotFound;
+                let code = if is_missing { 127 } else { 126 };
+                (format!("{name}: {error}"), code)
+            }
+        },
     };
     // Without the agent there is nobody to tell.
     let _ = say(channel.as_fd(), &Word::Failed(why));
@@ -52,8 +52,11 @@ fn given() -> (OwnedFd, File) {
     (channel, launch.into())
 }
 
-fn prepare(channel: &OwnedFd, launch: File) -> Result<Command, Error> {
+/// The program, and what it is to be held to: loaded last where no-new-privileges allows that.
+fn prepare(channel: &OwnedFd, launch: File) -> Result<(Command, Option<Filter>), Error> {
     rustix::io::fcntl_setfd(channel, rustix::io::FdFlags::CLOEXEC)?;
+    // Until it has its program its memory and descriptors are none of the container's business.
+    rustix::process::set_dumpable_behavior(DumpableBehavior::NotDumpable)?;
     // First it is put into the container's cgroup.
     await_order(channel);
     let launch = Launch::from_file(launch)?;
@@ -87,6 +90,14 @@ fn prepare(channel: &OwnedFd, launch: File) -> Result<Command, Error> {
     say(channel.as_fd(), &Word::Ready)?;
     await_order(channel);
     let command = command(&process)?;
+    let mut filter = launch.seccomp;
+    if !process.no_new_privileges
+        && let Some(filter) = filter.take()
+    {
+        // While there is still the right to.
+        let loaded = filter.load();
+        loaded.map_err(|error| format!("load the seccomp filter: {error}"))?;
+    }
     identity::assume(&process)?;
     let cwd = if process.cwd.is_empty() {
         "/"
@@ -94,7 +105,7 @@ fn prepare(channel: &OwnedFd, launch: File) -> Result<Command, Error> {
         &process.cwd
     };
     rustix::process::chdir(cwd).map_err(|errno| format!("{cwd}: {errno}"))?;
-    Ok(command)
+    Ok((command, filter))
 }
 
 /// Waits to be told to go on. Whatever is said tells it; if nothing is, there is no agent any more.
