@@ -10,8 +10,9 @@ pub(crate) mod stage;
 
 use std::collections::HashMap;
 use std::ffi::CString;
+use std::fs::File;
 use std::io;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use agent::protocol::oci;
@@ -39,6 +40,8 @@ pub(crate) enum Error {
     Process(String),
     #[error("{0} is missing")]
     Missing(&'static str),
+    #[error("{kind} hook {path}: no hooks are run in a guest")]
+    Hook { kind: &'static str, path: String },
     #[error("a {0} namespace is not possible in a pod's VM")]
     Namespace(String),
 }
@@ -52,13 +55,21 @@ pub(crate) struct Container {
     first: Arc<Process>,
     /// For all its processes.
     seccomp: Option<Filter>,
+    pid_namespace: Arc<OwnedFd>,
     /// Kills for want of memory that were told of.
     pub(crate) oom_kills: Mutex<u64>,
 }
 
 impl Container {
-    /// Makes a container whose first process waits.
-    pub(crate) fn create(id: &str, mut spec: oci::Spec, reaper: &Reaper) -> Result<Self, Error> {
+    /// Makes a container whose first process waits; in the pid namespace `shared`, or else in one of
+    /// its own.
+    pub(crate) fn create(
+        id: &str,
+        mut spec: oci::Spec,
+        shared: Option<&OwnedFd>,
+        reaper: &Reaper,
+    ) -> Result<Self, Error> {
+        refuse_hooks(spec.hooks.as_ref())?;
         let linux = spec.linux.as_mut().ok_or(Error::Missing("linux"))?;
         spec.process.as_ref().ok_or(Error::Missing("process"))?;
         let user =
@@ -77,15 +88,22 @@ impl Container {
         let launch = Launch {
             spec: Some(spec),
             seccomp: seccomp.clone(),
+            shares_pids: shared.is_some(),
             ..Launch::default()
         };
-        let namespaces = libc::CLONE_NEWNS | libc::CLONE_NEWPID;
-        let first = Arc::new(start(&launch, namespaces, &cgroup, reaper)?);
+        let namespaces = match shared {
+            Some(_) => libc::CLONE_NEWNS,
+            None => libc::CLONE_NEWNS | libc::CLONE_NEWPID,
+        };
+        let first = Arc::new(start(&launch, namespaces, shared, &cgroup, reaper)?);
+        let pid_namespace = File::open(format!("/proc/{}/ns/pid", first.pid))
+            .inspect_err(|_| drop(cgroup.kill()))?;
         Ok(Self {
             cgroup,
             processes: Mutex::new(HashMap::from([(id.to_owned(), Arc::clone(&first))])),
             first,
             seccomp,
+            pid_namespace: Arc::new(pid_namespace.into()),
             oom_kills: Mutex::default(),
         })
     }
@@ -102,8 +120,9 @@ impl Container {
             process: Some(process),
             join: self.first.pid,
             seccomp: self.seccomp.clone(),
+            shares_pids: false,
         };
-        let process = start(&launch, 0, &self.cgroup, reaper)?;
+        let process = start(&launch, 0, None, &self.cgroup, reaper)?;
         process.go_on()?;
         self.processes()
             .insert(exec_id.to_owned(), Arc::new(process));
@@ -135,8 +154,32 @@ impl Container {
         &self.first
     }
 
+    pub(crate) fn pid_namespace(&self) -> &Arc<OwnedFd> {
+        &self.pid_namespace
+    }
+
     pub(crate) fn cgroup(&self) -> &Cgroup {
         &self.cgroup
+    }
+}
+
+/// Hooks are the host's programs, or are to be run by what makes a container and not in it.
+fn refuse_hooks(hooks: Option<&oci::Hooks>) -> Result<(), Error> {
+    let hooks = hooks.cloned().unwrap_or_default();
+    let all = [
+        ("prestart", hooks.prestart),
+        ("createRuntime", hooks.create_runtime),
+        ("createContainer", hooks.create_container),
+        ("startContainer", hooks.start_container),
+        ("poststart", hooks.poststart),
+        ("poststop", hooks.poststop),
+    ];
+    let first = all
+        .into_iter()
+        .find_map(|(kind, hooks)| Some((kind, hooks.into_iter().next()?.path)));
+    match first {
+        Some((kind, path)) => Err(Error::Hook { kind, path }),
+        None => Ok(()),
     }
 }
 
@@ -144,6 +187,7 @@ impl Container {
 fn start(
     launch: &Launch,
     namespaces: i32,
+    pid_namespace: Option<&OwnedFd>,
     cgroup: &Cgroup,
     reaper: &Reaper,
 ) -> Result<Process, Error> {
@@ -159,17 +203,19 @@ fn start(
         c"podvmm-agent".to_owned(),
         CString::new(launch::STAGE).expect("has no NUL"),
     ];
+    let mut descriptors = vec![
+        their_stdin.as_fd(),
+        their_stdout.as_fd(),
+        their_stderr.as_fd(),
+        theirs.as_fd(),
+        file.as_fd(),
+    ];
+    descriptors.extend(pid_namespace.map(AsFd::as_fd));
     let program = sys::Program {
         paths: &[c"/proc/self/exe".to_owned()],
         argv: &argv,
         env: &[],
-        descriptors: &[
-            their_stdin.as_fd(),
-            their_stdout.as_fd(),
-            their_stderr.as_fd(),
-            theirs.as_fd(),
-            file.as_fd(),
-        ],
+        descriptors: &descriptors,
         namespaces,
         terminal: false,
     };

@@ -9,12 +9,17 @@
 mod cmdline;
 mod command;
 mod container;
+mod copy;
+mod devices;
+mod dns;
+mod figures;
 mod mounts;
 mod network;
 mod ports;
 mod reaper;
 mod relay;
 mod rootfs;
+mod sandbox;
 mod serve;
 mod storage;
 mod sys;
@@ -27,7 +32,7 @@ use std::time::Duration;
 use agent::Status;
 use cmdline::BootArgs;
 use command::{Command, Size, Streams};
-use container::launch::{LAUNCH, STAGE};
+use container::launch::{PID_NAMESPACE, STAGE};
 use container::stage;
 use ports::{Ports, StatusPort};
 use relay::{Children, Pump};
@@ -136,7 +141,7 @@ fn run_shell() -> Result<(), Box<dyn Error>> {
 /// Serves a pod's containers for the host.
 fn run_pod() -> Result<(), Box<dyn Error>> {
     // Of what a container's process is given none may lie where it is to be put.
-    sys::fill_descriptors(LAUNCH);
+    sys::fill_descriptors(PID_NAMESPACE);
     enter_root()?;
     serve::run()?;
     settle_disks();

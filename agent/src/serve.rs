@@ -1,71 +1,34 @@
 //! The pod's agent: answers the Kata agent's protocol on vsock port 1024 until the sandbox is
 //! destroyed.
 
-use std::collections::HashMap;
 use std::error::Error;
 use std::io;
-use std::os::fd::OwnedFd;
-use std::sync::mpsc::{Receiver, Sender, channel};
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::Arc;
 use std::thread;
-use std::time::Duration;
 
 use agent::protocol::agent::{
-    AddArpNeighborsRequest, AgentDetails, CheckRequest, CloseStdinRequest, CreateContainerRequest,
-    CreateSandboxRequest, DestroySandboxRequest, Empty, ExecProcessRequest, GetOomEventRequest,
-    GuestDetailsRequest, GuestDetailsResponse, HealthCheckResponse, Interfaces,
-    ListInterfacesRequest, ListRoutesRequest, OnlineCpuMemRequest, OomEvent, PauseContainerRequest,
-    ReadStreamRequest, ReadStreamResponse, RemoveContainerRequest, ReseedRandomDevRequest,
-    ResumeContainerRequest, Routes, ServingStatus, SetGuestDateTimeRequest, SignalProcessRequest,
-    StartContainerRequest, StatsContainerRequest, StatsContainerResponse, TtyWinResizeRequest,
-    UpdateContainerRequest, UpdateInterfaceRequest, UpdateRoutesRequest, VersionCheckResponse,
-    WaitProcessRequest, WaitProcessResponse, WriteStreamRequest, WriteStreamResponse,
+    AddArpNeighborsRequest, AgentDetails, CheckRequest, CloseStdinRequest, DestroySandboxRequest,
+    Empty, ExecProcessRequest, GetMetricsRequest, GetOomEventRequest, GuestDetailsRequest,
+    GuestDetailsResponse, HealthCheckResponse, Interfaces, ListInterfacesRequest,
+    ListRoutesRequest, Metrics, OnlineCpuMemRequest, OomEvent, PauseContainerRequest,
+    ReadStreamRequest, ReadStreamResponse, ReseedRandomDevRequest, ResumeContainerRequest, Routes,
+    ServingStatus, SetGuestDateTimeRequest, StartContainerRequest, StatsContainerRequest,
+    StatsContainerResponse, TtyWinResizeRequest, UpdateContainerRequest, UpdateInterfaceRequest,
+    UpdateRoutesRequest, VersionCheckResponse, VolumeStatsRequest, WaitProcessRequest,
+    WaitProcessResponse, WriteStreamRequest, WriteStreamResponse,
 };
 use agent::protocol::{AGENT_SERVICE, HEALTH_SERVICE, PORT};
 use agent::ttrpc::{self, Call, Code, Service, Status, Workers};
-use rustix::fs::inotify;
 
-use crate::container::{Container, Process};
-use crate::reaper::Reaper;
-use crate::storage::{DRIVERS, Storages};
-use crate::{describe, network, sys};
+use crate::sandbox::{Sandbox, internal, missing};
+use crate::{copy, devices, figures, network, storage, sys};
 
 /// The version of the protocol, as the Kata agent gives it.
 const GRPC_VERSION: &str = "0.0.1";
 
-/// The pod in this guest.
-struct Sandbox {
-    containers: Mutex<HashMap<String, Held>>,
-    storages: Storages,
-    reaper: Reaper,
-    /// Says that a container's count of kills for want of memory may have changed.
-    kills: OwnedFd,
-    ooms: Mutex<Receiver<String>>,
-    ended: Sender<()>,
-}
-
-/// A container and the storage it needs.
-struct Held {
-    container: Arc<Container>,
-    storages: Vec<String>,
-}
-
 /// Serves until the sandbox is destroyed.
 pub(crate) fn run() -> Result<(), Box<dyn Error>> {
-    let (oom, ooms) = channel();
-    let (ended, end) = channel();
-    let sandbox = Arc::new(Sandbox {
-        containers: Mutex::default(),
-        storages: Storages::default(),
-        reaper: Reaper::start()?,
-        kills: inotify::init(inotify::CreateFlags::CLOEXEC)?,
-        ooms: Mutex::new(ooms),
-        ended,
-    });
-    let watched = Arc::clone(&sandbox);
-    thread::Builder::new()
-        .name("oom".into())
-        .spawn(move || watched.watch_kills(&oom))?;
+    let (sandbox, end) = Sandbox::start()?;
     let listener = vsock::VsockListener::bind_with_cid_port(vsock::VMADDR_CID_ANY, PORT)?;
     let service: Arc<dyn Service> = sandbox;
     thread::Builder::new()
@@ -126,16 +89,16 @@ fn health(call: &Call<'_>) -> Result<Vec<u8>, Status> {
 impl Sandbox {
     fn agent(&self, call: &Call<'_>) -> Result<Vec<u8>, Status> {
         match call.method {
-            "CreateSandbox" => call.answer(|request| self.create_sandbox(request)),
-            "DestroySandbox" => call.answer(|request| self.destroy_sandbox(request)),
+            "CreateSandbox" => call.answer(|request| done(self.prepare(&request))),
+            "DestroySandbox" => call.answer(|_: DestroySandboxRequest| done(self.destroy())),
             "GetGuestDetails" => call.answer(|request| Ok(details(request))),
-            "CreateContainer" => call.answer(|request| self.create_container(request)),
+            "CreateContainer" => call.answer(|request| done(self.create(request))),
             "StartContainer" => call.answer(|request: StartContainerRequest| {
                 let container = self.container(&request.container_id)?;
                 container.first().go_on().map_err(internal)?;
                 Ok(Empty {})
             }),
-            "RemoveContainer" => call.answer(|request| self.remove_container(request)),
+            "RemoveContainer" => call.answer(|request| done(self.remove(&request))),
             "ExecProcess" => call.answer(|request: ExecProcessRequest| {
                 let container = self.container(&request.container_id)?;
                 let process = request.process.ok_or_else(|| missing("process"))?;
@@ -148,7 +111,7 @@ impl Sandbox {
                     .map_err(internal)?;
                 Ok(Empty {})
             }),
-            "SignalProcess" => call.answer(|request| self.signal(request)),
+            "SignalProcess" => call.answer(|request| done(self.signal(&request))),
             "WaitProcess" => call.answer(|request: WaitProcessRequest| {
                 let process = self.process(&request.container_id, &request.exec_id)?;
                 let status = process.end.wait().into();
@@ -161,13 +124,13 @@ impl Sandbox {
             "ReadStderr" => call.answer(|request| self.read(request, true)),
             "WriteStdin" => call.answer(|request: WriteStreamRequest| {
                 let process = self.process(&request.container_id, &request.exec_id)?;
-                process.write(&request.data).map_err(internal_io)?;
+                process.write(&request.data).map_err(internal)?;
                 let len = u32::try_from(request.data.len()).expect("fits a message");
                 Ok(WriteStreamResponse { len })
             }),
             "CloseStdin" => call.answer(|request: CloseStdinRequest| {
                 let process = self.process(&request.container_id, &request.exec_id)?;
-                process.write(&[]).map_err(internal_io)?;
+                process.write(&[]).map_err(internal)?;
                 Ok(Empty {})
             }),
             "TtyWinResize" => call.answer(|request: TtyWinResizeRequest| {
@@ -196,9 +159,23 @@ impl Sandbox {
                 self.freeze(&request.container_id, false)
             }),
             "GetOOMEvent" => call.answer(|_: GetOomEventRequest| {
-                let ooms = self.ooms.lock().expect("a panic ends the process");
-                let container_id = ooms.recv().map_err(internal)?;
+                let container_id = self.next_oom()?;
                 Ok(OomEvent { container_id })
+            }),
+            "CopyFile" => call.answer(|request| Ok(copy::copy(&request).map(|()| Empty {})?)),
+            "UpdateEphemeralMounts" => call.answer(|request| done(self.update_mounts(&request))),
+            "GetMetrics" => call.answer(|_: GetMetricsRequest| {
+                let metrics = figures::metrics(self.count()).map_err(internal)?;
+                Ok(Metrics { metrics })
+            }),
+            "GetVolumeStats" => call.answer(|request: VolumeStatsRequest| {
+                let path = &request.volume_guest_path;
+                figures::volume(path).map_err(|error| match error.kind() {
+                    io::ErrorKind::NotFound => {
+                        Status::new(Code::NotFound, format!("{path}: {error}"))
+                    }
+                    _ => Status::new(Code::Internal, format!("{path}: {error}")),
+                })
             }),
             "UpdateInterface" => call.answer(|request: UpdateInterfaceRequest| {
                 let interface = request.interface.ok_or_else(|| missing("interface"))?;
@@ -223,143 +200,15 @@ impl Sandbox {
             }),
             "OnlineCPUMem" => call.answer(online),
             "SetGuestDateTime" => call.answer(|request: SetGuestDateTimeRequest| {
-                sys::set_time(request.sec, request.usec).map_err(internal_io)?;
+                sys::set_time(request.sec, request.usec).map_err(internal)?;
                 Ok(Empty {})
             }),
             "ReseedRandomDev" => call.answer(|request: ReseedRandomDevRequest| {
-                sys::add_entropy(&request.data).map_err(internal_io)?;
+                sys::add_entropy(&request.data).map_err(internal)?;
                 Ok(Empty {})
             }),
             _ => Err(call.unimplemented()),
         }
-    }
-
-    fn containers(&self) -> MutexGuard<'_, HashMap<String, Held>> {
-        self.containers.lock().expect("a panic ends the process")
-    }
-
-    fn container(&self, id: &str) -> Result<Arc<Container>, Status> {
-        let containers = self.containers();
-        let held = containers.get(id);
-        held.map(|held| Arc::clone(&held.container))
-            .ok_or_else(|| Status::new(Code::NotFound, format!("there is no container {id}")))
-    }
-
-    fn process(&self, id: &str, exec_id: &str) -> Result<Arc<Process>, Status> {
-        self.container(id)?.process(exec_id).ok_or_else(|| {
-            Status::new(
-                Code::NotFound,
-                format!("there is no process {exec_id} in {id}"),
-            )
-        })
-    }
-
-    fn create_sandbox(&self, request: CreateSandboxRequest) -> Result<Empty, Status> {
-        if let Some(module) = request.kernel_modules.first() {
-            let why = format!("kernel module {}: the guest's kernel has none", module.name);
-            return Err(Status::new(Code::InvalidArgument, why));
-        }
-        if request.sandbox_pidns {
-            let why = "containers that share one pid namespace are not supported";
-            return Err(Status::new(Code::Unimplemented, why));
-        }
-        if !request.hostname.is_empty() {
-            sys::set_hostname(&request.hostname).map_err(internal_io)?;
-        }
-        for storage in &request.storages {
-            self.storages.add(storage)?;
-        }
-        Ok(Empty {})
-    }
-
-    fn destroy_sandbox(&self, _: DestroySandboxRequest) -> Result<Empty, Status> {
-        for held in self.containers().values() {
-            let _ = held.container.cgroup().kill();
-        }
-        self.ended.send(()).map_err(internal)?;
-        Ok(Empty {})
-    }
-
-    fn create_container(&self, request: CreateContainerRequest) -> Result<Empty, Status> {
-        let id = request.container_id;
-        let spec = request.oci.ok_or_else(|| missing("OCI"))?;
-        if self.containers().contains_key(&id) {
-            return Err(Status::new(
-                Code::AlreadyExists,
-                format!("{id} is there already"),
-            ));
-        }
-        if let Some(device) = request.devices.first() {
-            let why = format!(
-                "device {}: devices of the host are not supported",
-                device.container_path
-            );
-            return Err(Status::new(Code::Unimplemented, why));
-        }
-        let mut storages = Vec::new();
-        let made = request.storages.iter().try_for_each(|storage| {
-            self.storages.add(storage)?;
-            storages.push(storage.mount_point.clone());
-            Ok(())
-        });
-        let made = made.and_then(|()| Container::create(&id, spec, &self.reaper).map_err(internal));
-        let container = made.inspect_err(|_| {
-            storages
-                .iter()
-                .for_each(|place| self.storages.remove(place));
-        })?;
-        let container = Arc::new(container);
-        let events = container.cgroup().events();
-        let watched = inotify::add_watch(&self.kills, events, inotify::WatchFlags::MODIFY);
-        watched.map_err(|errno| internal_io(errno.into()))?;
-        self.containers().insert(
-            id,
-            Held {
-                container,
-                storages,
-            },
-        );
-        Ok(Empty {})
-    }
-
-    fn remove_container(&self, request: RemoveContainerRequest) -> Result<Empty, Status> {
-        let container = self.container(&request.container_id)?;
-        container.cgroup().kill().map_err(internal)?;
-        let end = &container.first().end;
-        match request.timeout {
-            0 => drop(end.wait()),
-            seconds => {
-                let ended = end.wait_for(Duration::from_secs(seconds.into()));
-                let why = || format!("{} has not ended", request.container_id);
-                ended.ok_or_else(|| Status::new(Code::DeadlineExceeded, why()))?;
-            }
-        }
-        if let Some(held) = self.containers().remove(&request.container_id) {
-            held.storages
-                .iter()
-                .for_each(|place| self.storages.remove(place));
-        }
-        Ok(Empty {})
-    }
-
-    fn signal(&self, request: SignalProcessRequest) -> Result<Empty, Status> {
-        let container = self.container(&request.container_id)?;
-        let signal = i32::try_from(request.signal);
-        let signal = signal.map_err(|error| Status::new(Code::InvalidArgument, error))?;
-        let all = request.exec_id.is_empty() && signal == libc::SIGKILL;
-        if all {
-            container.cgroup().kill().map_err(internal)?;
-            return Ok(Empty {});
-        }
-        let process = self.process(&request.container_id, &request.exec_id)?;
-        // One that has no program yet would not hear of it.
-        let signal = if process.waits() {
-            libc::SIGKILL
-        } else {
-            signal
-        };
-        process.signal(signal).map_err(internal_io)?;
-        Ok(Empty {})
     }
 
     fn read(&self, request: ReadStreamRequest, error: bool) -> Result<ReadStreamResponse, Status> {
@@ -374,30 +223,10 @@ impl Sandbox {
         container.cgroup().freeze(frozen).map_err(internal)?;
         Ok(Empty {})
     }
+}
 
-    /// Tells of each container in which somebody was killed for want of memory.
-    fn watch_kills(&self, oom: &Sender<String>) {
-        // Which file it was is of no matter: all are looked at.
-        let mut events = [0; 4096];
-        while rustix::io::retry_on_intr(|| rustix::io::read(&self.kills, &mut events)).is_ok() {
-            self.tell_of_kills(oom);
-        }
-    }
-
-    fn tell_of_kills(&self, oom: &Sender<String>) {
-        for (id, held) in self.containers().iter() {
-            let mut told = held
-                .container
-                .oom_kills
-                .lock()
-                .expect("a panic ends the process");
-            let kills = held.container.cgroup().oom_kills();
-            if kills > *told {
-                *told = kills;
-                let _ = oom.send(id.clone());
-            }
-        }
-    }
+fn done(result: Result<(), Status>) -> Result<Empty, Status> {
+    result.map(|()| Empty {})
 }
 
 fn details(_: GuestDetailsRequest) -> GuestDetailsResponse {
@@ -407,8 +236,8 @@ fn details(_: GuestDetailsRequest) -> GuestDetailsResponse {
         agent_details: Some(AgentDetails {
             version: env!("CARGO_PKG_VERSION").into(),
             init_daemon: std::process::id() == 1,
-            device_handlers: Vec::new(),
-            storage_handlers: DRIVERS.map(String::from).to_vec(),
+            device_handlers: devices::KINDS.map(String::from).to_vec(),
+            storage_handlers: storage::DRIVERS.map(String::from).to_vec(),
             supports_seccomp: true,
             extra_features: Vec::new(),
         }),
@@ -428,21 +257,9 @@ fn online(request: OnlineCpuMemRequest) -> Result<Empty, Status> {
             break;
         }
         if state.trim() == "0" {
-            std::fs::write(&path, "1").map_err(internal_io)?;
+            std::fs::write(&path, "1").map_err(internal)?;
             wanted -= 1;
         }
     }
     Ok(Empty {})
-}
-
-fn missing(what: &str) -> Status {
-    Status::new(Code::InvalidArgument, format!("{what} is missing"))
-}
-
-fn internal(error: impl Error + 'static) -> Status {
-    Status::new(Code::Internal, describe(&error))
-}
-
-fn internal_io(error: io::Error) -> Status {
-    internal(error)
 }

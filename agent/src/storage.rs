@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::ffi::CString;
 use std::fs;
 use std::io;
+use std::os::unix::fs::{PermissionsExt, chown};
 use std::path::Path;
 use std::sync::{Mutex, MutexGuard};
 
@@ -11,8 +12,13 @@ use agent::protocol::agent::Storage;
 use agent::ttrpc::{Code, Status};
 use rustix::mount::{MountFlags, UnmountFlags};
 
+use crate::devices;
+
 /// How the host may ask for storage.
 pub(crate) const DRIVERS: [&str; 5] = ["virtio-fs", "ephemeral", "local", "overlayfs", "mmioblk"];
+
+/// Of folders that belong to a group: what is made there does too.
+const GROUP_MODE: u32 = 0o2775;
 
 /// Mounted storage by place, and how many need it.
 #[derive(Debug, Default)]
@@ -25,22 +31,19 @@ impl Storages {
 
     /// Mounts it, unless it is.
     pub(crate) fn add(&self, storage: &Storage) -> Result<(), Status> {
+        if !DRIVERS.contains(&storage.driver.as_str()) {
+            let why = format!("there is no storage driver {}", storage.driver);
+            return Err(Status::new(Code::InvalidArgument, why));
+        }
+        if storage.driver == "mmioblk" {
+            devices::wait_for(&storage.source)?;
+        }
         let mut places = self.places();
         if let Some(count) = places.get_mut(&storage.mount_point) {
             *count += 1;
             return Ok(());
         }
-        if !DRIVERS.contains(&storage.driver.as_str()) {
-            let why = format!("there is no storage driver {}", storage.driver);
-            return Err(Status::new(Code::InvalidArgument, why));
-        }
-        mount(storage).map_err(|error| {
-            let what = format!(
-                "mount {} on {}: {error}",
-                storage.source, storage.mount_point
-            );
-            Status::new(Code::Internal, what)
-        })?;
+        prepare(storage).map_err(|error| failed("mount", storage, &error))?;
         places.insert(storage.mount_point.clone(), 1);
         Ok(())
     }
@@ -58,48 +61,211 @@ impl Storages {
             let _ = rustix::mount::unmount(place, UnmountFlags::DETACH);
         }
     }
+
+    /// Changes the options of what is mounted already, such as its size. Only file systems in
+    /// memory have such options.
+    pub(crate) fn update(&self, storage: &Storage) -> Result<(), Status> {
+        if storage.driver != "ephemeral" || storage.fstype != "tmpfs" {
+            return Ok(());
+        }
+        if !self.places().contains_key(&storage.mount_point) {
+            let why = format!("there is no storage on {}", storage.mount_point);
+            return Err(Status::new(Code::NotFound, why));
+        }
+        remount(storage).map_err(|error| failed("mount again", storage, &error))
+    }
 }
 
-fn mount(storage: &Storage) -> io::Result<()> {
+fn failed(act: &str, storage: &Storage, error: &io::Error) -> Status {
+    let Storage {
+        source,
+        mount_point,
+        ..
+    } = storage;
+    let what = format!("{act} {source} on {mount_point}: {error}");
+    Status::new(Code::Internal, what)
+}
+
+/// The options of a mount, told apart.
+#[derive(Debug, PartialEq)]
+struct Options {
+    flags: MountFlags,
+    /// For the file system.
+    data: String,
+    group: Option<u32>,
+    mode: Option<u32>,
+}
+
+fn options(words: &[String]) -> Options {
+    let mut flags = MountFlags::empty();
+    let mut data = Vec::new();
+    let (mut group, mut mode) = (None, None);
+    for word in words.iter().flat_map(|words| words.split(',')) {
+        match word {
+            "" | "rw" | "defaults" => continue,
+            "ro" => flags |= MountFlags::RDONLY,
+            "nosuid" => flags |= MountFlags::NOSUID,
+            "nodev" => flags |= MountFlags::NODEV,
+            "noexec" => flags |= MountFlags::NOEXEC,
+            "noatime" => flags |= MountFlags::NOATIME,
+            "relatime" => flags |= MountFlags::RELATIME,
+            _ => match word.split_once('=') {
+                Some(("fsgid", id)) => group = id.parse().ok(),
+                Some(("mode", text)) => {
+                    mode = u32::from_str_radix(text, 8).ok();
+                    data.push(word);
+                }
+                _ => data.push(word),
+            },
+        }
+    }
+    Options {
+        flags,
+        data: data.join(","),
+        group,
+        mode,
+    }
+}
+
+fn prepare(storage: &Storage) -> io::Result<()> {
     let place = Path::new(&storage.mount_point);
     fs::create_dir_all(place)?;
-    let group = storage.fs_group.as_ref().map(|group| group.group_id);
+    let options = options(&storage.options);
     if storage.driver != "local" {
-        let mut flags = MountFlags::empty();
-        let mut data = Vec::new();
-        for option in &storage.options {
-            match option.as_str() {
-                "ro" => flags |= MountFlags::RDONLY,
-                "rw" | "defaults" => {}
-                "nosuid" => flags |= MountFlags::NOSUID,
-                "nodev" => flags |= MountFlags::NODEV,
-                "noexec" => flags |= MountFlags::NOEXEC,
-                option if option.starts_with("fsgid=") => {}
-                other => data.push(other),
-            }
+        if storage.fstype == "hugetlbfs" {
+            allocate_huge_pages(&options.data)?;
         }
-        let data = CString::new(data.join(","))?;
-        rustix::mount::mount(&storage.source, place, &storage.fstype, flags, Some(&*data))?;
+        let data = CString::new(options.data)?;
+        let (source, fstype) = (&storage.source, &storage.fstype);
+        rustix::mount::mount(source, place, fstype, options.flags, Some(&*data))?;
     }
-    let asked = storage
-        .options
-        .iter()
-        .find_map(|option| option.strip_prefix("fsgid="));
-    let asked = asked.and_then(|gid| gid.parse().ok());
-    if let Some(gid) = group.or(asked) {
-        use std::os::unix::fs::{PermissionsExt, chown};
+    let group = storage.fs_group.as_ref().map(|group| group.group_id);
+    if let Some(gid) = group.or(options.group) {
         chown(place, None, Some(gid))?;
-        fs::set_permissions(place, fs::Permissions::from_mode(0o2775))?;
+        fs::set_permissions(place, fs::Permissions::from_mode(GROUP_MODE))?;
     }
-    let mode = storage
-        .options
-        .iter()
-        .find_map(|option| option.strip_prefix("mode="));
-    if storage.driver == "local"
-        && let Some(mode) = mode.and_then(|mode| u32::from_str_radix(mode, 8).ok())
-    {
-        use std::os::unix::fs::PermissionsExt;
+    if let ("local", Some(mode)) = (storage.driver.as_str(), options.mode) {
         fs::set_permissions(place, fs::Permissions::from_mode(mode))?;
     }
     Ok(())
+}
+
+fn remount(storage: &Storage) -> io::Result<()> {
+    let options = options(&storage.options);
+    let data = CString::new(options.data)?;
+    rustix::mount::mount_remount(&storage.mount_point, options.flags, &*data)?;
+    Ok(())
+}
+
+/// Has the kernel set aside as many more huge pages as the file system is to hold.
+fn allocate_huge_pages(data: &str) -> io::Result<()> {
+    let Some((page, size)) = huge_pages(data) else {
+        return Ok(());
+    };
+    let path = format!(
+        "/sys/kernel/mm/hugepages/hugepages-{}kB/nr_hugepages",
+        page >> 10
+    );
+    let number = || -> io::Result<u64> {
+        let text = fs::read_to_string(&path)?;
+        text.trim().parse().map_err(io::Error::other)
+    };
+    let wanted = number()?.saturating_add(size.div_ceil(page));
+    fs::write(&path, wanted.to_string())?;
+    match number()? {
+        had if had >= wanted => Ok(()),
+        had => Err(io::Error::other(format!(
+            "there is memory for {had} of {wanted} pages of {page} bytes"
+        ))),
+    }
+}
+
+/// The sizes of a page and of all, in bytes. None if one is not said.
+fn huge_pages(data: &str) -> Option<(u64, u64)> {
+    let words = data.split(',').filter_map(|word| word.split_once('='));
+    let bytes = |wanted| {
+        let mut words = words.clone().filter(|(key, _)| *key == wanted);
+        bytes(words.next()?.1)
+    };
+    let (page, size) = (bytes("pagesize")?, bytes("size")?);
+    (page >= 4096).then_some((page, size))
+}
+
+/// A number of bytes, as `2M` or `2097152`.
+fn bytes(text: &str) -> Option<u64> {
+    let text = text.strip_suffix('B').unwrap_or(text);
+    let text = text.strip_suffix('i').unwrap_or(text);
+    let (number, shift) = match text.as_bytes().last()? {
+        b'k' | b'K' => (&text[..text.len() - 1], 10),
+        b'm' | b'M' => (&text[..text.len() - 1], 20),
+        b'g' | b'G' => (&text[..text.len() - 1], 30),
+        _ => (text, 0),
+    };
+    number.parse::<u64>().ok()?.checked_mul(1 << shift)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn words(words: &[&str]) -> Vec<String> {
+        words.iter().map(ToString::to_string).collect()
+    }
+
+    #[test]
+    fn a_size_and_a_mode_are_the_file_systems() {
+        let asked = [
+            "noexec,nosuid",
+            "nodev",
+            "mode=1777",
+            "size=65536",
+            "fsgid=7",
+            "rw",
+        ];
+        let expected = Options {
+            flags: MountFlags::NOEXEC | MountFlags::NOSUID | MountFlags::NODEV,
+            data: "mode=1777,size=65536".into(),
+            group: Some(7),
+            mode: Some(0o1777),
+        };
+        assert_eq!(options(&words(&asked)), expected);
+    }
+
+    #[test]
+    fn huge_pages_are_counted_in_bytes() {
+        let two = 2 << 20;
+        assert_eq!(
+            huge_pages("pagesize=2097152,size=8388608"),
+            Some((two, 4 * two))
+        );
+        assert_eq!(huge_pages("size=1Gi,pagesize=2M"), Some((two, 1 << 30)));
+        for bad in [
+            "",
+            "size=1",
+            "pagesize=0,size=1",
+            "pagesize=2M",
+            "pagesize=x,size=1",
+        ] {
+            assert_eq!(huge_pages(bad), None, "{bad}");
+        }
+    }
+
+    #[test]
+    fn what_there_is_no_driver_for_is_refused() {
+        let storage = Storage {
+            driver: "scsi".into(),
+            ..Storage::default()
+        };
+        let refused = Storages::default().add(&storage).unwrap_err();
+        assert_eq!(refused.message, "there is no storage driver scsi");
+    }
+
+    proptest! {
+        #[test]
+        fn any_words_are_options(all in prop::collection::vec("(size|mode|fsgid|pagesize|ro)?=?\\PC{0,9}", 0..5)) {
+            let options = options(&all);
+            let _ = huge_pages(&options.data);
+        }
+    }
 }

@@ -20,6 +20,8 @@ use super::seccomp::Filter;
 pub(crate) const CHANNEL: i32 = 3;
 /// The descriptor of its [`Launch`].
 pub(crate) const LAUNCH: i32 = 4;
+/// The descriptor of a pid namespace, if it is to enter one.
+pub(crate) const PID_NAMESPACE: i32 = 5;
 /// The argument that tells such a process from the agent.
 pub(crate) const STAGE: &str = "container";
 
@@ -38,6 +40,9 @@ pub(crate) struct Launch {
     /// Held to this.
     #[prost(message, optional, tag = "4")]
     pub(crate) seccomp: Option<Filter>,
+    /// The container enters a pid namespace that is there already.
+    #[prost(bool, tag = "5")]
+    pub(crate) shares_pids: bool,
 }
 
 impl Launch {

@@ -108,6 +108,12 @@ impl Process {
         sys::kill(self.pid, signal)
     }
 
+    /// Whether it has a handler for this signal. Of one that has ended nothing is known.
+    pub(crate) fn catches(&self, signal: i32) -> bool {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.pid));
+        status.is_ok_and(|status| caught(&status, signal))
+    }
+
     /// Waits for output, of standard error if `error`. Nothing is the end: nobody can write any
     /// more, or the process has ended and what it wrote has been read. Its children may live on
     /// with its streams.
@@ -190,9 +196,22 @@ impl Process {
     }
 }
 
+/// Whether the text of /proc/PID/status says that the signal has a handler.
+fn caught(status: &str, signal: i32) -> bool {
+    let mut lines = status.lines().filter_map(|line| line.split_once(':'));
+    let mask = lines.find(|(key, _)| *key == "SigCgt");
+    let mask = mask.and_then(|(_, mask)| u64::from_str_radix(mask.trim(), 16).ok());
+    let bit = u32::try_from(signal)
+        .ok()
+        .and_then(|signal| signal.checked_sub(1));
+    let bit = bit.and_then(|bit| 1_u64.checked_shl(bit));
+    mask.zip(bit).is_some_and(|(mask, bit)| mask & bit != 0)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::prelude::*;
     use std::sync::mpsc::channel;
     use std::thread;
     use std::time::Duration;
@@ -241,5 +260,22 @@ mod tests {
         process.end.tell(0);
         let outcome = written.recv_timeout(Duration::from_secs(60)).unwrap();
         assert_eq!(outcome.unwrap_err().kind(), io::ErrorKind::BrokenPipe);
+    }
+
+    #[test]
+    fn a_handler_is_told_by_its_signals_bit() {
+        let status = "SigIgn:\tffffffffffffffff\nSigCgt:\t8000000000004001\nSeccomp:\t0\n";
+        let caught = [1, 2, 15, 64, 65, 0, -1, i32::MIN].map(|signal| caught(status, signal));
+        assert_eq!(
+            caught,
+            [true, false, true, true, false, false, false, false]
+        );
+    }
+
+    proptest! {
+        #[test]
+        fn any_text_tells_or_does_not(text in "(SigCgt:|\\PC|\t|\n){0,9}", signal: i32) {
+            let _ = caught(&text, signal);
+        }
     }
 }

@@ -4,7 +4,7 @@
 
 use std::ffi::{CString, OsStr};
 use std::fs::{self, File};
-use std::io;
+use std::io::{self, Read};
 use std::os::fd::{AsFd, FromRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::process::CommandExt;
@@ -16,7 +16,7 @@ use rustix::process::DumpableBehavior;
 use rustix::pty::OpenptFlags;
 use rustix::thread::{LinkNameSpaceType, UnshareFlags};
 
-use super::launch::{CHANNEL, LAUNCH, Launch, Word, hear, say};
+use super::launch::{CHANNEL, LAUNCH, Launch, PID_NAMESPACE, Word, hear, say};
 use super::seccomp::Filter;
 use super::{identity, rootfs};
 use crate::sys;
@@ -62,21 +62,17 @@ fn prepare(channel: &OwnedFd, launch: File) -> Result<(Command, Option<Filter>),
     let launch = Launch::from_file(launch)?;
     let process = match &launch.spec {
         Some(spec) => {
+            if launch.shares_pids {
+                enter_pids()?;
+                go_on_as_sibling(channel)?;
+            }
             enter(spec)?;
             spec.process.clone()
         }
         None => {
             join(launch.join)?;
-            match sys::fork_sibling()? {
-                0 => {
-                    rustix::process::setsid()?;
-                    launch.process
-                }
-                pid => {
-                    say(channel.as_fd(), &Word::Pid(pid))?;
-                    std::process::exit(0);
-                }
-            }
+            go_on_as_sibling(channel)?;
+            launch.process
         }
     };
     let process = process.ok_or("there is no process to become")?;
@@ -152,6 +148,37 @@ fn join(pid: i32) -> Result<(), Error> {
         rustix::thread::move_into_link_name_space(namespace.as_fd(), Some(*kind))?;
     }
     Ok(())
+}
+
+/// Has children born in the pid namespace it was given.
+fn enter_pids() -> Result<(), Error> {
+    // SAFETY: the agent gives it to who is to share pids, and nobody else has it.
+    let namespace = unsafe { OwnedFd::from_raw_fd(PID_NAMESPACE) };
+    let kind = Some(LinkNameSpaceType::ProcessID);
+    rustix::thread::move_into_link_name_space(namespace.as_fd(), kind)
+        .map_err(|errno| format!("enter the pod's pid namespace: {errno}"))?;
+    Ok(())
+}
+
+/// Goes on as another process, which is in the pid namespace entered: this one stays where it is,
+/// tells of it and ends.
+fn go_on_as_sibling(channel: &OwnedFd) -> Result<(), Error> {
+    let (mut told, telling) = io::pipe()?;
+    // A namespace whose first process has ended has no more.
+    let forked = sys::fork_sibling();
+    match forked.map_err(|error| format!("start in the pid namespace: {error}"))? {
+        0 => {
+            // Whatever it says comes after.
+            drop(telling);
+            told.read_to_end(&mut Vec::new())?;
+            rustix::process::setsid()?;
+            Ok(())
+        }
+        pid => {
+            say(channel.as_fd(), &Word::Pid(pid))?;
+            std::process::exit(0);
+        }
+    }
 }
 
 /// Opens a terminal in the container and makes it this process's own. Returns the agent's end.

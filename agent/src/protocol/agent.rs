@@ -477,6 +477,60 @@ pub struct Metrics {
     pub metrics: String,
 }
 
+/// Mounts these once more, with their options changed.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct UpdateEphemeralMountsRequest {
+    #[prost(message, repeated, tag = "1")]
+    pub storages: Vec<Storage>,
+}
+
+/// Asks how full a volume is.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct VolumeStatsRequest {
+    #[prost(string, tag = "1")]
+    pub volume_guest_path: String,
+}
+
+/// How full a volume is, in each unit.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct VolumeStatsResponse {
+    #[prost(message, repeated, tag = "1")]
+    pub usage: Vec<VolumeUsage>,
+    #[prost(message, optional, tag = "2")]
+    pub volume_condition: Option<VolumeCondition>,
+}
+
+/// What a volume's usage is counted in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, ::prost::Enumeration)]
+#[repr(i32)]
+pub enum VolumeUsageUnit {
+    Unknown = 0,
+    Bytes = 1,
+    Inodes = 2,
+}
+
+/// In one unit.
+#[derive(Clone, Copy, PartialEq, ::prost::Message)]
+pub struct VolumeUsage {
+    #[prost(uint64, tag = "1")]
+    pub available: u64,
+    #[prost(uint64, tag = "2")]
+    pub total: u64,
+    #[prost(uint64, tag = "3")]
+    pub used: u64,
+    #[prost(enumeration = "VolumeUsageUnit", tag = "4")]
+    pub unit: i32,
+}
+
+/// Whether something is wrong with a volume, and what.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct VolumeCondition {
+    #[prost(bool, tag = "1")]
+    pub abnormal: bool,
+    #[prost(string, tag = "2")]
+    pub message: String,
+}
+
 /// What a container has used.
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct StatsContainerResponse {

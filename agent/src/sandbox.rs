@@ -1,0 +1,236 @@
+//! The pod in this guest: its containers and what they share.
+
+use std::collections::HashMap;
+use std::error::Error;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::thread;
+use std::time::Duration;
+
+use agent::protocol::agent::{
+    CreateContainerRequest, CreateSandboxRequest, RemoveContainerRequest, SignalProcessRequest,
+    UpdateEphemeralMountsRequest,
+};
+use agent::ttrpc::{Code, Status};
+use rustix::fs::inotify;
+
+use crate::container::{Container, Process};
+use crate::reaper::Reaper;
+use crate::storage::Storages;
+use crate::{describe, devices, dns, sys};
+
+/// The pod in this guest.
+pub(crate) struct Sandbox {
+    containers: Mutex<HashMap<String, Held>>,
+    storages: Storages,
+    pub(crate) reaper: Reaper,
+    /// Of the first container, for those that share one.
+    pid_namespace: Mutex<Option<Arc<OwnedFd>>>,
+    /// Says that a container's count of kills for want of memory may have changed.
+    kills: OwnedFd,
+    ooms: Mutex<Receiver<String>>,
+    ended: Sender<()>,
+}
+
+/// A container and the storage it needs.
+struct Held {
+    container: Arc<Container>,
+    storages: Vec<String>,
+}
+
+impl Sandbox {
+    /// One without containers, and who hears when it is destroyed.
+    pub(crate) fn start() -> io::Result<(Arc<Self>, Receiver<()>)> {
+        let (oom, ooms) = channel();
+        let (ended, end) = channel();
+        let sandbox = Arc::new(Self {
+            containers: Mutex::default(),
+            storages: Storages::default(),
+            reaper: Reaper::start()?,
+            pid_namespace: Mutex::default(),
+            kills: inotify::init(inotify::CreateFlags::CLOEXEC)?,
+            ooms: Mutex::new(ooms),
+            ended,
+        });
+        let watched = Arc::clone(&sandbox);
+        thread::Builder::new()
+            .name("oom".into())
+            .spawn(move || watched.watch_kills(&oom))?;
+        Ok((sandbox, end))
+    }
+
+    fn containers(&self) -> MutexGuard<'_, HashMap<String, Held>> {
+        self.containers.lock().expect("a panic ends the process")
+    }
+
+    pub(crate) fn count(&self) -> usize {
+        self.containers().len()
+    }
+
+    pub(crate) fn container(&self, id: &str) -> Result<Arc<Container>, Status> {
+        let containers = self.containers();
+        let held = containers.get(id);
+        held.map(|held| Arc::clone(&held.container))
+            .ok_or_else(|| Status::new(Code::NotFound, format!("there is no container {id}")))
+    }
+
+    pub(crate) fn process(&self, id: &str, exec_id: &str) -> Result<Arc<Process>, Status> {
+        self.container(id)?.process(exec_id).ok_or_else(|| {
+            let why = format!("there is no process {exec_id} in {id}");
+            Status::new(Code::NotFound, why)
+        })
+    }
+
+    pub(crate) fn prepare(&self, request: &CreateSandboxRequest) -> Result<(), Status> {
+        if let Some(module) = request.kernel_modules.first() {
+            let why = format!("kernel module {}: the guest's kernel has none", module.name);
+            return Err(Status::new(Code::InvalidArgument, why));
+        }
+        if !request.hostname.is_empty() {
+            sys::set_hostname(&request.hostname).map_err(internal)?;
+        }
+        dns::set(&request.dns)
+            .map_err(|error| Status::new(Code::Internal, format!("set name servers: {error}")))?;
+        for storage in &request.storages {
+            self.storages.add(storage)?;
+        }
+        Ok(())
+    }
+
+    pub(crate) fn destroy(&self) -> Result<(), Status> {
+        for held in self.containers().values() {
+            let _ = held.container.cgroup().kill();
+        }
+        self.ended.send(()).map_err(internal)
+    }
+
+    pub(crate) fn create(&self, request: CreateContainerRequest) -> Result<(), Status> {
+        let id = request.container_id;
+        let mut spec = request.oci.ok_or_else(|| missing("OCI"))?;
+        if self.containers().contains_key(&id) {
+            let why = format!("{id} is there already");
+            return Err(Status::new(Code::AlreadyExists, why));
+        }
+        let linux = spec.linux.as_mut().ok_or_else(|| missing("linux"))?;
+        devices::add(linux, &request.devices)?;
+        let mut storages = Vec::new();
+        let made = request.storages.iter().try_for_each(|storage| {
+            self.storages.add(storage)?;
+            storages.push(storage.mount_point.clone());
+            Ok(())
+        });
+        let shared = self.pid_namespace().clone();
+        let shared = shared.filter(|_| request.sandbox_pidns);
+        let made = made.and_then(|()| {
+            Container::create(&id, spec, shared.as_deref(), &self.reaper).map_err(internal)
+        });
+        let container = made.inspect_err(|_| {
+            storages
+                .iter()
+                .for_each(|place| self.storages.remove(place));
+        })?;
+        self.pid_namespace()
+            .get_or_insert_with(|| Arc::clone(container.pid_namespace()));
+        let container = Arc::new(container);
+        let events = container.cgroup().events();
+        let watched = inotify::add_watch(&self.kills, events, inotify::WatchFlags::MODIFY);
+        watched.map_err(internal)?;
+        self.containers().insert(
+            id,
+            Held {
+                container,
+                storages,
+            },
+        );
+        Ok(())
+    }
+
+    fn pid_namespace(&self) -> MutexGuard<'_, Option<Arc<OwnedFd>>> {
+        self.pid_namespace.lock().expect("a panic ends the process")
+    }
+
+    pub(crate) fn remove(&self, request: &RemoveContainerRequest) -> Result<(), Status> {
+        let container = self.container(&request.container_id)?;
+        container.cgroup().kill().map_err(internal)?;
+        let end = &container.first().end;
+        match request.timeout {
+            0 => drop(end.wait()),
+            seconds => {
+                let ended = end.wait_for(Duration::from_secs(seconds.into()));
+                let why = || format!("{} has not ended", request.container_id);
+                ended.ok_or_else(|| Status::new(Code::DeadlineExceeded, why()))?;
+            }
+        }
+        if let Some(held) = self.containers().remove(&request.container_id) {
+            held.storages
+                .iter()
+                .for_each(|place| self.storages.remove(place));
+        }
+        Ok(())
+    }
+
+    pub(crate) fn signal(&self, request: &SignalProcessRequest) -> Result<(), Status> {
+        let container = self.container(&request.container_id)?;
+        let signal = i32::try_from(request.signal);
+        let signal = signal.map_err(|error| Status::new(Code::InvalidArgument, error))?;
+        if request.exec_id.is_empty() && signal == libc::SIGKILL {
+            return container.cgroup().kill().map_err(internal);
+        }
+        let process = self.process(&request.container_id, &request.exec_id)?;
+        let is_first = std::ptr::eq(&*process, container.first());
+        // One that has no program yet would not hear of it, nor would one that is the first of its
+        // namespace and does not catch it.
+        let is_deaf =
+            process.waits() || signal == libc::SIGTERM && is_first && !process.catches(signal);
+        let signal = if is_deaf { libc::SIGKILL } else { signal };
+        process.signal(signal).map_err(internal)
+    }
+
+    pub(crate) fn update_mounts(
+        &self,
+        request: &UpdateEphemeralMountsRequest,
+    ) -> Result<(), Status> {
+        let mut storages = request.storages.iter();
+        storages.try_for_each(|storage| self.storages.update(storage))
+    }
+
+    /// Waits for a container in which somebody was killed for want of memory.
+    pub(crate) fn next_oom(&self) -> Result<String, Status> {
+        let ooms = self.ooms.lock().expect("a panic ends the process");
+        ooms.recv().map_err(internal)
+    }
+
+    /// Tells of each container in which somebody was killed for want of memory.
+    fn watch_kills(&self, oom: &Sender<String>) {
+        // Which file it was is of no matter: all are looked at.
+        let mut events = [0; 4096];
+        while rustix::io::retry_on_intr(|| rustix::io::read(&self.kills, &mut events)).is_ok() {
+            self.tell_of_kills(oom);
+        }
+    }
+
+    fn tell_of_kills(&self, oom: &Sender<String>) {
+        for (id, held) in self.containers().iter() {
+            let mut told = held
+                .container
+                .oom_kills
+                .lock()
+                .expect("a panic ends the process");
+            let kills = held.container.cgroup().oom_kills();
+            if kills > *told {
+                *told = kills;
+                let _ = oom.send(id.clone());
+            }
+        }
+    }
+}
+
+pub(crate) fn missing(what: &str) -> Status {
+    Status::new(Code::InvalidArgument, format!("{what} is missing"))
+}
+
+pub(crate) fn internal(error: impl Error + 'static) -> Status {
+    Status::new(Code::Internal, describe(&error))
+}
