@@ -163,7 +163,8 @@ impl Sandbox {
                 ended.ok_or_else(|| Status::new(Code::DeadlineExceeded, why()))?;
             }
         }
-        if let Some(held) = self.containers().remove(&request.container_id) {
+        let held = self.containers().remove(&request.container_id);
+        if let Some(held) = held {
             held.storages
                 .iter()
                 .for_each(|place| self.storages.remove(place));

@@ -1,15 +1,15 @@
 //! A container's cgroup, of version 2 (kernel: Documentation/admin-guide/cgroup-v2.rst).
 
+mod limits;
+mod stats;
+
 use std::fs;
 use std::io;
 use std::path::{Component, Path, PathBuf};
-
-use agent::protocol::agent::{
-    CgroupStats, CpuStats, CpuUsage, MemoryData, MemoryStats, PidsStats, ThrottlingData,
-};
-use agent::protocol::oci::LinuxResources;
+use std::time::Duration;
 
 use crate::sys::pid_t;
+use crate::wait;
 
 const ROOT: &str = "/sys/fs/cgroup";
 
@@ -19,12 +19,26 @@ pub(crate) struct Cgroup {
     path: PathBuf,
 }
 
+/// How long those who were killed may take to be gone.
+const GRACE: Duration = Duration::from_secs(2);
+
 /// What could not be done to a cgroup.
 #[derive(Debug, thiserror::Error)]
-#[error("{}", .path.display())]
-pub(crate) struct Error {
-    path: PathBuf,
-    source: io::Error,
+pub(crate) enum Error {
+    #[error("{}", .path.display())]
+    File { path: PathBuf, source: io::Error },
+    #[error("write {value:?} to {}", .path.display())]
+    Write {
+        path: PathBuf,
+        value: String,
+        source: io::Error,
+    },
+    #[error("a memory limit of {limit} bytes: {used} bytes are in use")]
+    InUse { limit: u64, used: u64 },
+    #[error("a limit of {swap} bytes for memory and swap is below that of {memory} for memory")]
+    Swap { memory: i64, swap: i64 },
+    #[error("there are no huge pages of {0:?}")]
+    PageSize(String),
 }
 
 impl Cgroup {
@@ -51,7 +65,7 @@ impl Cgroup {
             here.push(name);
             match fs::create_dir(&here) {
                 Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
-                    return Err(Error {
+                    return Err(Error::File {
                         path: here,
                         source: error,
                     });
@@ -63,8 +77,12 @@ impl Cgroup {
     }
 
     fn write(&self, file: &str, value: impl ToString) -> Result<(), Error> {
-        let path = self.path.join(file);
-        fs::write(&path, value.to_string()).map_err(|source| Error { path, source })
+        let (path, value) = (self.path.join(file), value.to_string());
+        fs::write(&path, &value).map_err(|source| Error::Write {
+            path,
+            value,
+            source,
+        })
     }
 
     fn read(&self, file: &str) -> String {
@@ -73,47 +91,6 @@ impl Cgroup {
 
     pub(crate) fn add(&self, pid: pid_t) -> Result<(), Error> {
         self.write("cgroup.procs", pid)
-    }
-
-    /// Sets limits; what is not said stays as it is.
-    pub(crate) fn limit(&self, resources: &LinuxResources) -> Result<(), Error> {
-        if let Some(memory) = &resources.memory {
-            if memory.limit != 0 {
-                self.write("memory.max", bytes_or_max(memory.limit))?;
-            }
-            if memory.reservation != 0 {
-                self.write("memory.low", bytes_or_max(memory.reservation))?;
-            }
-            if memory.swap != 0 && memory.limit > 0 {
-                // The host's limit is of both together. There may be no swap to limit.
-                let swap = if memory.swap < 0 {
-                    -1
-                } else {
-                    (memory.swap - memory.limit).max(0)
-                };
-                let _ = self.write("memory.swap.max", bytes_or_max(swap));
-            }
-        }
-        if let Some(cpu) = &resources.cpu {
-            if cpu.shares != 0 {
-                self.write("cpu.weight", weight(cpu.shares))?;
-            }
-            if cpu.quota != 0 || cpu.period != 0 {
-                let quota = if cpu.quota > 0 {
-                    cpu.quota.to_string()
-                } else {
-                    "max".into()
-                };
-                let period = if cpu.period == 0 { 100_000 } else { cpu.period };
-                self.write("cpu.max", format!("{quota} {period}"))?;
-            }
-        }
-        if let Some(pids) = &resources.pids
-            && pids.limit != 0
-        {
-            self.write("pids.max", bytes_or_max(pids.limit))?;
-        }
-        Ok(())
     }
 
     pub(crate) fn kill(&self) -> Result<(), Error> {
@@ -133,62 +110,21 @@ impl Cgroup {
     pub(crate) fn oom_kills(&self) -> u64 {
         entry(&self.read("memory.events"), "oom_kill")
     }
-
-    pub(crate) fn stats(&self) -> CgroupStats {
-        let cpu = self.read("cpu.stat");
-        let usec = |key| 1000 * entry(&cpu, key);
-        let memory = self.read("memory.stat");
-        let number = |file: &str| self.read(file).trim().parse().unwrap_or_default();
-        let limit = |file: &str| self.read(file).trim().parse().unwrap_or(u64::MAX);
-        let all = memory.lines().filter_map(|line| line.split_once(' '));
-        let all = all.filter_map(|(key, value)| Some((key.to_owned(), value.parse().ok()?)));
-        CgroupStats {
-            cpu_stats: Some(CpuStats {
-                cpu_usage: Some(CpuUsage {
-                    total_usage: usec("usage_usec"),
-                    percpu_usage: Vec::new(),
-                    usage_in_kernelmode: usec("system_usec"),
-                    usage_in_usermode: usec("user_usec"),
-                }),
-                throttling_data: Some(ThrottlingData {
-                    periods: entry(&cpu, "nr_periods"),
-                    throttled_periods: entry(&cpu, "nr_throttled"),
-                    throttled_time: usec("throttled_usec"),
-                }),
-            }),
-            memory_stats: Some(MemoryStats {
-                cache: entry(&memory, "file"),
-                usage: Some(MemoryData {
-                    usage: number("memory.current"),
-                    max_usage: number("memory.peak"),
-                    failcnt: entry(&self.read("memory.events"), "max"),
-                    limit: limit("memory.max"),
-                }),
-                swap_usage: Some(MemoryData {
-                    usage: number("memory.swap.current"),
-                    limit: limit("memory.swap.max"),
-                    ..MemoryData::default()
-                }),
-                kernel_usage: None,
-                use_hierarchy: true,
-                stats: all.collect(),
-            }),
-            pids_stats: Some(PidsStats {
-                current: number("pids.current"),
-                limit: self.read("pids.max").trim().parse().unwrap_or(0),
-            }),
-            blkio_stats: None,
-            hugetlb_stats: Default::default(),
-        }
-    }
 }
 
 impl Drop for Cgroup {
     fn drop(&mut self) {
+        // Who was killed may still be about to end.
+        let gone = |result: io::Result<()>| match result {
+            Err(error) if error.kind() == io::ErrorKind::ResourceBusy => None,
+            _ => Some(()),
+        };
+        wait::until(GRACE, || gone(fs::remove_dir(&self.path)));
         // Its parents may have other children.
         for path in self
             .path
             .ancestors()
+            .skip(1)
             .take_while(|path| *path != Path::new(ROOT))
         {
             if fs::remove_dir(path).is_err() {
@@ -196,18 +132,6 @@ impl Drop for Cgroup {
             }
         }
     }
-}
-
-fn bytes_or_max(value: i64) -> String {
-    match value {
-        ..0 => "max".into(),
-        value => value.to_string(),
-    }
-}
-
-/// The weight that shares of version 1 stand for (2 to 262144, as 1 to 10000).
-fn weight(shares: u64) -> u64 {
-    1 + (shares.clamp(2, 262_144) - 2) * 9999 / 262_142
 }
 
 /// The number behind `key` in lines of keys and numbers; 0 if there is none.
@@ -223,14 +147,6 @@ fn entry(text: &str, key: &str) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn shares_become_weights() {
-        assert_eq!(
-            [0, 2, 1024, 262_144, u64::MAX].map(weight),
-            [1, 1, 39, 10_000, 10_000]
-        );
-    }
 
     #[test]
     fn entries_are_found_by_their_whole_name() {
