@@ -2,245 +2,29 @@
 
 #![expect(clippy::unwrap_used, reason = "its steps are functions of their own")]
 
-use std::collections::BTreeMap;
-use std::fs;
-use std::io::{self, Read, Write};
-use std::os::unix::net::UnixStream;
-use std::path::Path;
-use std::thread;
-use std::time::Duration;
+#[path = "pod/sharing.rs"]
+mod sharing;
 
+use std::fs;
+use std::path::Path;
+
+use agent::protocol::HEALTH_SERVICE;
 use agent::protocol::agent::{
-    CheckRequest, CreateContainerRequest, CreateSandboxRequest, DestroySandboxRequest, Empty,
-    ExecProcessRequest, GetOomEventRequest, GuestDetailsRequest, GuestDetailsResponse,
-    HealthCheckResponse, OomEvent, ReadStreamRequest, ReadStreamResponse, RemoveContainerRequest,
-    SignalProcessRequest, StartContainerRequest, StatsContainerRequest, StatsContainerResponse,
-    Storage, TtyWinResizeRequest, WaitProcessRequest, WaitProcessResponse, WriteStreamRequest,
-    WriteStreamResponse,
+    CheckRequest, CreateContainerRequest, CreateSandboxRequest, DestroySandboxRequest, Device,
+    Empty, GetOomEventRequest, GuestDetailsRequest, GuestDetailsResponse, HealthCheckResponse,
+    OomEvent, StatsContainerRequest, StatsContainerResponse, Storage, TtyWinResizeRequest,
+    WriteStreamRequest, WriteStreamResponse,
 };
 use agent::protocol::oci::{
-    Linux, LinuxCapabilities, LinuxMemory, LinuxNamespace, LinuxPids, LinuxResources, Mount,
-    PosixRlimit, Process, Root, Spec, User,
+    Hook, Hooks, LinuxCpu, LinuxMemory, LinuxNamespace, LinuxPids, LinuxResources, LinuxSeccomp,
+    LinuxSyscall, Mount, PosixRlimit, User,
 };
-use agent::protocol::{AGENT_SERVICE, HEALTH_SERVICE, PORT};
-use agent::ttrpc::{CallError, Client, Code};
-use prost::Message;
+use agent::ttrpc::Code;
 use tempfile::TempDir;
+use tests::network::{alone, set_up};
+use tests::pod::{Agent, SHARED, refusal, shell, spec, strings};
 use tests::podvmm::kvm_is_here;
 use tests::{Podvmm, guest};
-
-const SHARED: &str = "/run/kata-containers/shared/containers";
-
-/// The guest's kernel may be interpreted.
-const PATIENCE: Duration = Duration::from_secs(120);
-
-/// The agent in the guest.
-struct Agent(Client);
-
-impl Agent {
-    /// Waits for the guest to come up.
-    fn reach(socket: &Path) -> Self {
-        loop {
-            match dial(socket) {
-                Ok(stream) => return Self(Client::new(stream).expect("there are threads")),
-                Err(_) => thread::sleep(Duration::from_millis(200)),
-            }
-        }
-    }
-
-    fn ask<A: Message + Default>(
-        &self,
-        method: &str,
-        request: &impl Message,
-    ) -> Result<A, CallError> {
-        self.0.call(AGENT_SERVICE, method, request, Some(PATIENCE))
-    }
-
-    fn create(&self, id: &str, spec: Spec) -> Result<Empty, CallError> {
-        let request = CreateContainerRequest {
-            container_id: id.into(),
-            exec_id: id.into(),
-            oci: Some(spec),
-            ..CreateContainerRequest::default()
-        };
-        self.ask("CreateContainer", &request)
-    }
-
-    fn start(&self, id: &str) -> Result<Empty, CallError> {
-        let container_id = id.into();
-        self.ask("StartContainer", &StartContainerRequest { container_id })
-    }
-
-    /// All that a process prints, and its status.
-    fn outcome(&self, id: &str, exec_id: &str) -> (String, String, i32) {
-        let read = |method| {
-            let mut text = String::new();
-            loop {
-                let request = ReadStreamRequest {
-                    container_id: id.into(),
-                    exec_id: exec_id.into(),
-                    len: 4096,
-                };
-                let read: ReadStreamResponse = self.ask(method, &request).expect("it is there");
-                if read.data.is_empty() {
-                    return text;
-                }
-                text.push_str(&String::from_utf8_lossy(&read.data));
-            }
-        };
-        let (err, out) = thread::scope(|scope| {
-            let out = scope.spawn(|| read("ReadStdout"));
-            (read("ReadStderr"), out.join().expect("it reads"))
-        });
-        let request = WaitProcessRequest {
-            container_id: id.into(),
-            exec_id: exec_id.into(),
-        };
-        let end: WaitProcessResponse = self.ask("WaitProcess", &request).expect("it is there");
-        (err, out, end.status)
-    }
-
-    fn run(&self, id: &str, spec: Spec) -> (String, String, i32) {
-        self.create(id, spec).expect("it can be");
-        self.start(id).expect("it is there");
-        let (err, out, status) = self.outcome(id, id);
-        self.remove(id);
-        (out, err, status)
-    }
-
-    fn exec(&self, id: &str, exec_id: &str, process: Process) -> Result<Empty, CallError> {
-        let request = ExecProcessRequest {
-            container_id: id.into(),
-            exec_id: exec_id.into(),
-            process: Some(process),
-            ..ExecProcessRequest::default()
-        };
-        self.ask("ExecProcess", &request)
-    }
-
-    fn signal(&self, id: &str, exec_id: &str, signal: u32) {
-        let request = SignalProcessRequest {
-            container_id: id.into(),
-            exec_id: exec_id.into(),
-            signal,
-        };
-        let _: Empty = self.ask("SignalProcess", &request).expect("it is there");
-    }
-
-    fn remove(&self, id: &str) {
-        let request = RemoveContainerRequest {
-            container_id: id.into(),
-            timeout: 0,
-        };
-        let _: Empty = self.ask("RemoveContainer", &request).expect("it is there");
-    }
-}
-
-fn dial(socket: &Path) -> io::Result<UnixStream> {
-    let mut stream = UnixStream::connect(socket)?;
-    writeln!(stream, "CONNECT {PORT}")?;
-    let mut byte = [0];
-    while byte[0] != b'\n' {
-        stream.read_exact(&mut byte)?;
-    }
-    Ok(stream)
-}
-
-fn refusal(result: Result<Empty, CallError>) -> (Code, String) {
-    match result {
-        Err(CallError::Refused(status)) => (status.code, status.message),
-        other => panic!("{other:?}"),
-    }
-}
-
-fn strings(words: &[&str]) -> Vec<String> {
-    words.iter().map(ToString::to_string).collect()
-}
-
-fn shell(script: &str) -> Process {
-    let capabilities = strings(&["CAP_CHOWN", "CAP_KILL"]);
-    Process {
-        args: strings(&["sh", "-c", script]),
-        env: strings(&["PATH=/bin", "COLOUR=green"]),
-        cwd: "/tmp".into(),
-        capabilities: Some(LinuxCapabilities {
-            bounding: capabilities.clone(),
-            effective: capabilities.clone(),
-            permitted: capabilities,
-            ..LinuxCapabilities::default()
-        }),
-        no_new_privileges: true,
-        ..Process::default()
-    }
-}
-
-fn mount(kind: &str, destination: &str, options: &[&str]) -> Mount {
-    Mount {
-        destination: destination.into(),
-        source: kind.into(),
-        r#type: kind.into(),
-        options: strings(options),
-    }
-}
-
-/// A container of the shared root file system, as containerd describes one.
-fn spec(script: &str) -> Spec {
-    let namespace = |kind: &&str| LinuxNamespace {
-        r#type: (*kind).into(),
-        path: String::new(),
-    };
-    Spec {
-        version: "1.0.2".into(),
-        process: Some(shell(script)),
-        root: Some(Root {
-            path: format!("{SHARED}/one/rootfs"),
-            readonly: false,
-        }),
-        mounts: vec![
-            mount("proc", "/proc", &["nosuid", "noexec", "nodev"]),
-            mount(
-                "tmpfs",
-                "/dev",
-                &["nosuid", "strictatime", "mode=755", "size=64k"],
-            ),
-            mount(
-                "devpts",
-                "/dev/pts",
-                &[
-                    "nosuid",
-                    "noexec",
-                    "newinstance",
-                    "ptmxmode=0666",
-                    "mode=0620",
-                ],
-            ),
-            mount("sysfs", "/sys", &["nosuid", "noexec", "nodev", "ro"]),
-            mount(
-                "cgroup",
-                "/sys/fs/cgroup",
-                &["nosuid", "noexec", "nodev", "ro"],
-            ),
-            Mount {
-                destination: "/etc/greeting".into(),
-                source: format!("{SHARED}/greeting"),
-                r#type: "bind".into(),
-                options: strings(&["rbind", "ro"]),
-            },
-        ],
-        linux: Some(Linux {
-            namespaces: ["pid", "ipc", "uts", "mount", "cgroup"]
-                .iter()
-                .map(namespace)
-                .collect(),
-            cgroups_path: "/../k8s.io/../pod/box".into(),
-            masked_paths: strings(&["/proc/kcore", "/sys/firmware", "/nowhere"]),
-            readonly_paths: strings(&["/proc/sys"]),
-            sysctl: BTreeMap::from([("net.ipv4.ip_unprivileged_port_start".into(), "7".into())]),
-            ..Linux::default()
-        }),
-        ..Spec::default()
-    }
-}
 
 #[test]
 fn containers_are_what_their_specification_says() {
@@ -248,17 +32,23 @@ fn containers_are_what_their_specification_says() {
         return;
     }
     let _one = guest::one_at_a_time();
+    alone(pod);
+}
+
+fn pod() {
     let host = TempDir::new().unwrap();
     let applets = [
         "sh", "cat", "ls", "hostname", "id", "sleep", "grep", "stty", "dd", "tail", "touch",
-        "kill", "cut", "readlink", "wc", "mkdir",
+        "kill", "cut", "readlink", "wc", "mkdir", "chmod", "ping", "tr",
     ];
     fs::create_dir(host.path().join("one")).unwrap();
     let root = guest::root(&applets);
     fs::rename(root.path(), host.path().join("one/rootfs")).unwrap();
     fs::write(host.path().join("greeting"), "hello\n").unwrap();
-    let sockets = TempDir::new().unwrap();
-    let vsock = sockets.path().join("vsock");
+    let places = TempDir::new().unwrap();
+    let vsock = places.path().join("vsock");
+    let disk = places.path().join("disk");
+    fs::write(&disk, [b"on disk\n", &[0; 4088][..]].concat()).unwrap();
     let kernel = guest::folder().join("vmlinux");
     let initramfs = guest::folder().join("initramfs.cpio");
     let running = Podvmm::new([
@@ -274,27 +64,41 @@ fn containers_are_what_their_specification_says() {
         "null",
         "--fs",
         &format!("tag=kataShared,shared_dir={}", host.path().display()),
+        "--disk",
+        &format!("path={}", disk.display()),
+        "--net",
+        &format!("tap=pod0,mac={}", sharing::HARDWARE),
         "--vsock",
         &format!("cid=3,socket={}", vsock.display()),
     ])
     .spawn();
+    set_up("pod0", "10.77.0.1/24");
     let agent = Agent::reach(&vsock);
     let health: HealthCheckResponse = agent
         .0
         .call(HEALTH_SERVICE, "Check", &CheckRequest::default(), None)
         .unwrap();
     assert_eq!(health.status, 1);
+    sharing::network(&agent);
     let details: GuestDetailsResponse = agent
         .ask("GetGuestDetails", &GuestDetailsRequest::default())
         .unwrap();
-    assert!(details.agent_details.unwrap().init_daemon);
+    let details = details.agent_details.unwrap();
+    assert!(details.init_daemon && details.supports_seccomp);
     let _: Empty = agent.ask("CreateSandbox", &sandbox()).unwrap();
 
+    sharing::first(&agent);
     what_it_sees(&agent, host.path());
     what_it_may_do(&agent);
+    what_it_may_call(&agent);
     streams_and_signals(&agent);
     limits_and_figures(&agent);
     refusals(&agent);
+    sharing::pings(&agent);
+    sharing::files(&agent);
+    sharing::volumes(&agent);
+    sharing::shared_pids(&agent);
+    sharing::metrics(&agent);
 
     let _: Empty = agent
         .ask("DestroySandbox", &DestroySandboxRequest {})
@@ -306,6 +110,7 @@ fn containers_are_what_their_specification_says() {
 fn sandbox() -> CreateSandboxRequest {
     CreateSandboxRequest {
         hostname: "a-pod".into(),
+        dns: strings(&["search pod.local", "nameserver 10.0.0.10"]),
         sandbox_id: "sandbox".into(),
         storages: vec![
             Storage {
@@ -319,7 +124,7 @@ fn sandbox() -> CreateSandboxRequest {
                 driver: "ephemeral".into(),
                 source: "shm".into(),
                 fstype: "tmpfs".into(),
-                mount_point: "/run/kata-containers/sandbox/shm".into(),
+                mount_point: sharing::SHM.into(),
                 options: strings(&["noexec", "nosuid", "nodev", "mode=1777", "size=65536"]),
                 ..Storage::default()
             },
@@ -404,6 +209,105 @@ fn what_it_may_do(agent: &Agent) {
     );
 }
 
+fn syscalls(names: &[&str], action: &str, errno_ret: Option<u32>) -> LinuxSyscall {
+    LinuxSyscall {
+        names: strings(names),
+        action: action.into(),
+        errno_ret,
+        args: Vec::new(),
+    }
+}
+
+fn what_it_may_call(agent: &Agent) {
+    // All but some, and without no-new-privileges.
+    const FULL: u32 = 28;
+    let mut held = spec("exec sleep 1000");
+    held.linux.as_mut().unwrap().seccomp = Some(LinuxSeccomp {
+        default_action: "SCMP_ACT_ALLOW".into(),
+        flags: strings(&["SECCOMP_FILTER_FLAG_LOG"]),
+        syscalls: vec![
+            syscalls(&["mkdir", "mkdirat"], "SCMP_ACT_ERRNO", Some(FULL)),
+            syscalls(
+                &["chmod", "fchmodat", "fchmodat2", "no_such_call"],
+                "SCMP_ACT_ERRNO",
+                None,
+            ),
+            syscalls(&["sethostname"], "SCMP_ACT_KILL_PROCESS", None),
+        ],
+        ..LinuxSeccomp::default()
+    });
+    held.process.as_mut().unwrap().no_new_privileges = false;
+    agent.create("held", held).unwrap();
+    agent.start("held").unwrap();
+    let script =
+        "mkdir /tmp/new; chmod 700 /tmp; hostname other; echo $?; grep Seccomp: /proc/self/status";
+    let (out, status) = agent.exec_shell("held", script);
+    assert!(out.contains("No space left on device"), "{out}");
+    assert!(out.contains("Operation not permitted"), "{out}");
+    // 128 + SIGSYS
+    assert!(
+        out.contains("159\n") && out.contains("Seccomp:\t2"),
+        "{out}"
+    );
+    assert_eq!(status, 0);
+    agent.remove("held");
+
+    // None but some, loaded last.
+    let allowed = [
+        "read",
+        "write",
+        "close",
+        "stat",
+        "fstat",
+        "lstat",
+        "newfstatat",
+        "mmap",
+        "mprotect",
+        "munmap",
+        "brk",
+        "rt_sigaction",
+        "rt_sigprocmask",
+        "ioctl",
+        "pread64",
+        "execve",
+        "exit",
+        "exit_group",
+        "arch_prctl",
+        "set_tid_address",
+        "set_robust_list",
+        "rseq",
+        "prlimit64",
+        "readlink",
+        "readlinkat",
+        "getrandom",
+        "getpid",
+        "getppid",
+        "getuid",
+        "geteuid",
+        "getgid",
+        "getegid",
+        "fcntl",
+        "getcwd",
+        "open",
+        "openat",
+        "sigaltstack",
+        "poll",
+        "uname",
+        "prctl",
+    ];
+    let mut few = spec("echo fine; touch /tmp/there; mkdir /tmp/new || echo refused");
+    few.linux.as_mut().unwrap().seccomp = Some(LinuxSeccomp {
+        default_action: "SCMP_ACT_ERRNO".into(),
+        architectures: strings(&["SCMP_ARCH_X86_64", "SCMP_ARCH_X86", "SCMP_ARCH_X32"]),
+        syscalls: vec![syscalls(&allowed, "SCMP_ACT_ALLOW", None)],
+        ..LinuxSeccomp::default()
+    });
+    let (out, err, _) = agent.run("few", few);
+    // Not even a child may be had for touch and mkdir.
+    assert_eq!(out, "fine\n", "{err}");
+    assert!(err.contains("fork: Operation not permitted"), "{err}");
+}
+
 fn streams_and_signals(agent: &Agent) {
     agent
         .create("streams", spec("cat; echo ended >&2; sleep 1000"))
@@ -432,6 +336,9 @@ fn streams_and_signals(agent: &Agent) {
     let _: Empty = agent.ask("TtyWinResize", &size).unwrap();
     let (_, out, status) = agent.outcome("streams", "tty");
     assert!(out.lines().count() == 2 && status == 9, "{out} {status}");
+    // What it leaves behind has its streams, and is not waited for.
+    let (out, status) = agent.exec_shell("streams", "sleep 1000 & echo hi");
+    assert_eq!((out.as_str(), status), ("hi\n", 0));
     agent
         .exec("streams", "slept", shell("exec sleep 1000"))
         .unwrap();
@@ -446,8 +353,17 @@ fn streams_and_signals(agent: &Agent) {
     agent.remove("streams");
 }
 
+fn cpus(cpus: &str) -> LinuxCpu {
+    LinuxCpu {
+        cpus: cpus.into(),
+        ..LinuxCpu::default()
+    }
+}
+
 fn limits_and_figures(agent: &Agent) {
-    let mut small = spec("dd if=/dev/zero of=/dev/null bs=32M count=1; echo survived $?");
+    let mut small = spec(
+        "grep Cpus_allowed_list /proc/self/status; dd if=/dev/zero of=/dev/null bs=32M count=1; echo survived $?",
+    );
     let linux = small.linux.as_mut().expect("spec() has it");
     linux.resources = Some(LinuxResources {
         memory: Some(LinuxMemory {
@@ -455,6 +371,7 @@ fn limits_and_figures(agent: &Agent) {
             ..LinuxMemory::default()
         }),
         pids: Some(LinuxPids { limit: 20 }),
+        cpu: Some(cpus("1")),
         ..LinuxResources::default()
     });
     agent.create("small", small).unwrap();
@@ -467,12 +384,48 @@ fn limits_and_figures(agent: &Agent) {
     assert_eq!(stats.memory_stats.unwrap().usage.unwrap().limit, 16 << 20);
     let pids = stats.pids_stats.unwrap();
     assert_eq!((pids.current, pids.limit), (1, 20));
+    let tiny = LinuxResources {
+        memory: Some(LinuxMemory {
+            limit: 4096,
+            ..LinuxMemory::default()
+        }),
+        ..LinuxResources::default()
+    };
+    let (_, why) = refusal(agent.update("small", tiny));
+    assert!(why.starts_with("a memory limit of 4096 bytes: "), "{why}");
     agent.start("small").unwrap();
     let (_, out, _) = agent.outcome("small", "");
-    assert!(out.starts_with("survived 137"), "{out}");
+    assert_eq!(out, "Cpus_allowed_list:\t1\nsurvived 137\n");
     let oom: OomEvent = agent.ask("GetOOMEvent", &GetOomEventRequest {}).unwrap();
     assert_eq!(oom.container_id, "small");
     agent.remove("small");
+
+    agent.create("moved", spec("exec sleep 1000")).unwrap();
+    agent.start("moved").unwrap();
+    let resources = LinuxResources {
+        cpu: Some(cpus("0")),
+        ..LinuxResources::default()
+    };
+    agent.update("moved", resources).unwrap();
+    let (out, _) = agent.exec_shell("moved", "grep Cpus_allowed_list /proc/self/status");
+    assert_eq!(out, "Cpus_allowed_list:\t0\n");
+    agent.remove("moved");
+
+    let devices = vec![Device {
+        r#type: "mmioblk".into(),
+        vm_path: "/dev/vda".into(),
+        container_path: "/dev/data".into(),
+        ..Device::default()
+    }];
+    let more = CreateContainerRequest {
+        devices,
+        ..CreateContainerRequest::default()
+    };
+    let script = "test -b /dev/data && dd if=/dev/data bs=8 count=1 2>/dev/null";
+    agent.create_with("disk", spec(script), more).unwrap();
+    agent.start("disk").unwrap();
+    assert_eq!(agent.outcome("disk", "").1, "on disk\n");
+    agent.remove("disk");
 }
 
 fn refusals(agent: &Agent) {
@@ -512,4 +465,18 @@ fn refusals(agent: &Agent) {
     });
     let (_, why) = refusal(agent.create("lost", lost));
     assert!(why.starts_with("mount /no/such/folder on /data: "), "{why}");
+
+    let mut hooked = spec("true");
+    hooked.hooks = Some(Hooks {
+        start_container: vec![Hook {
+            path: "/bin/hook".into(),
+            ..Hook::default()
+        }],
+        ..Hooks::default()
+    });
+    let (_, why) = refusal(agent.create("hooked", hooked));
+    assert_eq!(
+        why,
+        "startContainer hook /bin/hook: no hooks are run in a guest"
+    );
 }

@@ -72,6 +72,7 @@ pub(crate) fn volume(path: &str) -> io::Result<VolumeStatsResponse> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::prelude::*;
 
     #[test]
     fn figures_are_lines_of_prometheus() {
@@ -96,5 +97,12 @@ mod tests {
         let stats = volume("/").unwrap();
         assert!(stats.usage[0].total >= stats.usage[0].used);
         volume("/no/such/folder").unwrap_err();
+    }
+
+    proptest! {
+        #[test]
+        fn any_text_has_a_number_or_none(text in "(VmRSS:|\\PC|[0-9]|\n){0,20}") {
+            let _ = number(&text, "VmRSS");
+        }
     }
 }

@@ -8,6 +8,7 @@ pub mod guest;
 pub mod helper;
 pub mod network;
 pub mod payload;
+pub mod pod;
 pub mod podvmm;
 pub mod transfer;
 pub mod tree;

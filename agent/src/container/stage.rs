@@ -25,8 +25,12 @@ type Error = Box<dyn std::error::Error>;
 
 /// Becomes what it is told to. Returns only if that fails, after having said so.
 pub(crate) fn run() -> u8 {
-    let (channel, launch) = given();
-    let (why, code) = match prepare(&channel, launch) {
+    let Given {
+        channel,
+        launch,
+        pid_namespace,
+    } = Given::take();
+    let (why, code) = match prepare(&channel, launch, pid_namespace) {
         Err(error) => (error.to_string(), 1),
         Ok((mut command, filter)) => match filter.map_or(Ok(()), |filter| filter.load()) {
             Err(error) => (format!("load the seccomp filter: {error}"), 1),
@@ -44,16 +48,36 @@ pub(crate) fn run() -> u8 {
     code
 }
 
-fn given() -> (OwnedFd, File) {
-    // SAFETY: the agent starts this process with the channel there, and nobody else has it.
-    let channel = unsafe { OwnedFd::from_raw_fd(CHANNEL) };
-    // SAFETY: as above, with what is to be read.
-    let launch = unsafe { OwnedFd::from_raw_fd(LAUNCH) };
-    (channel, launch.into())
+/// What the agent hands over, by number.
+struct Given {
+    channel: OwnedFd,
+    launch: File,
+    /// Whatever the agent has there, if none is to be shared.
+    pid_namespace: OwnedFd,
+}
+
+impl Given {
+    fn take() -> Self {
+        // SAFETY: the agent starts this process with the channel there, and nobody else has it.
+        let channel = unsafe { OwnedFd::from_raw_fd(CHANNEL) };
+        // SAFETY: as above, with what is to be read.
+        let launch = unsafe { OwnedFd::from_raw_fd(LAUNCH) };
+        // SAFETY: as above; the agent keeps that number open.
+        let pid_namespace = unsafe { OwnedFd::from_raw_fd(PID_NAMESPACE) };
+        Self {
+            channel,
+            launch: launch.into(),
+            pid_namespace,
+        }
+    }
 }
 
 /// The program, and what it is to be held to: loaded last where no-new-privileges allows that.
-fn prepare(channel: &OwnedFd, launch: File) -> Result<(Command, Option<Filter>), Error> {
+fn prepare(
+    channel: &OwnedFd,
+    launch: File,
+    pid_namespace: OwnedFd,
+) -> Result<(Command, Option<Filter>), Error> {
     rustix::io::fcntl_setfd(channel, rustix::io::FdFlags::CLOEXEC)?;
     // Until it has its program its memory and descriptors are none of the container's business.
     rustix::process::set_dumpable_behavior(DumpableBehavior::NotDumpable)?;
@@ -63,7 +87,7 @@ fn prepare(channel: &OwnedFd, launch: File) -> Result<(Command, Option<Filter>),
     let process = match &launch.spec {
         Some(spec) => {
             if launch.shares_pids {
-                enter_pids()?;
+                enter_pids(&pid_namespace)?;
                 go_on_as_sibling(channel)?;
             }
             enter(spec)?;
@@ -75,6 +99,7 @@ fn prepare(channel: &OwnedFd, launch: File) -> Result<(Command, Option<Filter>),
             launch.process
         }
     };
+    drop(pid_namespace);
     let process = process.ok_or("there is no process to become")?;
     if process.terminal {
         let is_first = launch.spec.is_some();
@@ -150,10 +175,8 @@ fn join(pid: i32) -> Result<(), Error> {
     Ok(())
 }
 
-/// Has children born in the pid namespace it was given.
-fn enter_pids() -> Result<(), Error> {
-    // SAFETY: the agent gives it to who is to share pids, and nobody else has it.
-    let namespace = unsafe { OwnedFd::from_raw_fd(PID_NAMESPACE) };
+/// Has children born in this pid namespace.
+fn enter_pids(namespace: &OwnedFd) -> Result<(), Error> {
     let kind = Some(LinkNameSpaceType::ProcessID);
     rustix::thread::move_into_link_name_space(namespace.as_fd(), kind)
         .map_err(|errno| format!("enter the pod's pid namespace: {errno}"))?;

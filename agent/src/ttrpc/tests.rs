@@ -1,6 +1,6 @@
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
-use std::sync::{Arc, Barrier};
+use std::sync::{Arc, Barrier, OnceLock};
 use std::thread;
 use std::time::Duration;
 
@@ -143,6 +143,9 @@ fn what_is_no_request_is_refused_or_passed_over() {
     );
 }
 
+/// Threads stay, so there are some for all cases.
+static WORKERS: OnceLock<Workers> = OnceLock::new();
+
 proptest! {
     #[test]
     fn any_bytes_are_frames_or_an_error(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
@@ -154,6 +157,24 @@ proptest! {
             let _ = Response::decode(&payload[..]);
             let _ = WaitProcessRequest::decode(&payload[..]);
         }
+    }
+
+    #[test]
+    fn a_server_survives_any_bytes(
+        frames in proptest::collection::vec((any::<u32>(), 0..4_u8, proptest::collection::vec(any::<u8>(), 0..60)), 0..6),
+        rest in proptest::collection::vec(any::<u8>(), 0..40),
+        method in "(Say|Refuse|\\PC{0,5})",
+    ) {
+        let mut bytes = Vec::new();
+        for (stream, kind, payload) in frames {
+            frame::write(&mut bytes, stream, kind, &payload).unwrap();
+        }
+        let request = Request { service: "echo".into(), method, payload: rest.clone(), timeout_nano: -1 };
+        frame::write(&mut bytes, 1, frame::REQUEST, &request.encode_to_vec()).unwrap();
+        bytes.extend(rest);
+        let service: Arc<dyn Service> = Arc::new(Echo(Barrier::new(1)));
+        let workers = WORKERS.get_or_init(Workers::default);
+        let _ = serve(&bytes[..], std::io::sink(), &service, workers);
     }
 
     #[test]
