@@ -37,6 +37,8 @@ pub(crate) enum Error {
     InUse { limit: u64, used: u64 },
     #[error("a limit of {swap} bytes for memory and swap is below that of {memory} for memory")]
     Swap { memory: i64, swap: i64 },
+    #[error("{} is another container's", .0.display())]
+    Taken(PathBuf),
     #[error("there are no huge pages of {0:?}")]
     PageSize(String),
 }
@@ -72,6 +74,11 @@ impl Cgroup {
                 }
                 _ => {}
             }
+        }
+        // Whoever shares one would be killed with the other.
+        let procs = here.join("cgroup.procs");
+        if fs::read(&procs).is_ok_and(|pids| !pids.is_empty()) {
+            return Err(Error::Taken(here));
         }
         Ok(Self { path: here })
     }

@@ -240,7 +240,7 @@ fn an_arg() -> impl Strategy<Value = LinuxSeccompArg> {
     (0..6_u64, op, value(), value()).prop_map(|(index, op, one, two)| arg(index, op, one, two))
 }
 
-const NAMES: [&str; 5] = ["read", "write", "open", "mkdirat", "no_such_call"];
+const NAMES: [&str; 5] = ["read", "write", "openat", "mkdirat", "no_such_call"];
 
 fn a_rule() -> impl Strategy<Value = LinuxSyscall> {
     const ACTIONS: [&str; 4] = ["ALLOW", "ERRNO", "TRAP", "KILL_PROCESS"];
