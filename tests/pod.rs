@@ -16,8 +16,8 @@ use agent::protocol::agent::{
     WriteStreamRequest, WriteStreamResponse,
 };
 use agent::protocol::oci::{
-    Hook, Hooks, LinuxCpu, LinuxMemory, LinuxNamespace, LinuxPids, LinuxResources, LinuxSeccomp,
-    LinuxSyscall, Mount, PosixRlimit, User,
+    Hook, Hooks, LinuxCpu, LinuxHugepageLimit, LinuxMemory, LinuxNamespace, LinuxPids,
+    LinuxResources, LinuxSeccomp, LinuxSyscall, Mount, PosixRlimit, User,
 };
 use agent::ttrpc::Code;
 use tempfile::TempDir;
@@ -139,7 +139,7 @@ fn what_it_sees(agent: &Agent, host: &Path) {
         cat /proc/self/cgroup; ls -A /sys/firmware | wc -l; ls /dev | wc -l
         echo 1 2>/dev/null >/proc/sys/kernel/printk && echo wrote
         cat /proc/sys/net/ipv4/ip_unprivileged_port_start; ls /proc | grep -c '^[0-9]'
-        cat /proc/1/root/etc/greeting; exit 3";
+        cat /proc/1/root/etc/greeting; ls /proc/self/fd | tr '\\n' ' '; exit 3";
     let (out, err, status) = agent.run("sees", spec(script));
     let seen: Vec<_> = out.lines().collect();
     let expected = [
@@ -153,6 +153,8 @@ fn what_it_sees(agent: &Agent, host: &Path) {
         "7",
         "3",
         "hello",
+        // The last one is the folder's own.
+        "0 1 2 3 ",
     ];
     assert_eq!((seen, status), (expected.to_vec(), 3), "{err}");
     assert!(host.join("one/rootfs/made").exists());
@@ -407,6 +409,21 @@ fn limits_and_figures(agent: &Agent) {
         ..LinuxResources::default()
     };
     agent.update("moved", resources).unwrap();
+    let huge = LinuxHugepageLimit {
+        pagesize: "2MB".into(),
+        limit: 4 << 20,
+    };
+    let resources = LinuxResources {
+        hugepage_limits: vec![huge],
+        ..LinuxResources::default()
+    };
+    agent.update("moved", resources).unwrap();
+    let figures = StatsContainerRequest {
+        container_id: "moved".into(),
+    };
+    let stats: StatsContainerResponse = agent.ask("StatsContainer", &figures).unwrap();
+    let stats = stats.cgroup_stats.unwrap();
+    assert_eq!(stats.hugetlb_stats["2MB"].usage, 0);
     let (out, _) = agent.exec_shell("moved", "grep Cpus_allowed_list /proc/self/status");
     assert_eq!(out, "Cpus_allowed_list:\t0\n");
     agent.remove("moved");

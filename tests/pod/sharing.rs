@@ -235,14 +235,14 @@ pub(crate) fn files(agent: &Agent) {
 
 /// Storage in memory has the size it is to have.
 pub(crate) fn volumes(agent: &Agent) {
-    let size = || {
+    let size = |path: &str| {
         let request = VolumeStatsRequest {
-            volume_guest_path: SHM.into(),
+            volume_guest_path: path.into(),
         };
         let stats: VolumeStatsResponse = agent.ask("GetVolumeStats", &request).unwrap();
         stats.usage[0].total
     };
-    assert_eq!(size(), 65536);
+    assert_eq!(size(SHM), 65536);
     let storages = vec![Storage {
         driver: "ephemeral".into(),
         source: "shm".into(),
@@ -253,7 +253,25 @@ pub(crate) fn volumes(agent: &Agent) {
     }];
     let request = UpdateEphemeralMountsRequest { storages };
     let _: Empty = agent.ask("UpdateEphemeralMounts", &request).unwrap();
-    assert_eq!(size(), 131_072);
+    assert_eq!(size(SHM), 131_072);
+
+    const HUGE: &str = "/run/kata-containers/sandbox/huge";
+    let storages = vec![Storage {
+        driver: "ephemeral".into(),
+        source: "nodev".into(),
+        fstype: "hugetlbfs".into(),
+        mount_point: HUGE.into(),
+        options: strings(&["pagesize=2097152", "size=4194304"]),
+        ..Storage::default()
+    }];
+    let more = CreateContainerRequest {
+        storages,
+        ..CreateContainerRequest::default()
+    };
+    agent.create_with("huge", spec("true"), more).unwrap();
+    assert_eq!(size(HUGE), 4 << 20);
+    agent.remove("huge");
+    assert_ne!(size(HUGE), 4 << 20);
 }
 
 /// The agent is small.

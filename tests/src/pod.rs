@@ -57,9 +57,12 @@ impl Agent {
     pub fn create_with(
         &self,
         id: &str,
-        spec: Spec,
+        mut spec: Spec,
         more: CreateContainerRequest,
     ) -> Result<Empty, CallError> {
+        if let Some(linux) = &mut spec.linux {
+            linux.cgroups_path = format!("/../k8s.io/../pod/{id}");
+        }
         let request = CreateContainerRequest {
             container_id: id.into(),
             exec_id: id.into(),
@@ -254,7 +257,6 @@ pub fn spec(script: &str) -> Spec {
                 .iter()
                 .map(namespace)
                 .collect(),
-            cgroups_path: "/../k8s.io/../pod/box".into(),
             masked_paths: strings(&["/proc/kcore", "/sys/firmware", "/nowhere"]),
             readonly_paths: strings(&["/proc/sys"]),
             sysctl: BTreeMap::from([("net.ipv4.ip_unprivileged_port_start".into(), "7".into())]),
