@@ -28,6 +28,24 @@ install_packages() {
 	"${as_root[@]}" "${apt[@]}" install -y --no-install-recommends "${missing[@]}" >&2
 }
 
+# Install containerd and what it needs, but do not let it be started: those who use this run their own.
+install_containerd() {
+	local policy=/usr/sbin/policy-rc.d ours='' was
+	was=$(dpkg-query -W -f '${db:Status-Status}' containerd 2>/dev/null || true)
+	if [[ $was != installed && $EUID -eq 0 && ! -e $policy ]]; then
+		printf '#!/bin/sh\nexit 101\n' >"$policy"
+		chmod 0755 "$policy"
+		ours=1
+	fi
+	(install_packages containerd runc containernetworking-plugins iproute2) || {
+		[[ -z $ours ]] || rm -f "$policy"
+		return 1
+	}
+	[[ -z $ours ]] || rm -f "$policy"
+	# The package has it started at the next boot.
+	[[ $was == installed ]] || systemctl disable --quiet containerd.service 2>/dev/null || true
+}
+
 # Make cargo usable, of the version that the workspace ($1) asks for, with the given components.
 need_rust() {
 	local workspace=$1 wanted found component
@@ -55,3 +73,23 @@ install_crate() {
 	cargo install "$crate" --version "$version" --locked --quiet --root "$root" >&2
 	touch "$root/done"
 }
+
+# Say where Debian's static busybox is, fetched without installing it: the host may have another.
+fetch_busybox() (
+	local kept=$cache/busybox-static
+	if [[ ! -x $kept/bin/busybox ]]; then
+		say "fetching busybox-static"
+		local work
+		work=$(mktemp -d "$cache/.busybox-XXXXXX")
+		trap 'rm -rf "$work"' EXIT
+		cd "$work" || exit
+		apt-get -qq download busybox-static >&2 2>/dev/null || {
+			((EUID != 0)) || apt-get -qq -o DPkg::Lock::Timeout=600 update >&2
+			apt-get -qq download busybox-static >&2
+		}
+		dpkg-deb -x busybox-static_*.deb tree
+		install -D -m 0755 "$(find tree -path '*/bin/busybox' -type f)" new/bin/busybox
+		mv -T new "$kept" 2>/dev/null || [[ -x $kept/bin/busybox ]]
+	fi
+	echo "$kept/bin/busybox"
+)
