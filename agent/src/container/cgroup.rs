@@ -4,7 +4,7 @@ mod limits;
 mod stats;
 
 use std::fs;
-use std::io;
+use std::io::{self, Write};
 use std::path::{Component, Path, PathBuf};
 use std::time::Duration;
 
@@ -85,7 +85,10 @@ impl Cgroup {
 
     fn write(&self, file: &str, value: impl ToString) -> Result<(), Error> {
         let (path, value) = (self.path.join(file), value.to_string());
-        fs::write(&path, &value).map_err(|source| Error::Write {
+        // Not made if it is not there: what the kernel has not would be a matter of permission.
+        let file = fs::File::options().write(true).truncate(true).open(&path);
+        let written = file.and_then(|mut file| file.write_all(value.as_bytes()));
+        written.map_err(|source| Error::Write {
             path,
             value,
             source,

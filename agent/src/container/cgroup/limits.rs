@@ -247,6 +247,7 @@ mod tests {
                 "anon 600\ninactive_file 200\nactive_file 100\nslab_reclaimable 50\n",
             ),
             ("memory.swap.max", ""),
+            ("memory.max", ""),
         ];
         let cgroup = folder("podvmm-cgroup-memory", &files);
         let refused = cgroup.limit(&memory(600, 700)).unwrap_err();
@@ -263,7 +264,16 @@ mod tests {
 
     #[test]
     fn each_limit_has_its_file() {
-        let cgroup = folder("podvmm-cgroup-limits", &[]);
+        let files = [
+            "cpu.max",
+            "cpuset.cpus",
+            "cpuset.mems",
+            "pids.max",
+            "io.weight",
+            "io.max",
+            "hugetlb.2MB.max",
+        ];
+        let cgroup = folder("podvmm-cgroup-limits", &files.map(|file| (file, "")));
         let device = |rate| LinuxThrottleDevice {
             major: 254,
             minor: 16,
@@ -320,6 +330,12 @@ mod tests {
             limit: 1,
         });
         cgroup.limit(&odd).unwrap_err();
+        odd.hugepage_limits[0].pagesize = "1GB".into();
+        let refused = cgroup.limit(&odd).unwrap_err();
+        assert_eq!(refused.to_string(), "there are no huge pages of \"1GB\"");
+        // What a kernel need not have is not missed.
+        fs::remove_file(cgroup.path.join("io.weight")).unwrap();
+        cgroup.limit(&resources).unwrap();
         fs::remove_dir_all(&cgroup.path).unwrap();
     }
 
