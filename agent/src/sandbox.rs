@@ -1,6 +1,6 @@
 //! The pod in this guest: its containers and what they share.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::error::Error;
 use std::io;
 use std::os::fd::OwnedFd;
@@ -24,6 +24,8 @@ use crate::{describe, devices, dns, sys};
 /// The pod in this guest.
 pub(crate) struct Sandbox {
     containers: Mutex<HashMap<String, Held>>,
+    /// Containers that are not there yet.
+    making: Mutex<HashSet<String>>,
     storages: Storages,
     pub(crate) reaper: Reaper,
     /// Of the first container, for those that share one.
@@ -47,6 +49,7 @@ impl Sandbox {
         let (ended, end) = channel();
         let sandbox = Arc::new(Self {
             containers: Mutex::default(),
+            making: Mutex::default(),
             storages: Storages::default(),
             reaper: Reaper::start()?,
             pid_namespace: Mutex::default(),
@@ -107,12 +110,23 @@ impl Sandbox {
     }
 
     pub(crate) fn create(&self, request: CreateContainerRequest) -> Result<(), Status> {
+        let id = request.container_id.clone();
+        let already = || Status::new(Code::AlreadyExists, format!("{id} is there already"));
+        if !self.making().insert(id.clone()) {
+            return Err(already());
+        }
+        let made = match self.containers().contains_key(&id) {
+            true => Err(already()),
+            false => Ok(()),
+        };
+        let made = made.and_then(|()| self.make(request));
+        self.making().remove(&id);
+        made
+    }
+
+    fn make(&self, request: CreateContainerRequest) -> Result<(), Status> {
         let id = request.container_id;
         let mut spec = request.oci.ok_or_else(|| missing("OCI"))?;
-        if self.containers().contains_key(&id) {
-            let why = format!("{id} is there already");
-            return Err(Status::new(Code::AlreadyExists, why));
-        }
         let linux = spec.linux.as_mut().ok_or_else(|| missing("linux"))?;
         devices::add(linux, &request.devices)?;
         let mut storages = Vec::new();
@@ -145,6 +159,10 @@ impl Sandbox {
             },
         );
         Ok(())
+    }
+
+    fn making(&self) -> MutexGuard<'_, HashSet<String>> {
+        self.making.lock().expect("a panic ends the process")
     }
 
     fn pid_namespace(&self) -> MutexGuard<'_, Option<Arc<OwnedFd>>> {
