@@ -4,6 +4,7 @@ use std::collections::{HashMap, HashSet};
 use std::error::Error;
 use std::io;
 use std::os::fd::OwnedFd;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::thread;
@@ -33,6 +34,7 @@ pub(crate) struct Sandbox {
     /// Says that a container's count of kills for want of memory may have changed.
     kills: OwnedFd,
     ooms: Mutex<Receiver<String>>,
+    destroyed: AtomicBool,
     ended: Sender<()>,
 }
 
@@ -55,6 +57,7 @@ impl Sandbox {
             pid_namespace: Mutex::default(),
             kills: inotify::init(inotify::CreateFlags::CLOEXEC)?,
             ooms: Mutex::new(ooms),
+            destroyed: AtomicBool::new(false),
             ended,
         });
         let watched = Arc::clone(&sandbox);
@@ -102,11 +105,20 @@ impl Sandbox {
         Ok(())
     }
 
-    pub(crate) fn destroy(&self) -> Result<(), Status> {
+    /// Kills all, and leaves it to [`Self::end`] to end the guest.
+    pub(crate) fn destroy(&self) {
+        self.destroyed.store(true, Ordering::Relaxed);
         for held in self.containers().values() {
             let _ = held.container.cgroup().kill();
         }
-        self.ended.send(()).map_err(internal)
+    }
+
+    /// Ends the guest, if the sandbox is destroyed.
+    pub(crate) fn end(&self) {
+        if self.destroyed.load(Ordering::Relaxed) {
+            // If nobody hears it, it ends already.
+            let _ = self.ended.send(());
+        }
     }
 
     pub(crate) fn create(&self, request: CreateContainerRequest) -> Result<(), Status> {

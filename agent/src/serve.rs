@@ -5,6 +5,7 @@ use std::error::Error;
 use std::io;
 use std::sync::Arc;
 use std::thread;
+use std::time::Duration;
 
 use agent::protocol::agent::{
     AddArpNeighborsRequest, AgentDetails, CheckRequest, CloseStdinRequest, DestroySandboxRequest,
@@ -26,6 +27,9 @@ use crate::{copy, devices, figures, network, storage, sys};
 /// The version of the protocol, as the Kata agent gives it.
 const GRPC_VERSION: &str = "0.0.1";
 
+/// What is written to the host is sent in the kernel's own time.
+const ANSWER_GRACE: Duration = Duration::from_millis(50);
+
 /// Serves until the sandbox is destroyed.
 pub(crate) fn run() -> Result<(), Box<dyn Error>> {
     let (sandbox, end) = Sandbox::start()?;
@@ -42,6 +46,7 @@ pub(crate) fn run() -> Result<(), Box<dyn Error>> {
             }
         })?;
     end.recv()?;
+    thread::sleep(ANSWER_GRACE);
     Ok(())
 }
 
@@ -67,6 +72,13 @@ impl Service for Sandbox {
             _ => Err(call.unimplemented()),
         }
     }
+
+    /// The sandbox's end is the guest's, and whoever asked for it is to know first.
+    fn answered(&self, call: &Call<'_>) {
+        if (call.service, call.method) == (AGENT_SERVICE, "DestroySandbox") {
+            self.end();
+        }
+    }
 }
 
 fn health(call: &Call<'_>) -> Result<Vec<u8>, Status> {
@@ -90,7 +102,10 @@ impl Sandbox {
     fn agent(&self, call: &Call<'_>) -> Result<Vec<u8>, Status> {
         match call.method {
             "CreateSandbox" => call.answer(|request| done(self.prepare(&request))),
-            "DestroySandbox" => call.answer(|_: DestroySandboxRequest| done(self.destroy())),
+            "DestroySandbox" => call.answer(|_: DestroySandboxRequest| {
+                self.destroy();
+                Ok(Empty {})
+            }),
             "GetGuestDetails" => call.answer(|request| Ok(details(request))),
             "CreateContainer" => call.answer(|request| done(self.create(request))),
             "StartContainer" => call.answer(|request: StartContainerRequest| {

@@ -41,6 +41,9 @@ impl Call<'_> {
 pub trait Service: Send + Sync + 'static {
     /// May take as long as it likes. The answer is an encoded message.
     fn call(&self, call: &Call<'_>) -> Result<Vec<u8>, Status>;
+
+    /// Hears that a call's answer is written, or that nobody is there to take it.
+    fn answered(&self, _call: &Call<'_>) {}
 }
 
 /// Answers the calls of one connection until the other side ends it, or says what no ttrpc client
@@ -63,13 +66,15 @@ pub fn serve(
             Ok(request) => {
                 let (service, writer) = (Arc::clone(service), Arc::clone(&writer));
                 let job = move || {
-                    let answer = service.call(&Call {
+                    let call = Call {
                         service: &request.service,
                         method: &request.method,
                         payload: &request.payload,
-                    });
+                    };
+                    let answer = service.call(&call);
                     // A client that is gone needs no answer; the reader sees that it is.
                     let _ = reply(&writer, stream, answer);
+                    service.answered(&call);
                 };
                 workers.run(Box::new(job)).err()
             }

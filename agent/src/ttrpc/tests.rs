@@ -1,6 +1,7 @@
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
-use std::sync::{Arc, Barrier, OnceLock};
+use std::sync::mpsc::{SyncSender, sync_channel};
+use std::sync::{Arc, Barrier, Mutex, OnceLock};
 use std::thread;
 use std::time::Duration;
 
@@ -100,6 +101,49 @@ fn nobody_waits_for_an_answer_that_cannot_come() {
         assert!(matches!(gone, Err(CallError::Gone(_))), "{gone:?}");
     });
     say(&client, "?").unwrap_err();
+}
+
+/// Tells what was written when it hears that an answer is.
+struct Listener(Arc<Mutex<Vec<u8>>>, SyncSender<usize>);
+
+impl Service for Listener {
+    fn call(&self, call: &Call<'_>) -> Result<Vec<u8>, Status> {
+        call.answer(|request: CheckRequest| Ok(request))
+    }
+
+    fn answered(&self, call: &Call<'_>) {
+        assert_eq!(call.method, "Say");
+        self.1.send(self.0.lock().unwrap().len()).unwrap();
+    }
+}
+
+struct Shared(Arc<Mutex<Vec<u8>>>);
+
+impl Write for Shared {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        self.0.lock().unwrap().write(bytes)
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+#[test]
+fn a_service_hears_of_an_answer_when_it_is_written() {
+    let request = Request {
+        service: "echo".into(),
+        method: "Say".into(),
+        ..Request::default()
+    };
+    let mut bytes = Vec::new();
+    frame::write(&mut bytes, 1, frame::REQUEST, &request.encode_to_vec()).unwrap();
+    let (written, (heard, hears)) = (Arc::default(), sync_channel(1));
+    let service: Arc<dyn Service> = Arc::new(Listener(Arc::clone(&written), heard));
+    let writer = Shared(Arc::clone(&written));
+    serve(&bytes[..], writer, &service, &Workers::default()).unwrap();
+    // A header of ten bytes, and nothing to say.
+    assert_eq!(hears.recv().unwrap(), 10);
 }
 
 /// What comes back for a frame with this header and body.
