@@ -10,14 +10,15 @@ use std::path::Path;
 
 use agent::protocol::HEALTH_SERVICE;
 use agent::protocol::agent::{
-    CheckRequest, CreateContainerRequest, CreateSandboxRequest, DestroySandboxRequest, Device,
-    Empty, GetOomEventRequest, GuestDetailsRequest, GuestDetailsResponse, HealthCheckResponse,
-    OomEvent, StatsContainerRequest, StatsContainerResponse, Storage, TtyWinResizeRequest,
-    WriteStreamRequest, WriteStreamResponse,
+    CgroupStats, CheckRequest, CreateContainerRequest, CreateSandboxRequest, DestroySandboxRequest,
+    Device, Empty, GetOomEventRequest, GuestDetailsRequest, GuestDetailsResponse,
+    HealthCheckResponse, OomEvent, StatsContainerRequest, StatsContainerResponse, Storage,
+    TtyWinResizeRequest, WriteStreamRequest, WriteStreamResponse,
 };
 use agent::protocol::oci::{
-    Hook, Hooks, LinuxCpu, LinuxHugepageLimit, LinuxMemory, LinuxNamespace, LinuxPids,
-    LinuxResources, LinuxSeccomp, LinuxSyscall, Mount, PosixRlimit, User,
+    Hook, Hooks, LinuxBlockIo, LinuxCpu, LinuxHugepageLimit, LinuxMemory, LinuxNamespace,
+    LinuxPids, LinuxResources, LinuxSeccomp, LinuxSyscall, LinuxThrottleDevice, Mount, PosixRlimit,
+    User,
 };
 use agent::ttrpc::Code;
 use tempfile::TempDir;
@@ -48,7 +49,7 @@ fn pod() {
     let places = TempDir::new().unwrap();
     let vsock = places.path().join("vsock");
     let disk = places.path().join("disk");
-    fs::write(&disk, [b"on disk\n", &[0; 4088][..]].concat()).unwrap();
+    fs::write(&disk, [b"on disk\n", &[0; (1 << 20) - 8][..]].concat()).unwrap();
     let kernel = guest::folder().join("vmlinux");
     let initramfs = guest::folder().join("initramfs.cpio");
     let running = Podvmm::new([
@@ -93,6 +94,7 @@ fn pod() {
     what_it_may_call(&agent);
     streams_and_signals(&agent);
     limits_and_figures(&agent);
+    disks(&agent);
     refusals(&agent);
     sharing::pings(&agent);
     sharing::files(&agent);
@@ -378,13 +380,9 @@ fn limits_and_figures(agent: &Agent) {
     });
     agent.create("small", small).unwrap();
     // Its first process is there, and waits.
-    let figures = StatsContainerRequest {
-        container_id: "small".into(),
-    };
-    let stats: StatsContainerResponse = agent.ask("StatsContainer", &figures).unwrap();
-    let stats = stats.cgroup_stats.unwrap();
-    assert_eq!(stats.memory_stats.unwrap().usage.unwrap().limit, 16 << 20);
-    let pids = stats.pids_stats.unwrap();
+    let small = stats(agent, "small");
+    assert_eq!(small.memory_stats.unwrap().usage.unwrap().limit, 16 << 20);
+    let pids = small.pids_stats.unwrap();
     assert_eq!((pids.current, pids.limit), (1, 20));
     let tiny = LinuxResources {
         memory: Some(LinuxMemory {
@@ -418,16 +416,16 @@ fn limits_and_figures(agent: &Agent) {
         ..LinuxResources::default()
     };
     agent.update("moved", resources).unwrap();
-    let figures = StatsContainerRequest {
-        container_id: "moved".into(),
-    };
-    let stats: StatsContainerResponse = agent.ask("StatsContainer", &figures).unwrap();
-    let stats = stats.cgroup_stats.unwrap();
+    let stats = stats(agent, "moved");
     assert_eq!(stats.hugetlb_stats["2MB"].usage, 0);
     let (out, _) = agent.exec_shell("moved", "grep Cpus_allowed_list /proc/self/status");
     assert_eq!(out, "Cpus_allowed_list:\t0\n");
     agent.remove("moved");
+}
 
+fn disks(agent: &Agent) {
+    let (number, _, _) = agent.run("number", spec("cat /sys/block/vda/dev"));
+    let (major, minor) = number.trim().split_once(':').unwrap();
     let devices = vec![Device {
         r#type: "mmioblk".into(),
         vm_path: "/dev/vda".into(),
@@ -438,11 +436,45 @@ fn limits_and_figures(agent: &Agent) {
         devices,
         ..CreateContainerRequest::default()
     };
-    let script = "test -b /dev/data && dd if=/dev/data bs=8 count=1 2>/dev/null";
-    agent.create_with("disk", spec(script), more).unwrap();
+    // What lies far in nobody has read before.
+    let mut disk = spec(
+        "test -b /dev/data && dd if=/dev/data bs=8 count=1 2>/dev/null
+        dd if=/dev/data of=/dev/null bs=4096 skip=200 count=1 2>/dev/null
+        cat /sys/fs/cgroup/io.max",
+    );
+    disk.linux.as_mut().unwrap().resources = Some(LinuxResources {
+        block_io: Some(LinuxBlockIo {
+            weight: 500,
+            throttle_read_bps_device: vec![LinuxThrottleDevice {
+                major: major.parse().unwrap(),
+                minor: minor.parse().unwrap(),
+                rate: 1 << 20,
+            }],
+            ..LinuxBlockIo::default()
+        }),
+        ..LinuxResources::default()
+    });
+    agent.create_with("disk", disk, more).unwrap();
     agent.start("disk").unwrap();
-    assert_eq!(agent.outcome("disk", "").1, "on disk\n");
+    let limits = "rbps=1048576 wbps=max riops=max wiops=max";
+    let expected = format!("on disk\n{major}:{minor} {limits}\n");
+    assert_eq!(agent.outcome("disk", "").1, expected);
+    let stats = stats(agent, "disk").blkio_stats.unwrap();
+    let read = stats.io_service_bytes_recursive.iter();
+    let read: u64 = read
+        .filter(|entry| entry.op == "Read")
+        .map(|entry| entry.value)
+        .sum();
+    assert!(read >= 4096, "{stats:?}");
     agent.remove("disk");
+}
+
+fn stats(agent: &Agent, id: &str) -> CgroupStats {
+    let request = StatsContainerRequest {
+        container_id: id.into(),
+    };
+    let stats: StatsContainerResponse = agent.ask("StatsContainer", &request).unwrap();
+    stats.cgroup_stats.unwrap()
 }
 
 fn refusals(agent: &Agent) {
