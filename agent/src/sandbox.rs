@@ -22,6 +22,9 @@ use crate::reaper::Reaper;
 use crate::storage::Storages;
 use crate::{describe, devices, dns, sys};
 
+/// How long a process that was killed may take to be gone when the sandbox ends.
+const LAST_BREATH: Duration = Duration::from_millis(500);
+
 /// The pod in this guest.
 pub(crate) struct Sandbox {
     containers: Mutex<HashMap<String, Held>>,
@@ -108,9 +111,14 @@ impl Sandbox {
     /// Kills all, and leaves it to [`Self::end`] to end the guest.
     pub(crate) fn destroy(&self) {
         self.destroyed.store(true, Ordering::Relaxed);
-        for held in self.containers().values() {
+        let containers = self.containers();
+        for held in containers.values() {
             let _ = held.container.cgroup().kill();
         }
+        for held in containers.values() {
+            held.container.first().end.wait_for(LAST_BREATH);
+        }
+        sys::sync();
     }
 
     /// Ends the guest, if the sandbox is destroyed.
@@ -193,6 +201,8 @@ impl Sandbox {
                 ended.ok_or_else(|| Status::new(Code::DeadlineExceeded, why()))?;
             }
         }
+        // The host may take its files away after this: what it wrote is there before.
+        sys::sync();
         let held = self.containers().remove(&request.container_id);
         if let Some(held) = held {
             held.storages
@@ -212,9 +222,9 @@ impl Sandbox {
         let process = self.process(&request.container_id, &request.exec_id)?;
         let is_first = std::ptr::eq(&*process, container.first());
         // One that has no program yet would not hear of it, nor would one that is the first of its
-        // namespace and does not catch it.
+        // namespace and leaves it to the kernel.
         let is_deaf =
-            process.waits() || signal == libc::SIGTERM && is_first && !process.catches(signal);
+            process.waits() || signal == libc::SIGTERM && is_first && !process.minds(signal);
         let signal = if is_deaf { libc::SIGKILL } else { signal };
         process.signal(signal).map_err(internal)
     }

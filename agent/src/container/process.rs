@@ -108,10 +108,11 @@ impl Process {
         sys::kill(self.pid, signal)
     }
 
-    /// Whether it has a handler for this signal. Of one that has ended nothing is known.
-    pub(crate) fn catches(&self, signal: i32) -> bool {
+    /// Whether it catches or ignores this signal of its own will. Of one that has ended nothing is
+    /// known.
+    pub(crate) fn minds(&self, signal: i32) -> bool {
         let status = std::fs::read_to_string(format!("/proc/{}/status", self.pid));
-        status.is_ok_and(|status| caught(&status, signal))
+        status.is_ok_and(|status| minded(&status, signal))
     }
 
     /// Waits for output, of standard error if `error`. Nothing is the end: nobody can write any
@@ -196,16 +197,16 @@ impl Process {
     }
 }
 
-/// Whether the text of /proc/PID/status says that the signal has a handler.
-fn caught(status: &str, signal: i32) -> bool {
-    let mut lines = status.lines().filter_map(|line| line.split_once(':'));
-    let mask = lines.find(|(key, _)| *key == "SigCgt");
-    let mask = mask.and_then(|(_, mask)| u64::from_str_radix(mask.trim(), 16).ok());
+/// Whether the text of /proc/PID/status says that the signal is caught or ignored.
+fn minded(status: &str, signal: i32) -> bool {
     let bit = u32::try_from(signal)
         .ok()
         .and_then(|signal| signal.checked_sub(1));
-    let bit = bit.and_then(|bit| 1_u64.checked_shl(bit));
-    mask.zip(bit).is_some_and(|(mask, bit)| mask & bit != 0)
+    let bit = bit.and_then(|bit| 1_u64.checked_shl(bit)).unwrap_or(0);
+    let lines = status.lines().filter_map(|line| line.split_once(':'));
+    let masks = lines.filter(|(key, _)| matches!(*key, "SigCgt" | "SigIgn"));
+    let mut masks = masks.filter_map(|(_, mask)| u64::from_str_radix(mask.trim(), 16).ok());
+    masks.any(|mask| mask & bit != 0)
 }
 
 #[cfg(test)]
@@ -263,19 +264,20 @@ mod tests {
     }
 
     #[test]
-    fn a_handler_is_told_by_its_signals_bit() {
-        let status = "SigIgn:\tffffffffffffffff\nSigCgt:\t8000000000004001\nSeccomp:\t0\n";
-        let caught = [1, 2, 15, 64, 65, 0, -1, i32::MIN].map(|signal| caught(status, signal));
+    fn what_is_minded_is_told_by_a_signals_bit() {
+        let status = "SigBlk:\tffffffffffffffff\nSigIgn:\t0000000000000002\n\
+             SigCgt:\t8000000000004001\nSeccomp:\t0\n";
+        let minded = [1, 2, 3, 15, 64, 65, 0, -1, i32::MIN].map(|signal| minded(status, signal));
         assert_eq!(
-            caught,
-            [true, false, true, true, false, false, false, false]
+            minded,
+            [true, true, false, true, true, false, false, false, false]
         );
     }
 
     proptest! {
         #[test]
         fn any_text_tells_or_does_not(text in "(SigCgt:|\\PC|\t|\n){0,9}", signal: i32) {
-            let _ = caught(&text, signal);
+            let _ = minded(&text, signal);
         }
     }
 }
