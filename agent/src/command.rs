@@ -126,7 +126,11 @@ impl Command {
         let program = sys::Program {
             paths: &candidates(&self.argv[0]),
             argv: &self.argv,
-            env: &environment(std::env::var_os("TERM").as_deref()),
+            env: &[
+                environment(std::env::var_os("TERM").as_deref()),
+                sys::c_library(),
+            ]
+            .concat(),
             descriptors: &stdio,
             namespaces: 0,
             terminal,

@@ -214,7 +214,7 @@ fn start(
     let program = sys::Program {
         paths: &[c"/proc/self/exe".to_owned()],
         argv: &argv,
-        env: &[],
+        env: &sys::c_library(),
         descriptors: &descriptors,
         namespaces,
         terminal: false,

@@ -57,6 +57,17 @@ pub(crate) fn set_hostname(name: &str) -> io::Result<()> {
     check(unsafe { libc::sethostname(name.as_ptr().cast::<c_char>(), name.len()) }).map(drop)
 }
 
+/// The variable that the monitor sets, by the kernel's command line, where programs' C library is not
+/// to use all that the processor has.
+pub(crate) const C_LIBRARY: &str = "GLIBC_TUNABLES";
+
+/// That variable for a program's environment, if it is set.
+pub(crate) fn c_library() -> Vec<CString> {
+    let tunables = std::env::var(C_LIBRARY).ok();
+    let variable = tunables.and_then(|value| CString::new(format!("{C_LIBRARY}={value}")).ok());
+    variable.into_iter().collect()
+}
+
 /// Brings the loopback interface up; the kernel then gives it its addresses.
 pub(crate) fn loopback_up() -> io::Result<()> {
     // SAFETY: plain integers in, a new descriptor out.

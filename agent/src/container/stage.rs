@@ -255,6 +255,9 @@ fn command(process: &Process) -> Result<Command, Error> {
     };
     let mut command = Command::new(path);
     command.arg0(name).args(arguments).env_clear();
+    if let Some(tunables) = std::env::var_os(sys::C_LIBRARY) {
+        command.env(sys::C_LIBRARY, tunables);
+    }
     if variable("HOME").is_none() {
         let uid = process.user.as_ref().map_or(0, |user| user.uid);
         let passwd = fs::read_to_string("/etc/passwd").unwrap_or_default();
