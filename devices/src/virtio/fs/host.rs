@@ -15,7 +15,7 @@ use super::abi::Attr;
 const PLACE: OFlags = OFlags::PATH.union(OFlags::NOFOLLOW).union(OFlags::CLOEXEC);
 
 /// What tells one file from all others. The time of birth tells it from an earlier file whose
-/// number it got, where the file system knows it.
+/// number it got, where the file system is on a device and knows it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) struct Identity {
     /// The same file seen through another mount is another one: folders have one parent.
@@ -42,7 +42,10 @@ impl Status {
     }
 
     fn of(statx: &Statx) -> Self {
-        let birth = if statx.stx_mask & StatxFlags::BTIME.bits() == 0 {
+        // An overlay tells that of the layer, and so another one once a file is copied up. It is on no
+        // device, as are others that do not use numbers again.
+        let on_device = statx.stx_dev_major != 0;
+        let birth = if statx.stx_mask & StatxFlags::BTIME.bits() == 0 || !on_device {
             (0, 0)
         } else {
             (statx.stx_btime.tv_sec, statx.stx_btime.tv_nsec)

@@ -239,14 +239,7 @@ fn pipes_sockets_and_devices_are_made_but_never_opened() {
 
 #[test]
 fn a_mount_swapped_below_the_share_is_another_file() {
-    thread::spawn(|| {
-        #[expect(
-            deprecated,
-            reason = "its successor is unsafe because of flags not used here"
-        )]
-        rustix::thread::unshare(rustix::thread::UnshareFlags::NEWNS).unwrap();
-        let private = MountPropagationFlags::PRIVATE | MountPropagationFlags::REC;
-        rustix::mount::mount_change("/", private).unwrap();
+    with_own_mounts(|| {
         let mut client = Client::new();
         let point = client.host("mnt");
         fs::create_dir(&point).unwrap();
@@ -269,9 +262,57 @@ fn a_mount_swapped_below_the_share_is_another_file() {
         rustix::mount::mount("none", &point, "proc", MountFlags::empty(), None).unwrap();
         assert_eq!(client.lookup(ROOT, "mnt").map(drop), Err(libc::EACCES));
         rustix::mount::unmount(&point, UnmountFlags::DETACH).unwrap();
-    })
-    .join()
-    .unwrap();
+    });
+}
+
+/// As containers' root file systems are: writing to a layer's file, or making one in a layer's folder,
+/// first copies it. A guest that took that for another file would undo what is mounted on it.
+#[test]
+fn what_an_overlay_copies_up_stays_the_file_it_is() {
+    with_own_mounts(|| {
+        let mut client = Client::new();
+        let layers = TempDir::new().unwrap();
+        let layer = |name: &str| layers.as_path().join(name);
+        for name in ["lower/etc", "upper", "work"] {
+            fs::create_dir_all(layer(name)).unwrap();
+        }
+        fs::write(layer("lower/etc/passwd"), "root").unwrap();
+        let root = client.host("root");
+        fs::create_dir(&root).unwrap();
+        let options = format!(
+            "lowerdir={0}/lower,upperdir={0}/upper,workdir={0}/work",
+            layers.as_path().display()
+        );
+        let options = std::ffi::CString::new(options).unwrap();
+        let flags = MountFlags::empty();
+        rustix::mount::mount("overlay", &root, "overlay", flags, Some(&*options)).unwrap();
+        let folder = client.lookup(ROOT, "root").unwrap().nodeid;
+        let etc = client.lookup(folder, "etc").unwrap().nodeid;
+        let passwd = client.lookup(etc, "passwd").unwrap().nodeid;
+        let fh = client.open(passwd, OFlags::RDWR).unwrap();
+        client.write(fh, 4, b":x", OFlags::empty()).unwrap();
+        client.release(fh).unwrap();
+        client.create(etc, "hosts", OFlags::RDWR).unwrap();
+        assert!(layer("upper/etc/hosts").exists());
+        assert_eq!(client.lookup(folder, "etc").unwrap().nodeid, etc);
+        assert_eq!(client.lookup(etc, "passwd").unwrap().nodeid, passwd);
+        rustix::mount::unmount(&root, UnmountFlags::DETACH).unwrap();
+    });
+}
+
+/// Runs `test` where what it mounts is seen by nobody else. Needs root.
+fn with_own_mounts(test: impl FnOnce() + Send + 'static) {
+    let thread = thread::spawn(|| {
+        #[expect(
+            deprecated,
+            reason = "its successor is unsafe because of flags not used here"
+        )]
+        rustix::thread::unshare(rustix::thread::UnshareFlags::NEWNS).unwrap();
+        let private = MountPropagationFlags::PRIVATE | MountPropagationFlags::REC;
+        rustix::mount::mount_change("/", private).unwrap();
+        test();
+    });
+    thread.join().unwrap();
 }
 
 #[test]
