@@ -1,12 +1,15 @@
 //! Containers as the OCI runtime specification has them, but for what the protocol does not carry:
-//! `unified` limits of cgroup v2, time offsets, `defaultErrnoRet` and mapped mounts.
+//! `unified` limits of cgroup v2, time offsets, `defaultErrnoRet` and mapped mounts. They are read
+//! from the specification's JSON too, once its nulls are taken out.
 
 use std::collections::BTreeMap;
 
 /// What a container is to be (OCI runtime specification, config.json), as far as Linux is concerned.
-#[derive(Clone, PartialEq, ::prost::Message)]
+#[derive(Clone, PartialEq, ::prost::Message, serde::Deserialize)]
+#[serde(rename_all = "camelCase", default)]
 pub struct Spec {
     #[prost(string, tag = "1")]
+    #[serde(rename = "ociVersion")]
     pub version: String,
     #[prost(message, optional, tag = "2")]
     pub process: Option<Process>,
@@ -25,7 +28,8 @@ pub struct Spec {
 }
 
 /// What runs in it.
-#[derive(Clone, PartialEq, ::prost::Message)]
+#[derive(Clone, PartialEq, ::prost::Message, serde::Deserialize)]
+#[serde(rename_all = "camelCase", default)]
 pub struct Process {
     #[prost(bool, tag = "1")]
     pub terminal: bool,
@@ -54,7 +58,8 @@ pub struct Process {
 }
 
 /// Of a terminal, in characters.
-#[derive(Clone, Copy, PartialEq, ::prost::Message)]
+#[derive(Clone, Copy, PartialEq, ::prost::Message, serde::Deserialize)]
+#[serde(rename_all = "camelCase", default)]
 pub struct Size {
     #[prost(uint32, tag = "1")]
     pub height: u32,
@@ -63,7 +68,8 @@ pub struct Size {
 }
 
 /// Whom a process runs as.
-#[derive(Clone, PartialEq, ::prost::Message)]
+#[derive(Clone, PartialEq, ::prost::Message, serde::Deserialize)]
+#[serde(rename_all = "camelCase", default)]
 pub struct User {
     #[prost(uint32, tag = "1")]
     pub uid: u32,
@@ -76,7 +82,8 @@ pub struct User {
 }
 
 /// By name, as `CAP_CHOWN`.
-#[derive(Clone, PartialEq, ::prost::Message)]
+#[derive(Clone, PartialEq, ::prost::Message, serde::Deserialize)]
+#[serde(rename_all = "camelCase", default)]
 pub struct LinuxCapabilities {
     #[prost(string, repeated, tag = "1")]
     pub bounding: Vec<String>,
@@ -91,7 +98,8 @@ pub struct LinuxCapabilities {
 }
 
 /// A limit by name, as `RLIMIT_NOFILE`.
-#[derive(Clone, PartialEq, ::prost::Message)]
+#[derive(Clone, PartialEq, ::prost::Message, serde::Deserialize)]
+#[serde(rename_all = "camelCase", default)]
 pub struct PosixRlimit {
     #[prost(string, tag = "1")]
     pub r#type: String,
@@ -102,7 +110,8 @@ pub struct PosixRlimit {
 }
 
 /// Where the root file system is.
-#[derive(Clone, PartialEq, ::prost::Message)]
+#[derive(Clone, PartialEq, ::prost::Message, serde::Deserialize)]
+#[serde(rename_all = "camelCase", default)]
 pub struct Root {
     #[prost(string, tag = "1")]
     pub path: String,
@@ -111,7 +120,8 @@ pub struct Root {
 }
 
 /// Something mounted in the container.
-#[derive(Clone, PartialEq, ::prost::Message)]
+#[derive(Clone, PartialEq, ::prost::Message, serde::Deserialize)]
+#[serde(rename_all = "camelCase", default)]
 pub struct Mount {
     #[prost(string, tag = "1")]
     pub destination: String,
@@ -124,7 +134,8 @@ pub struct Mount {
 }
 
 /// Programs to run at turning points of a container's life.
-#[derive(Clone, PartialEq, ::prost::Message)]
+#[derive(Clone, PartialEq, ::prost::Message, serde::Deserialize)]
+#[serde(rename_all = "camelCase", default)]
 pub struct Hooks {
     #[prost(message, repeated, tag = "1")]
     pub prestart: Vec<Hook>,
@@ -141,7 +152,8 @@ pub struct Hooks {
 }
 
 /// A program; `timeout` is in seconds.
-#[derive(Clone, PartialEq, ::prost::Message)]
+#[derive(Clone, PartialEq, ::prost::Message, serde::Deserialize)]
+#[serde(rename_all = "camelCase", default)]
 pub struct Hook {
     #[prost(string, tag = "1")]
     pub path: String,
@@ -154,7 +166,8 @@ pub struct Hook {
 }
 
 /// What only Linux has.
-#[derive(Clone, PartialEq, ::prost::Message)]
+#[derive(Clone, PartialEq, ::prost::Message, serde::Deserialize)]
+#[serde(rename_all = "camelCase", default)]
 pub struct Linux {
     #[prost(message, repeated, tag = "1")]
     pub uid_mappings: Vec<LinuxIdMapping>,
@@ -185,18 +198,22 @@ pub struct Linux {
 }
 
 /// Users of a user namespace.
-#[derive(Clone, Copy, PartialEq, ::prost::Message)]
+#[derive(Clone, Copy, PartialEq, ::prost::Message, serde::Deserialize)]
+#[serde(rename_all = "camelCase", default)]
 pub struct LinuxIdMapping {
     #[prost(uint32, tag = "1")]
+    #[serde(rename = "hostID")]
     pub host_id: u32,
     #[prost(uint32, tag = "2")]
+    #[serde(rename = "containerID")]
     pub container_id: u32,
     #[prost(uint32, tag = "3")]
     pub size: u32,
 }
 
 /// A namespace of its own, or with `path` that one.
-#[derive(Clone, PartialEq, ::prost::Message)]
+#[derive(Clone, PartialEq, ::prost::Message, serde::Deserialize)]
+#[serde(rename_all = "camelCase", default)]
 pub struct LinuxNamespace {
     #[prost(string, tag = "1")]
     pub r#type: String,
@@ -205,7 +222,8 @@ pub struct LinuxNamespace {
 }
 
 /// A device node.
-#[derive(Clone, PartialEq, ::prost::Message)]
+#[derive(Clone, PartialEq, ::prost::Message, serde::Deserialize)]
+#[serde(rename_all = "camelCase", default)]
 pub struct LinuxDevice {
     #[prost(string, tag = "1")]
     pub path: String,
@@ -224,7 +242,8 @@ pub struct LinuxDevice {
 }
 
 /// What a container may use.
-#[derive(Clone, PartialEq, ::prost::Message)]
+#[derive(Clone, PartialEq, ::prost::Message, serde::Deserialize)]
+#[serde(rename_all = "camelCase", default)]
 pub struct LinuxResources {
     #[prost(message, repeated, tag = "1")]
     pub devices: Vec<LinuxDeviceCgroup>,
@@ -235,6 +254,7 @@ pub struct LinuxResources {
     #[prost(message, optional, tag = "4")]
     pub pids: Option<LinuxPids>,
     #[prost(message, optional, tag = "5")]
+    #[serde(rename = "blockIO")]
     pub block_io: Option<LinuxBlockIo>,
     #[prost(message, repeated, tag = "6")]
     pub hugepage_limits: Vec<LinuxHugepageLimit>,
@@ -243,7 +263,8 @@ pub struct LinuxResources {
 }
 
 /// Which devices it may open.
-#[derive(Clone, PartialEq, ::prost::Message)]
+#[derive(Clone, PartialEq, ::prost::Message, serde::Deserialize)]
+#[serde(rename_all = "camelCase", default)]
 pub struct LinuxDeviceCgroup {
     #[prost(bool, tag = "1")]
     pub allow: bool,
@@ -258,7 +279,8 @@ pub struct LinuxDeviceCgroup {
 }
 
 /// Bytes; -1 is no limit, 0 is not said.
-#[derive(Clone, Copy, PartialEq, ::prost::Message)]
+#[derive(Clone, Copy, PartialEq, ::prost::Message, serde::Deserialize)]
+#[serde(rename_all = "camelCase", default)]
 pub struct LinuxMemory {
     #[prost(int64, tag = "1")]
     pub limit: i64,
@@ -269,15 +291,18 @@ pub struct LinuxMemory {
     #[prost(int64, tag = "4")]
     pub kernel: i64,
     #[prost(int64, tag = "5")]
+    #[serde(rename = "kernelTCP")]
     pub kernel_tcp: i64,
     #[prost(uint64, tag = "6")]
     pub swappiness: u64,
     #[prost(bool, tag = "7")]
+    #[serde(rename = "disableOOMKiller")]
     pub disable_oom_killer: bool,
 }
 
 /// Shares are relative, quota and period in microseconds.
-#[derive(Clone, PartialEq, ::prost::Message)]
+#[derive(Clone, PartialEq, ::prost::Message, serde::Deserialize)]
+#[serde(rename_all = "camelCase", default)]
 pub struct LinuxCpu {
     #[prost(uint64, tag = "1")]
     pub shares: u64,
@@ -296,23 +321,27 @@ pub struct LinuxCpu {
 }
 
 /// Processes and threads.
-#[derive(Clone, Copy, PartialEq, ::prost::Message)]
+#[derive(Clone, Copy, PartialEq, ::prost::Message, serde::Deserialize)]
+#[serde(rename_all = "camelCase", default)]
 pub struct LinuxPids {
     #[prost(int64, tag = "1")]
     pub limit: i64,
 }
 
 /// Bytes of pages of a size, such as `2MB`.
-#[derive(Clone, PartialEq, ::prost::Message)]
+#[derive(Clone, PartialEq, ::prost::Message, serde::Deserialize)]
+#[serde(rename_all = "camelCase", default)]
 pub struct LinuxHugepageLimit {
     #[prost(string, tag = "1")]
+    #[serde(rename = "pageSize")]
     pub pagesize: String,
     #[prost(uint64, tag = "2")]
     pub limit: u64,
 }
 
 /// Weights are relative.
-#[derive(Clone, PartialEq, ::prost::Message)]
+#[derive(Clone, PartialEq, ::prost::Message, serde::Deserialize)]
+#[serde(rename_all = "camelCase", default)]
 pub struct LinuxBlockIo {
     #[prost(uint32, tag = "1")]
     pub weight: u32,
@@ -331,7 +360,8 @@ pub struct LinuxBlockIo {
 }
 
 /// A weight for one device.
-#[derive(Clone, Copy, PartialEq, ::prost::Message)]
+#[derive(Clone, Copy, PartialEq, ::prost::Message, serde::Deserialize)]
+#[serde(rename_all = "camelCase", default)]
 pub struct LinuxWeightDevice {
     #[prost(int64, tag = "1")]
     pub major: i64,
@@ -344,7 +374,8 @@ pub struct LinuxWeightDevice {
 }
 
 /// Bytes or operations a second for one device.
-#[derive(Clone, Copy, PartialEq, ::prost::Message)]
+#[derive(Clone, Copy, PartialEq, ::prost::Message, serde::Deserialize)]
+#[serde(rename_all = "camelCase", default)]
 pub struct LinuxThrottleDevice {
     #[prost(int64, tag = "1")]
     pub major: i64,
@@ -355,16 +386,19 @@ pub struct LinuxThrottleDevice {
 }
 
 /// Marks of packets.
-#[derive(Clone, PartialEq, ::prost::Message)]
+#[derive(Clone, PartialEq, ::prost::Message, serde::Deserialize)]
+#[serde(rename_all = "camelCase", default)]
 pub struct LinuxNetwork {
     #[prost(uint32, tag = "1")]
+    #[serde(rename = "classID")]
     pub class_id: u32,
     #[prost(message, repeated, tag = "2")]
     pub priorities: Vec<LinuxInterfacePriority>,
 }
 
 /// Of the packets that leave by an interface.
-#[derive(Clone, PartialEq, ::prost::Message)]
+#[derive(Clone, PartialEq, ::prost::Message, serde::Deserialize)]
+#[serde(rename_all = "camelCase", default)]
 pub struct LinuxInterfacePriority {
     #[prost(string, tag = "1")]
     pub name: String,
@@ -373,14 +407,16 @@ pub struct LinuxInterfacePriority {
 }
 
 /// Cache allocation.
-#[derive(Clone, PartialEq, ::prost::Message)]
+#[derive(Clone, PartialEq, ::prost::Message, serde::Deserialize)]
+#[serde(rename_all = "camelCase", default)]
 pub struct LinuxIntelRdt {
     #[prost(string, tag = "1")]
     pub l3_cache_schema: String,
 }
 
 /// Which system calls are let through.
-#[derive(Clone, PartialEq, ::prost::Message)]
+#[derive(Clone, PartialEq, ::prost::Message, serde::Deserialize)]
+#[serde(rename_all = "camelCase", default)]
 pub struct LinuxSeccomp {
     #[prost(string, tag = "1")]
     pub default_action: String,
@@ -393,7 +429,8 @@ pub struct LinuxSeccomp {
 }
 
 /// What becomes of these calls if all `args` match.
-#[derive(Clone, PartialEq, ::prost::Message)]
+#[derive(Clone, PartialEq, ::prost::Message, serde::Deserialize)]
+#[serde(rename_all = "camelCase", default)]
 pub struct LinuxSyscall {
     #[prost(string, repeated, tag = "1")]
     pub names: Vec<String>,
@@ -406,7 +443,8 @@ pub struct LinuxSyscall {
 }
 
 /// A comparison with one argument.
-#[derive(Clone, PartialEq, ::prost::Message)]
+#[derive(Clone, PartialEq, ::prost::Message, serde::Deserialize)]
+#[serde(rename_all = "camelCase", default)]
 pub struct LinuxSeccompArg {
     #[prost(uint64, tag = "1")]
     pub index: u64,
