@@ -1,0 +1,347 @@
+//! The agent in the guest, asked over vsock. Nothing here depends on which agent it is, beyond the
+//! protocol.
+
+use std::io::{self, Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use agent::protocol::agent as messages;
+use agent::protocol::agent::Empty;
+use agent::protocol::oci;
+use agent::protocol::{AGENT_SERVICE, HEALTH_SERVICE, PORT};
+use agent::ttrpc::{CallError, Client};
+use prost::Message;
+
+use crate::network::Settings;
+use crate::stdio::Target;
+
+/// How long an ordinary call may take: guests can be slow, and one that hangs is found out here.
+const PATIENCE: Duration = Duration::from_secs(60);
+/// How long a kill may take before the whole guest is taken to hang.
+const KILL_PATIENCE: Duration = Duration::from_secs(5);
+/// How long the guest has to write its files when it ends.
+const FAREWELL: Duration = Duration::from_secs(2);
+/// Between tries to reach it.
+const PAUSE: Duration = Duration::from_millis(10);
+
+/// Why it cannot be reached.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum ReachError {
+    #[error("the VM ended before its agent answered")]
+    Dead,
+    #[error("the guest's agent does not answer within {0:?}")]
+    Late(Duration),
+    #[error("talk to the guest's agent")]
+    Io(#[source] io::Error),
+}
+
+/// One of a process's outputs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Stream {
+    Stdout,
+    Stderr,
+}
+
+/// A connection to the agent.
+#[derive(Debug)]
+pub(crate) struct Agent(Client);
+
+impl Agent {
+    /// Waits for the agent behind the vsock's socket, as long as `lives` says the VM does.
+    pub(crate) fn reach(
+        vsock: &Path,
+        timeout: Duration,
+        lives: &dyn Fn() -> bool,
+    ) -> Result<Self, ReachError> {
+        let deadline = Instant::now() + timeout;
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Err(ReachError::Late(timeout));
+            }
+            match dial(vsock, left) {
+                Ok(stream) => {
+                    let agent = Self(Client::new(stream).map_err(ReachError::Io)?);
+                    if agent.check(left).is_ok() {
+                        return Ok(agent);
+                    }
+                }
+                Err(error) => log::trace!("reach the agent: {error}"),
+            }
+            if !lives() {
+                return Err(ReachError::Dead);
+            }
+            thread::sleep(PAUSE);
+        }
+    }
+
+    /// Whether it answers in time.
+    pub(crate) fn check(&self, timeout: Duration) -> Result<(), CallError> {
+        let request = messages::CheckRequest::default();
+        let timeout = Some(timeout);
+        let _: messages::HealthCheckResponse =
+            self.0.call(HEALTH_SERVICE, "Check", &request, timeout)?;
+        Ok(())
+    }
+
+    fn ask<A: Message + Default>(
+        &self,
+        method: &str,
+        request: &impl Message,
+    ) -> Result<A, CallError> {
+        self.0.call(AGENT_SERVICE, method, request, Some(PATIENCE))
+    }
+
+    fn tell(&self, method: &str, request: &impl Message) -> Result<(), CallError> {
+        self.ask(method, request).map(|Empty {}| ())
+    }
+
+    /// Sets the guest's network up.
+    pub(crate) fn network(&self, settings: Settings) -> Result<(), CallError> {
+        for interface in settings.interfaces {
+            let request = messages::UpdateInterfaceRequest {
+                interface: Some(interface),
+            };
+            let _: agent::protocol::types::Interface = self.ask("UpdateInterface", &request)?;
+        }
+        if !settings.routes.is_empty() {
+            let routes = messages::Routes {
+                routes: settings.routes,
+            };
+            let request = messages::UpdateRoutesRequest {
+                routes: Some(routes),
+            };
+            let _: messages::Routes = self.ask("UpdateRoutes", &request)?;
+        }
+        if !settings.neighbors.is_empty() {
+            let neighbors = messages::ArpNeighbors {
+                neighbors: settings.neighbors,
+            };
+            let request = messages::AddArpNeighborsRequest {
+                neighbors: Some(neighbors),
+            };
+            self.tell("AddARPNeighbors", &request)?;
+        }
+        Ok(())
+    }
+
+    /// Prepares the guest for containers.
+    pub(crate) fn create_sandbox(
+        &self,
+        request: &messages::CreateSandboxRequest,
+    ) -> Result<(), CallError> {
+        self.tell("CreateSandbox", request)
+    }
+
+    /// Whether the agent applies seccomp profiles.
+    pub(crate) fn knows_seccomp(&self) -> Result<bool, CallError> {
+        let request = messages::GuestDetailsRequest::default();
+        let details: messages::GuestDetailsResponse = self.ask("GetGuestDetails", &request)?;
+        Ok(details
+            .agent_details
+            .is_some_and(|details| details.supports_seccomp))
+    }
+
+    /// Ends the guest, which has a moment to write its files.
+    pub(crate) fn destroy_sandbox(&self) -> Result<(), CallError> {
+        let request = messages::DestroySandboxRequest {};
+        let timeout = Some(FAREWELL);
+        let Empty {} = self
+            .0
+            .call(AGENT_SERVICE, "DestroySandbox", &request, timeout)?;
+        Ok(())
+    }
+
+    pub(crate) fn create_container(
+        &self,
+        request: &messages::CreateContainerRequest,
+    ) -> Result<(), CallError> {
+        self.tell("CreateContainer", request)
+    }
+
+    pub(crate) fn start_container(&self, id: &str) -> Result<(), CallError> {
+        let container_id = id.into();
+        self.tell(
+            "StartContainer",
+            &messages::StartContainerRequest { container_id },
+        )
+    }
+
+    pub(crate) fn remove_container(&self, id: &str) -> Result<(), CallError> {
+        let request = messages::RemoveContainerRequest {
+            container_id: id.into(),
+            timeout: 0,
+        };
+        let timeout = Some(KILL_PATIENCE);
+        let Empty {} = self
+            .0
+            .call(AGENT_SERVICE, "RemoveContainer", &request, timeout)?;
+        Ok(())
+    }
+
+    pub(crate) fn exec(&self, target: &Target, process: oci::Process) -> Result<(), CallError> {
+        let request = messages::ExecProcessRequest {
+            container_id: target.container.clone(),
+            exec_id: target.exec.clone(),
+            process: Some(process),
+            ..messages::ExecProcessRequest::default()
+        };
+        self.tell("ExecProcess", &request)
+    }
+
+    pub(crate) fn signal(&self, target: &Target, signal: u32) -> Result<(), CallError> {
+        let request = messages::SignalProcessRequest {
+            container_id: target.container.clone(),
+            exec_id: target.exec.clone(),
+            signal,
+        };
+        let timeout = Some(KILL_PATIENCE);
+        let Empty {} = self
+            .0
+            .call(AGENT_SERVICE, "SignalProcess", &request, timeout)?;
+        Ok(())
+    }
+
+    /// Waits for a process to end, which the agent then forgets. Its output is to be read before.
+    pub(crate) fn wait(&self, target: &Target) -> Result<u32, CallError> {
+        let request = messages::WaitProcessRequest {
+            container_id: target.container.clone(),
+            exec_id: target.exec.clone(),
+        };
+        let end: messages::WaitProcessResponse =
+            self.0.call(AGENT_SERVICE, "WaitProcess", &request, None)?;
+        Ok(end.status.cast_unsigned())
+    }
+
+    /// Waits for output. Nothing is the end.
+    pub(crate) fn read(
+        &self,
+        target: &Target,
+        stream: Stream,
+        len: u32,
+    ) -> Result<Vec<u8>, CallError> {
+        let method = match stream {
+            Stream::Stdout => "ReadStdout",
+            Stream::Stderr => "ReadStderr",
+        };
+        let request = messages::ReadStreamRequest {
+            container_id: target.container.clone(),
+            exec_id: target.exec.clone(),
+            len,
+        };
+        let read: messages::ReadStreamResponse =
+            self.0.call(AGENT_SERVICE, method, &request, None)?;
+        Ok(read.data)
+    }
+
+    /// Gives a process input, all of it; nothing ends that.
+    pub(crate) fn write(&self, target: &Target, data: &[u8]) -> Result<(), CallError> {
+        let (container_id, exec_id) = (target.container.clone(), target.exec.clone());
+        if data.is_empty() {
+            let request = messages::CloseStdinRequest {
+                container_id,
+                exec_id,
+            };
+            return self.tell("CloseStdin", &request);
+        }
+        let mut rest = data;
+        while !rest.is_empty() {
+            let request = messages::WriteStreamRequest {
+                container_id: container_id.clone(),
+                exec_id: exec_id.clone(),
+                data: rest.to_vec(),
+            };
+            // It waits for the process to take it.
+            let written: messages::WriteStreamResponse =
+                self.0.call(AGENT_SERVICE, "WriteStdin", &request, None)?;
+            let len = usize::try_from(written.len).unwrap_or(usize::MAX);
+            rest = rest.get(len.max(1)..).unwrap_or_default();
+        }
+        Ok(())
+    }
+
+    pub(crate) fn resize_terminal(
+        &self,
+        target: &Target,
+        rows: u32,
+        columns: u32,
+    ) -> Result<(), CallError> {
+        let request = messages::TtyWinResizeRequest {
+            container_id: target.container.clone(),
+            exec_id: target.exec.clone(),
+            row: rows,
+            column: columns,
+        };
+        self.tell("TtyWinResize", &request)
+    }
+
+    pub(crate) fn update(&self, id: &str, resources: oci::LinuxResources) -> Result<(), CallError> {
+        let request = messages::UpdateContainerRequest {
+            container_id: id.into(),
+            resources: Some(resources),
+        };
+        self.tell("UpdateContainer", &request)
+    }
+
+    pub(crate) fn stats(&self, id: &str) -> Result<messages::CgroupStats, CallError> {
+        let container_id = id.into();
+        let request = messages::StatsContainerRequest { container_id };
+        let stats: messages::StatsContainerResponse = self.ask("StatsContainer", &request)?;
+        Ok(stats.cgroup_stats.unwrap_or_default())
+    }
+
+    pub(crate) fn pause(&self, id: &str) -> Result<(), CallError> {
+        let container_id = id.into();
+        self.tell(
+            "PauseContainer",
+            &messages::PauseContainerRequest { container_id },
+        )
+    }
+
+    pub(crate) fn resume(&self, id: &str) -> Result<(), CallError> {
+        let container_id = id.into();
+        self.tell(
+            "ResumeContainer",
+            &messages::ResumeContainerRequest { container_id },
+        )
+    }
+
+    /// Waits for a container to run out of memory.
+    pub(crate) fn next_oom(&self) -> Result<String, CallError> {
+        let request = messages::GetOomEventRequest {};
+        let event: messages::OomEvent =
+            self.0.call(AGENT_SERVICE, "GetOOMEvent", &request, None)?;
+        Ok(event.container_id)
+    }
+
+    /// Brings `more` CPUs of the guest's online.
+    pub(crate) fn online_cpus(&self, more: u8) -> Result<(), CallError> {
+        let request = messages::OnlineCpuMemRequest {
+            wait: true,
+            nb_cpus: more.into(),
+            cpu_only: true,
+        };
+        self.tell("OnlineCPUMem", &request)
+    }
+}
+
+/// Connects to the agent's port through podvmm, which holds the connection until the guest is up.
+fn dial(vsock: &Path, timeout: Duration) -> io::Result<UnixStream> {
+    let mut stream = UnixStream::connect(vsock)?;
+    stream.set_read_timeout(Some(timeout))?;
+    writeln!(stream, "CONNECT {PORT}")?;
+    let mut line = Vec::new();
+    while !line.ends_with(b"\n") && line.len() < 64 {
+        let mut byte = [0];
+        stream.read_exact(&mut byte)?;
+        line.push(byte[0]);
+    }
+    if !line.starts_with(b"OK") {
+        let answer = String::from_utf8_lossy(&line).into_owned();
+        return Err(io::Error::other(answer));
+    }
+    stream.set_read_timeout(None)?;
+    Ok(stream)
+}

@@ -1,0 +1,263 @@
+//! The configuration file: TOML, `/etc/podvmm/config.toml` unless containerd's runtime options name
+//! another. What may be asked for by a pod's annotations is listed there too.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use serde::Deserialize;
+
+use crate::size::Size;
+
+/// Where it is unless somebody says otherwise.
+pub(crate) const DEFAULT_PATH: &str = "/etc/podvmm/config.toml";
+
+/// Below it a guest does not come up.
+const LEAST_MEMORY_MIB: u32 = 64;
+
+/// How pods are made. Every key may be left out but those of the kernel and what it boots into.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Config {
+    /// The VMM, found in `PATH` if it has no slash.
+    #[serde(default = "podvmm")]
+    pub(crate) podvmm: PathBuf,
+    /// The guest's kernel.
+    pub(crate) kernel: PathBuf,
+    /// The guest's first files, with the agent.
+    pub(crate) initramfs: Option<PathBuf>,
+    /// Or a disk with a root file system and an agent in it, read-only.
+    pub(crate) image: Option<PathBuf>,
+    /// Added to the kernel's command line.
+    #[serde(default)]
+    pub(crate) kernel_params: String,
+    /// `error`, `warn`, `info`, `debug` or `trace`.
+    #[serde(default = "log_level")]
+    pub(crate) log_level: log::LevelFilter,
+    /// vCPUs of a pod without limits.
+    #[serde(default = "default_vcpus")]
+    pub(crate) default_vcpus: u8,
+    /// Memory of a pod without limits, without what the guest itself needs.
+    #[serde(default = "default_memory_mib")]
+    pub(crate) default_memory_mib: u32,
+    /// What limits can make of a VM at most; without it the host's CPUs.
+    pub(crate) max_vcpus: Option<u8>,
+    /// The same of memory; without it the host's.
+    pub(crate) max_memory_mib: Option<u32>,
+    /// What the guest's kernel and agent need besides the pod's limits.
+    #[serde(default = "guest_overhead_mib")]
+    pub(crate) guest_overhead_mib: u32,
+    /// How long a guest may take to come up.
+    #[serde(default = "agent_timeout_s")]
+    agent_timeout_s: u32,
+    /// Which of [`ANNOTATIONS`] pods may use.
+    #[serde(default)]
+    annotations: Vec<String>,
+}
+
+/// What pods can be allowed to ask for.
+const ANNOTATIONS: [&str; 2] = ["io.podvmm.default_vcpus", "io.podvmm.default_memory_mib"];
+
+fn podvmm() -> PathBuf {
+    "podvmm".into()
+}
+
+fn log_level() -> log::LevelFilter {
+    log::LevelFilter::Info
+}
+
+fn default_vcpus() -> u8 {
+    1
+}
+
+fn default_memory_mib() -> u32 {
+    512
+}
+
+fn guest_overhead_mib() -> u32 {
+    64
+}
+
+fn agent_timeout_s() -> u32 {
+    120
+}
+
+/// Why a configuration cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum Error {
+    #[error("read {}", .path.display())]
+    Read { path: PathBuf, source: io::Error },
+    #[error("{}", .path.display())]
+    Parse {
+        path: PathBuf,
+        source: toml::de::Error,
+    },
+    #[error("{}: {what}", .path.display())]
+    Unfit { path: PathBuf, what: String },
+    #[error("annotation {name}: {what}")]
+    Annotation { name: String, what: String },
+}
+
+impl Config {
+    /// Reads and checks it.
+    pub(crate) fn read(path: &Path) -> Result<Self, Error> {
+        let text = fs::read_to_string(path).map_err(|source| Error::Read {
+            path: path.into(),
+            source,
+        })?;
+        let config: Self = toml::from_str(&text).map_err(|source| Error::Parse {
+            path: path.into(),
+            source,
+        })?;
+        match config.fault() {
+            None => Ok(config),
+            Some(what) => Err(Error::Unfit {
+                path: path.into(),
+                what,
+            }),
+        }
+    }
+
+    fn fault(&self) -> Option<String> {
+        let size = self.most();
+        if self.initramfs.is_some() == self.image.is_some() {
+            return Some("give initramfs or image, one of them".into());
+        }
+        let files = [
+            Some(&self.kernel),
+            self.initramfs.as_ref(),
+            self.image.as_ref(),
+        ];
+        for file in files.into_iter().flatten() {
+            if let Err(error) = fs::metadata(file) {
+                return Some(format!("{}: {error}", file.display()));
+            }
+        }
+        if self.default_vcpus == 0 || self.default_vcpus > size.vcpus {
+            return Some(format!("default_vcpus is 1 to {}", size.vcpus));
+        }
+        if self.default_memory_mib + self.guest_overhead_mib < LEAST_MEMORY_MIB {
+            return Some(format!(
+                "default_memory_mib and guest_overhead_mib are {LEAST_MEMORY_MIB} or more together"
+            ));
+        }
+        if u64::from(self.default_memory_mib) > size.memory_mib {
+            return Some(format!("default_memory_mib is at most {}", size.memory_mib));
+        }
+        if self.agent_timeout_s == 0 {
+            return Some("agent_timeout_s is 1 or more".into());
+        }
+        let unknown = |name: &&String| !ANNOTATIONS.contains(&name.as_str());
+        let unknown = self.annotations.iter().find(unknown);
+        unknown.map(|name| format!("annotations: there is no {name}"))
+    }
+
+    /// The largest VM.
+    pub(crate) fn most(&self) -> Size {
+        let host = Size::of_host();
+        Size {
+            vcpus: self.max_vcpus.unwrap_or(host.vcpus),
+            memory_mib: self.max_memory_mib.map_or(host.memory_mib, u64::from),
+        }
+    }
+
+    pub(crate) fn agent_timeout(&self) -> Duration {
+        Duration::from_secs(self.agent_timeout_s.into())
+    }
+
+    /// As a pod with these annotations has it.
+    pub(crate) fn for_pod(mut self, annotations: &BTreeMap<String, String>) -> Result<Self, Error> {
+        let asked = annotations
+            .iter()
+            .filter(|(name, _)| name.starts_with("io.podvmm."));
+        for (name, value) in asked {
+            let wrong = |what: &str| Error::Annotation {
+                name: name.clone(),
+                what: what.into(),
+            };
+            if !self.annotations.contains(name) {
+                return Err(wrong("the node's configuration does not allow it"));
+            }
+            let most = self.most();
+            match name.as_str() {
+                "io.podvmm.default_vcpus" => {
+                    let count = value.parse().ok();
+                    let count = count.filter(|count| (1..=most.vcpus).contains(count));
+                    self.default_vcpus =
+                        count.ok_or_else(|| wrong(&format!("give 1 to {}", most.vcpus)))?;
+                }
+                _ => {
+                    let mib = value.parse().ok();
+                    let fits = |mib: &u32| (1..=most.memory_mib).contains(&u64::from(*mib));
+                    self.default_memory_mib = mib
+                        .filter(fits)
+                        .ok_or_else(|| wrong(&format!("give 1 to {}, in MiB", most.memory_mib)))?;
+                }
+            }
+        }
+        Ok(self)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read(more: &str) -> Result<Config, String> {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("config.toml");
+        let text = format!("kernel = '/dev/null'\ninitramfs = '/dev/null'\n{more}");
+        fs::write(&path, text).unwrap();
+        Config::read(&path).map_err(|error| api::chain(&error).join(": "))
+    }
+
+    fn annotated(config: &str, name: &str, value: &str) -> Result<Config, String> {
+        let annotations = BTreeMap::from([(name.to_owned(), value.to_owned())]);
+        let config = read(config).unwrap().for_pod(&annotations);
+        config.map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn what_is_left_out_has_a_default() {
+        let config = read("").unwrap();
+        assert_eq!((config.default_vcpus, config.default_memory_mib), (1, 512));
+        assert_eq!(config.podvmm, Path::new("podvmm"));
+    }
+
+    #[test]
+    fn nonsense_is_named() {
+        let refused = |more: &str| read(more).unwrap_err();
+        assert!(refused("kernel_parms = 'x'").contains("unknown field `kernel_parms`"));
+        assert!(refused("default_vcpus = 0").contains("default_vcpus is 1 to"));
+        assert!(refused("image = '/dev/null'").contains("give initramfs or image"));
+        assert!(
+            refused("annotations = ['io.podvmm.kernel']").contains("there is no io.podvmm.kernel")
+        );
+        assert!(refused("log_level = 'loud'").contains("log_level"));
+        let missing = Config::read(Path::new("/nowhere")).unwrap_err();
+        assert_eq!(missing.to_string(), "read /nowhere");
+    }
+
+    #[test]
+    fn a_pod_asks_only_for_what_is_allowed() {
+        let name = "io.podvmm.default_memory_mib";
+        let allowed = format!("annotations = ['{name}']\nmax_memory_mib = 1024");
+        assert_eq!(
+            annotated(&allowed, name, "700").unwrap().default_memory_mib,
+            700
+        );
+        let refused = annotated(&allowed, name, "1025").unwrap_err();
+        assert_eq!(
+            refused,
+            format!("annotation {name}: give 1 to 1024, in MiB")
+        );
+        assert!(
+            annotated("", name, "700")
+                .unwrap_err()
+                .contains("does not allow it")
+        );
+        annotated("", "io.kubernetes.other", "x").unwrap();
+    }
+}

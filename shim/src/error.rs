@@ -1,0 +1,94 @@
+//! Why containerd is told that something cannot be done.
+
+use agent::ttrpc::{CallError, Code, Status};
+
+use crate::agent::ReachError;
+use crate::task::{Process, State};
+use crate::{cgroup, config, mounts, network, spec, stdio, vm};
+
+/// Why something cannot be done.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum Error {
+    #[error("there is no {0}")]
+    NotFound(String),
+    #[error("{0} is there already")]
+    Exists(String),
+    #[error("{what} is {is}, not {wanted}")]
+    State {
+        what: String,
+        is: &'static str,
+        wanted: &'static str,
+    },
+    #[error("the pod has no VM")]
+    NoVm,
+    #[error(transparent)]
+    Config(#[from] config::Error),
+    #[error(transparent)]
+    Spec(#[from] spec::Error),
+    #[error(transparent)]
+    Mount(#[from] mounts::Error),
+    #[error(transparent)]
+    Cgroup(#[from] cgroup::Error),
+    #[error(transparent)]
+    Vm(#[from] vm::Error),
+    #[error(transparent)]
+    Network(#[from] network::Error),
+    #[error(transparent)]
+    Reach(#[from] ReachError),
+    #[error(transparent)]
+    Stdio(#[from] stdio::Error),
+    #[error("the guest's agent: {act}")]
+    Agent {
+        act: &'static str,
+        source: CallError,
+    },
+    #[error("start a thread")]
+    Thread(#[source] std::io::Error),
+}
+
+impl From<Error> for Status {
+    fn from(error: Error) -> Self {
+        let code = match &error {
+            Error::NotFound(_) => Code::NotFound,
+            Error::Exists(_) => Code::AlreadyExists,
+            Error::State { .. } | Error::NoVm => Code::FailedPrecondition,
+            Error::Spec(_) | Error::Stdio(_) => Code::InvalidArgument,
+            Error::Config(config::Error::Annotation { .. }) => Code::InvalidArgument,
+            Error::Agent {
+                source: CallError::Refused(status),
+                ..
+            } => status.code,
+            _ => Code::Unknown,
+        };
+        Status::new(code, api::chain(&error).join(": "))
+    }
+}
+
+pub(crate) fn asked(act: &'static str) -> impl Fn(CallError) -> Error {
+    move |source| Error::Agent { act, source }
+}
+
+/// An error unless the process is in that state.
+pub(crate) fn expect(process: &Process, what: &str, wanted: State) -> Result<(), Error> {
+    if process.state() == wanted {
+        return Ok(());
+    }
+    Err(state(what, process.state(), word(wanted)))
+}
+
+pub(crate) fn state(what: &str, is: State, wanted: &'static str) -> Error {
+    Error::State {
+        what: what.into(),
+        is: word(is),
+        wanted,
+    }
+}
+
+fn word(state: State) -> &'static str {
+    match state {
+        State::Created => "created",
+        State::Running => "running",
+        State::Paused => "paused",
+        State::Stopped(_) => "stopped",
+    }
+}

@@ -1,0 +1,130 @@
+//! From what the guest's agent says a container has used to what containerd is told.
+
+use agent::protocol::agent::{BlkioStats, CgroupStats};
+
+use crate::protocol::figures::{Cpu, Hugetlb, Io, IoEntry, Memory, MemoryEvents, Metrics, Pids};
+
+/// The guest's cgroups are of version 2, so nothing is lost.
+pub(crate) fn of_guest(stats: &CgroupStats) -> Metrics {
+    Metrics {
+        pids: stats.pids_stats.map(|pids| Pids {
+            current: pids.current,
+            limit: pids.limit,
+        }),
+        cpu: stats.cpu_stats.as_ref().map(|cpu| {
+            let usage = cpu.cpu_usage.clone().unwrap_or_default();
+            let throttled = cpu.throttling_data.unwrap_or_default();
+            Cpu {
+                usage_usec: usage.total_usage / 1000,
+                user_usec: usage.usage_in_usermode / 1000,
+                system_usec: usage.usage_in_kernelmode / 1000,
+                nr_periods: throttled.periods,
+                nr_throttled: throttled.throttled_periods,
+                throttled_usec: throttled.throttled_time / 1000,
+            }
+        }),
+        memory: stats.memory_stats.as_ref().map(|memory| {
+            let value = |key: &str| memory.stats.get(key).copied().unwrap_or(0);
+            let usage = memory.usage.unwrap_or_default();
+            let swap = memory.swap_usage.unwrap_or_default();
+            Memory {
+                anon: value("anon"),
+                file: value("file"),
+                kernel_stack: value("kernel_stack"),
+                slab: value("slab"),
+                sock: value("sock"),
+                shmem: value("shmem"),
+                file_mapped: value("file_mapped"),
+                file_dirty: value("file_dirty"),
+                file_writeback: value("file_writeback"),
+                inactive_anon: value("inactive_anon"),
+                active_anon: value("active_anon"),
+                inactive_file: value("inactive_file"),
+                active_file: value("active_file"),
+                unevictable: value("unevictable"),
+                slab_reclaimable: value("slab_reclaimable"),
+                slab_unreclaimable: value("slab_unreclaimable"),
+                pgfault: value("pgfault"),
+                pgmajfault: value("pgmajfault"),
+                usage: usage.usage,
+                usage_limit: usage.limit,
+                swap_usage: swap.usage,
+                swap_limit: swap.limit,
+                max_usage: usage.max_usage,
+            }
+        }),
+        io: stats.blkio_stats.as_ref().map(io),
+        hugetlb: stats
+            .hugetlb_stats
+            .iter()
+            .map(|(pagesize, stats)| Hugetlb {
+                current: stats.usage,
+                max: stats.max_usage,
+                pagesize: pagesize.clone(),
+            })
+            .collect(),
+        memory_events: stats.memory_stats.as_ref().map(|memory| MemoryEvents {
+            max: memory.usage.map_or(0, |usage| usage.failcnt),
+            oom: 0,
+            oom_kill: 0,
+        }),
+    }
+}
+
+/// One entry for each disk, of the entries for each kind of operation.
+fn io(stats: &BlkioStats) -> Io {
+    let mut usage: Vec<IoEntry> = Vec::new();
+    let bytes = stats
+        .io_service_bytes_recursive
+        .iter()
+        .map(|entry| (entry, true));
+    let counts = stats
+        .io_serviced_recursive
+        .iter()
+        .map(|entry| (entry, false));
+    for (entry, is_bytes) in bytes.chain(counts) {
+        let same = |other: &IoEntry| (other.major, other.minor) == (entry.major, entry.minor);
+        let index = usage.iter().position(same).unwrap_or_else(|| {
+            usage.push(IoEntry {
+                major: entry.major,
+                minor: entry.minor,
+                ..IoEntry::default()
+            });
+            usage.len() - 1
+        });
+        let disk = &mut usage[index];
+        match (entry.op.to_ascii_lowercase().as_str(), is_bytes) {
+            ("read", true) => disk.rbytes += entry.value,
+            ("write", true) => disk.wbytes += entry.value,
+            ("read", false) => disk.rios += entry.value,
+            ("write", false) => disk.wios += entry.value,
+            _ => {}
+        }
+    }
+    Io { usage }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use agent::protocol::agent::BlkioStatsEntry;
+
+    #[test]
+    fn operations_of_one_disk_are_one_entry() {
+        let entry = |minor, op: &str, value| BlkioStatsEntry {
+            major: 254,
+            minor,
+            op: op.into(),
+            value,
+        };
+        let stats = BlkioStats {
+            io_service_bytes_recursive: vec![entry(0, "Read", 5), entry(0, "Write", 6)],
+            io_serviced_recursive: vec![entry(0, "read", 1), entry(16, "write", 2)],
+            ..BlkioStats::default()
+        };
+        let usage = io(&stats).usage;
+        assert_eq!(usage.len(), 2);
+        assert_eq!((usage[0].rbytes, usage[0].wbytes, usage[0].rios), (5, 6, 1));
+        assert_eq!((usage[1].minor, usage[1].wios), (16, 2));
+    }
+}

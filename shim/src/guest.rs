@@ -1,0 +1,283 @@
+//! A pod's guest: its VM, the agent that speaks for it, and what it sees of the host.
+
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+use std::thread;
+
+use agent::protocol::agent::{CreateContainerRequest, CreateSandboxRequest, Storage};
+use agent::protocol::oci::Spec;
+use agent::ttrpc::{CallError, Code};
+
+use crate::agent::Agent;
+use crate::cgroup::Cgroup;
+use crate::config::Config;
+use crate::error::{Error, asked};
+use crate::mounts::Shared;
+use crate::network;
+use crate::phases::Phases;
+use crate::place::Place;
+use crate::protocol::task;
+use crate::record::Record;
+use crate::size::{self, Limits, Size};
+use crate::spec::{self, GUEST_SANDBOX, GUEST_SHARED};
+use crate::vm::{self, Plan, Vm};
+
+/// What a guest is made for.
+#[derive(Clone, Copy)]
+pub(crate) struct Birth<'a> {
+    /// The pod's name.
+    pub(crate) pod: &'a str,
+    pub(crate) place: &'a Place,
+    /// Of its first container.
+    pub(crate) spec: &'a Spec,
+    pub(crate) phases: &'a Mutex<Phases>,
+}
+
+/// The VM and what speaks for it.
+pub(crate) struct Guest {
+    pub(crate) vm: Vm,
+    pub(crate) agent: Arc<Agent>,
+    pub(crate) config: Config,
+    shared: Shared,
+    pub(crate) cgroup: Option<Cgroup>,
+    /// It cannot become smaller.
+    booted: Size,
+    size: Mutex<Size>,
+    /// Whether the first container is a sandbox, which uses next to nothing whatever it may.
+    has_sandbox: bool,
+    /// What the kubelet said of all of the pod, before its containers came.
+    pub(crate) foretold: Limits,
+    seccomp: bool,
+    /// Whether an interface may still come.
+    waits_for_network: AtomicBool,
+}
+
+impl Guest {
+    /// Boots a VM for the pod that `spec` describes, and waits for its agent.
+    pub(crate) fn boot(birth: &Birth<'_>, config: Config) -> Result<Self, Error> {
+        let Birth { place, spec, .. } = *birth;
+        let mut record = Record::default();
+        let linux = spec.linux.clone().unwrap_or_default();
+        let cgroup = Cgroup::make(&linux.cgroups_path)?;
+        if let Some(cgroup) = &cgroup {
+            record.cgroups = cgroup.made().to_vec();
+            record.write(place).map_err(vm::Error::Record)?;
+        }
+        let make = || {
+            cgroup.as_ref().map_or(Ok(()), Cgroup::enter)?;
+            Self::reach(birth, config, record)
+        };
+        let guest = make().inspect_err(|_| cgroup.iter().for_each(leave))?;
+        Ok(Guest { cgroup, ..guest })
+    }
+
+    /// Makes the VM, with its agent ready for containers.
+    fn reach(birth: &Birth<'_>, config: Config, mut record: Record) -> Result<Self, Error> {
+        let Birth {
+            pod,
+            place,
+            spec,
+            phases,
+        } = *birth;
+        let note = |phase| phases.lock().expect("a panic ends the process").note(phase);
+        let foretold = foretold(spec);
+        let size = size::size(&config, [foretold].into_iter());
+        let shared = Shared::make(place.shared())?;
+        let network = spec::network_namespace(spec).map(Path::to_path_buf);
+        let plan = Plan {
+            config: &config,
+            place,
+            size,
+            network: network.as_deref(),
+        };
+        note("prepare");
+        let (vm, settings) = Vm::boot(&plan, &mut record)?;
+        note("vmm");
+        let lives = || !vm.life.has_ended();
+        let reach = || {
+            let agent = Agent::reach(&place.vsock(), config.agent_timeout(), &lives)?;
+            note("guest");
+            agent
+                .network(settings)
+                .map_err(asked("set up the network"))?;
+            note("network");
+            let request = sandbox(pod, spec);
+            agent
+                .create_sandbox(&request)
+                .map_err(asked("create the sandbox"))?;
+            let seccomp = agent.knows_seccomp().map_err(asked("tell its details"))?;
+            note("sandbox");
+            Ok((agent, seccomp))
+        };
+        let (agent, seccomp) = reach().inspect_err(|_: &Error| vm.kill())?;
+        Ok(Guest {
+            waits_for_network: AtomicBool::new(vm.spare.is_some()),
+            vm,
+            agent: Arc::new(agent),
+            config,
+            shared,
+            cgroup: None,
+            booted: size,
+            size: Mutex::new(size),
+            has_sandbox: spec::is_sandbox(spec),
+            foretold,
+            seccomp,
+        })
+    }
+
+    /// Ends the VM, after the guest has written its files.
+    pub(crate) fn end(&self) {
+        if self.vm.life.has_ended() {
+            return;
+        }
+        if let Err(error) = self.agent.destroy_sandbox() {
+            log::debug!("end the guest: {error}");
+        }
+        self.vm.kill();
+    }
+
+    /// Has the agent make a container of what is mounted for it.
+    pub(crate) fn make(
+        &self,
+        id: &str,
+        spec: &mut Spec,
+        rootfs: &[task::Mount],
+        bundle: &Path,
+    ) -> Result<(), Error> {
+        let root = spec
+            .root
+            .as_ref()
+            .map_or("rootfs", |root| root.path.as_str());
+        self.shared.root(id, rootfs, &bundle.join(root))?;
+        let storages = self.shared.volumes(id, spec)?;
+        let sandbox_pidns = spec::shares_pids(spec);
+        spec::for_guest(spec, id, self.seccomp);
+        let request = CreateContainerRequest {
+            container_id: id.into(),
+            exec_id: id.into(),
+            storages,
+            oci: Some(spec.clone()),
+            sandbox_pidns,
+            ..CreateContainerRequest::default()
+        };
+        let made = self.agent.create_container(&request);
+        made.map_err(asked("create the container"))
+    }
+
+    /// Undoes it, as far as it was done.
+    pub(crate) fn unmake(&self, id: &str) {
+        if !self.vm.life.has_ended() {
+            match self.agent.remove_container(id) {
+                Ok(()) => {}
+                Err(CallError::Refused(status)) if status.code == Code::NotFound => {}
+                Err(error) => log::warn!("{id}: remove it from the guest: {error}"),
+            }
+        }
+        if let Err(error) = self.shared.clear(id) {
+            log::warn!("{id}: {error}");
+        }
+    }
+
+    /// Connects the interface that came after the VM, if one did.
+    pub(crate) fn connect_late(&self) -> Result<(), Error> {
+        let Some(mac) = &self.vm.spare else {
+            return Ok(());
+        };
+        if !self.waits_for_network.swap(false, Ordering::Relaxed) {
+            return Ok(());
+        }
+        let namespace = PathBuf::from(format!("/proc/{}/ns/net", self.vm.pid()));
+        let connect = || {
+            network::enter(Some(&namespace))?;
+            network::connect_late(mac)
+        };
+        let found = thread::scope(|scope| {
+            let thread = thread::Builder::new().name("network".into());
+            let thread = thread.spawn_scoped(scope, connect).map_err(Error::Thread)?;
+            Ok::<_, Error>(thread.join().expect("a panic ends the process")?)
+        })?;
+        match found {
+            Some(settings) => self
+                .agent
+                .network(settings)
+                .map_err(asked("set up the network")),
+            None => Ok(()),
+        }
+    }
+
+    /// Whether the container `id` is the sandbox of `pod`.
+    pub(crate) fn is_sandbox(&self, id: &str, pod: &str) -> bool {
+        self.has_sandbox && id == pod
+    }
+
+    pub(crate) fn resize(&self, wanted: Size) -> Result<(), Error> {
+        let mut size = self.size.lock().expect("a panic ends the process");
+        // vCPUs stay: the protocol has no way to have the guest give one back first.
+        let wanted = Size {
+            vcpus: wanted.vcpus.max(size.vcpus),
+            memory_mib: wanted.memory_mib.max(self.booted.memory_mib),
+        };
+        if *size == wanted {
+            return Ok(());
+        }
+        log::info!("resize the VM from {size:?} to {wanted:?}");
+        self.vm.resize(wanted)?;
+        let more = wanted.vcpus - size.vcpus;
+        *size = wanted;
+        drop(size);
+        if more > 0 {
+            self.agent
+                .online_cpus(more)
+                .map_err(asked("use more CPUs"))?;
+        }
+        Ok(())
+    }
+}
+
+/// Or it could not be taken away.
+pub(crate) fn leave(cgroup: &Cgroup) {
+    if let Err(error) = cgroup.leave() {
+        log::warn!("{}", api::chain(&error).join(": "));
+    }
+}
+
+/// What the pod will need: the kubelet says it with the sandbox; one container alone has it itself.
+fn foretold(spec: &Spec) -> Limits {
+    let of_pod = Limits::of_pod(spec);
+    if spec::is_sandbox(spec) {
+        return of_pod;
+    }
+    let resources = spec
+        .linux
+        .as_ref()
+        .and_then(|linux| linux.resources.as_ref());
+    resources.map_or_else(Limits::default, Limits::of)
+}
+
+fn sandbox(id: &str, spec: &Spec) -> CreateSandboxRequest {
+    let shm = Storage {
+        driver: "ephemeral".into(),
+        source: "shm".into(),
+        fstype: "tmpfs".into(),
+        options: ["noexec", "nosuid", "nodev", "mode=1777", "size=67108864"]
+            .map(String::from)
+            .to_vec(),
+        mount_point: format!("{GUEST_SANDBOX}/shm"),
+        ..Storage::default()
+    };
+    let shared = Storage {
+        driver: "virtio-fs".into(),
+        source: "kataShared".into(),
+        fstype: "virtiofs".into(),
+        mount_point: format!("{GUEST_SHARED}/"),
+        ..Storage::default()
+    };
+    CreateSandboxRequest {
+        hostname: spec.hostname.clone(),
+        sandbox_id: id.into(),
+        storages: vec![shared, shm],
+        sandbox_pidns: false,
+        ..CreateSandboxRequest::default()
+    }
+}

@@ -1,0 +1,70 @@
+//! The log: lines of the form containerd's own log has, into the FIFO it gives each shim.
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, Write};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
+
+use log::{LevelFilter, Log, Metadata, Record};
+
+/// Where lines go.
+struct Lines {
+    /// Without it, standard error.
+    fifo: Option<File>,
+    pod: String,
+}
+
+/// Logs what the pod `pod` is about into the FIFO `log` of `bundle`; to standard error without it.
+pub(crate) fn start(bundle: Option<&Path>, pod: &str, level: LevelFilter) {
+    // For reading too: opening it waits for nobody, and what is written while containerd is away is
+    // there when it comes back.
+    let open = |path: &Path| {
+        let mut options = OpenOptions::new();
+        options
+            .read(true)
+            .write(true)
+            .custom_flags(libc::O_NONBLOCK);
+        options.open(path.join("log")).ok()
+    };
+    let lines = Lines {
+        fifo: bundle.and_then(open),
+        pod: pod.into(),
+    };
+    log::set_max_level(level);
+    // There is only one such call.
+    let _ = log::set_boxed_logger(Box::new(lines));
+}
+
+impl Log for Lines {
+    fn enabled(&self, _: &Metadata<'_>) -> bool {
+        true
+    }
+
+    fn log(&self, record: &Record<'_>) {
+        if record.level() > log::max_level() {
+            return;
+        }
+        let level = match record.level() {
+            log::Level::Error => "error",
+            log::Level::Warn => "warning",
+            log::Level::Info => "info",
+            log::Level::Debug => "debug",
+            log::Level::Trace => "trace",
+        };
+        let text = record.args().to_string();
+        let line = format!(
+            "level={level} msg={text:?} pod={:?} runtime=podvmm\n",
+            self.pod
+        );
+        // What nobody takes is lost: the pod is not to wait for its log.
+        let _ = match &self.fifo {
+            Some(fifo) => {
+                let mut fifo: &File = fifo;
+                fifo.write_all(line.as_bytes())
+            }
+            None => io::stderr().write_all(line.as_bytes()),
+        };
+    }
+
+    fn flush(&self) {}
+}

@@ -1,0 +1,198 @@
+//! containerd's way to podvmm (containerd, runtime/v2/README.md): `start` says where a container's
+//! shim answers, `delete` cleans up after one that is gone, and in between one process for each pod
+//! serves containerd's Task service.
+
+mod agent;
+mod arguments;
+mod cgroup;
+mod config;
+mod error;
+mod figures;
+mod guest;
+mod logging;
+mod mounts;
+mod network;
+mod phases;
+mod place;
+mod pod;
+mod protocol;
+mod publish;
+mod record;
+mod runtime_class;
+mod service;
+mod size;
+mod spec;
+mod start;
+mod stdio;
+mod task;
+mod teardown;
+mod vm;
+
+use std::error::Error;
+use std::io::{self, Write};
+use std::os::fd::{FromRawFd, OwnedFd};
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::mpsc::channel;
+use std::thread;
+use std::time::{Duration, SystemTime};
+
+use ::agent::ttrpc::{self, Service, Workers};
+use prost::Message;
+
+use arguments::{Action, Arguments};
+use config::Config;
+use phases::Phases;
+use place::Place;
+use pod::Pod;
+use protocol::task::DeleteResponse;
+use publish::Publisher;
+use service::Tasks;
+
+const HELP: &str = "\
+containerd-shim-podvmm-v2: runs pods in VMs for containerd, which starts it by itself
+for the runtime io.containerd.podvmm.v2
+
+  check [-config FILE]          say whether the configuration can be used
+  runtime-class [-config FILE]  print the RuntimeClass for it, overhead included
+  -version                      print the version
+
+Without -config it is /etc/podvmm/config.toml. containerd itself uses:
+  -namespace NS -address SOCKET -id ID [-bundle FOLDER] [-debug] start | delete
+";
+
+/// How long the answer to the last request has to be sent.
+const FAREWELL: Duration = Duration::from_millis(50);
+
+fn main() -> ExitCode {
+    let arguments = match Arguments::parse(std::env::args_os().skip(1)) {
+        Ok(arguments) => arguments,
+        Err(why) => {
+            eprintln!("containerd-shim-podvmm-v2: {why}; see -help");
+            return ExitCode::from(2);
+        }
+    };
+    match run(&arguments) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            // Of one that serves nobody sees the other.
+            log::error!("{}", api::chain(&*error).join(": "));
+            eprintln!(
+                "containerd-shim-podvmm-v2: {}",
+                api::chain(&*error).join(": ")
+            );
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(arguments: &Arguments) -> Result<(), Box<dyn Error>> {
+    let config = || {
+        let path = arguments.config.clone();
+        Config::read(&path.unwrap_or_else(|| config::DEFAULT_PATH.into()))
+    };
+    match arguments.action {
+        Action::Help => print!("{HELP}"),
+        Action::Version => println!("containerd-shim-podvmm-v2 {}", env!("CARGO_PKG_VERSION")),
+        Action::Check => println!("{:#?}", config()?),
+        Action::RuntimeClass => print!("{}", runtime_class::yaml(&config()?)),
+        Action::Start => print!("{}", start::start(arguments, &bundle(arguments)?)?),
+        Action::Delete => delete(arguments)?,
+        Action::Serve => serve(arguments)?,
+    }
+    Ok(())
+}
+
+/// The container's folder: where containerd says, or where it starts its shims.
+fn bundle(arguments: &Arguments) -> io::Result<PathBuf> {
+    match &arguments.bundle {
+        Some(bundle) => Ok(bundle.clone()),
+        None => std::env::current_dir(),
+    }
+}
+
+/// Cleans up after a shim that is gone, or one that has no such container.
+fn delete(arguments: &Arguments) -> Result<(), Box<dyn Error>> {
+    logging::start(None, &arguments.id, level(arguments));
+    let spec = spec::read(&bundle(arguments)?).unwrap_or_default();
+    let pod = spec::pod_of(&arguments.id, &spec.annotations);
+    if !arguments::is_id(pod) {
+        return Err(format!("{pod:?} is no pod's name").into());
+    }
+    let place = Place::new(&arguments.address, &arguments.namespace, pod);
+    let pid = record::Record::read(&place).vmm.map_or(0, |(pid, _)| pid);
+    if pod == arguments.id {
+        teardown::pod(&place);
+    } else {
+        teardown::container(&place, &arguments.id);
+    }
+    let gone = DeleteResponse {
+        pid,
+        exit_status: task::KILLED,
+        exited_at: Some(protocol::timestamp(SystemTime::now())),
+    };
+    io::stdout().write_all(&gone.encode_to_vec())?;
+    Ok(())
+}
+
+fn level(arguments: &Arguments) -> log::LevelFilter {
+    if arguments.debug {
+        log::LevelFilter::Debug
+    } else {
+        log::LevelFilter::Info
+    }
+}
+
+/// Serves containerd until it says that the pod is over.
+fn serve(arguments: &Arguments) -> Result<(), Box<dyn Error>> {
+    logging::start(Some(Path::new(".")), &arguments.id, level(arguments));
+    let listener = listener()?;
+    rustix::process::setsid()?;
+    std::panic::set_hook(Box::new(|panic| log::error!("{panic}")));
+    let asked = std::env::var(start::ASKED).ok();
+    let asked = asked.and_then(|text| phases::from_text(&text));
+    let phases = Phases::since(asked.unwrap_or_else(SystemTime::now));
+    let address = std::env::var("TTRPC_ADDRESS");
+    let address = address.unwrap_or_else(|_| format!("{}.ttrpc", arguments.address));
+    let events = Publisher::start(address.into(), arguments.namespace.clone())?;
+    let place = Place::new(&arguments.address, &arguments.namespace, &arguments.id);
+    let pod = Pod::new(arguments.id.clone(), place, events, phases);
+    let (end, ended) = channel();
+    let service: Arc<dyn Service> = Arc::new(Tasks::new(pod, end));
+    thread::Builder::new()
+        .name("accept".into())
+        .stack_size(64 << 10)
+        .spawn(move || accept(&listener, &service))?;
+    ended.recv()?;
+    thread::sleep(FAREWELL);
+    Ok(())
+}
+
+fn listener() -> Result<UnixListener, Box<dyn Error>> {
+    let number = std::env::var(start::LISTENER);
+    let number = number.map_err(|_| "containerd starts the shim by itself; see -help")?;
+    // SAFETY: whoever started this process opened it for this process, and nobody else has it.
+    let fd = unsafe { OwnedFd::from_raw_fd(number.parse()?) };
+    rustix::io::fcntl_setfd(&fd, rustix::io::FdFlags::CLOEXEC)?;
+    Ok(fd.into())
+}
+
+fn accept(listener: &UnixListener, service: &Arc<dyn Service>) {
+    let workers = Workers::default();
+    for stream in listener.incoming() {
+        let attend = |stream: std::os::unix::net::UnixStream| {
+            let writer = stream.try_clone()?;
+            let (service, workers) = (Arc::clone(service), workers.clone());
+            let serve = move || drop(ttrpc::serve(stream, writer, &service, &workers));
+            let thread = thread::Builder::new().name("connection".into());
+            thread.stack_size(64 << 10).spawn(serve)
+        };
+        if let Err(error) = stream.and_then(attend) {
+            log::error!("a connection: {error}");
+            // Out of descriptors or threads, trying at once would not help.
+            thread::sleep(Duration::from_millis(100));
+        }
+    }
+}

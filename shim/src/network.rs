@@ -1,0 +1,308 @@
+//! The pod's network: a network namespace that somebody prepared (CNI, for the CRI), in which each
+//! interface is connected to a tap of the VM's. All frames that arrive at one leave by the other
+//! (tc's `redirect`), so that the guest takes the interface's place: its MAC and its addresses.
+
+mod netlink;
+mod tap;
+
+use std::io;
+use std::net::IpAddr;
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+
+use agent::protocol::types::{ArpNeighbor, Interface, IpAddress, IpFamily, Route};
+use rustix::fs::{Mode, OFlags};
+use rustix::thread::{LinkNameSpaceType, UnshareFlags};
+
+use netlink::Netlink;
+
+/// What the VM's end of an interface is called, and its number.
+const TAP: &str = "podvmm";
+
+/// Why there is no network.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum Error {
+    #[error("enter network namespace {}", .path.display())]
+    Enter { path: PathBuf, source: io::Error },
+    #[error("make a network namespace")]
+    Make(#[source] io::Error),
+    #[error("{what}")]
+    Netlink { what: String, source: io::Error },
+    #[error("make tap {name}")]
+    Tap { name: String, source: io::Error },
+}
+
+/// An interface of the pod's and the VM's end of it.
+#[derive(Debug)]
+pub(crate) struct Link {
+    pub(crate) mac: String,
+    pub(crate) tap: OwnedFd,
+}
+
+/// What the guest is to be told.
+#[derive(Debug, Default)]
+pub(crate) struct Settings {
+    pub(crate) interfaces: Vec<Interface>,
+    pub(crate) routes: Vec<Route>,
+    pub(crate) neighbors: Vec<ArpNeighbor>,
+}
+
+/// An interface as it was found.
+#[derive(Clone, Debug, PartialEq)]
+struct Found {
+    index: u32,
+    name: String,
+    mac: Vec<u8>,
+    mtu: u32,
+    no_arp: bool,
+}
+
+/// Moves this thread, and what it starts, into a network namespace: that one, or a new one.
+pub(crate) fn enter(path: Option<&Path>) -> Result<(), Error> {
+    let Some(path) = path else {
+        // SAFETY: it changes nothing but which network this thread sees.
+        let made = unsafe { rustix::thread::unshare_unsafe(UnshareFlags::NEWNET) };
+        return made.map_err(|errno| Error::Make(errno.into()));
+    };
+    let enter = || {
+        let flags = OFlags::RDONLY | OFlags::CLOEXEC;
+        let namespace = rustix::fs::open(path, flags, Mode::empty())?;
+        use std::os::fd::AsFd;
+        rustix::thread::move_into_link_name_space(
+            namespace.as_fd(),
+            Some(LinkNameSpaceType::Network),
+        )
+    };
+    enter().map_err(|errno| Error::Enter {
+        path: path.into(),
+        source: errno.into(),
+    })
+}
+
+/// Connects each interface of this thread's network namespace to a tap of its own.
+pub(crate) fn connect() -> Result<(Vec<Link>, Settings), Error> {
+    let mut netlink = open()?;
+    let found = netlink.links().map_err(failed("list the interfaces"))?;
+    let mut links = Vec::new();
+    for (number, link) in found.iter().enumerate() {
+        let name = format!("{TAP}{number}");
+        let tap = tap::make(&name).map_err(|source| Error::Tap {
+            name: name.clone(),
+            source,
+        })?;
+        join(&mut netlink, link, &name)?;
+        links.push(Link {
+            mac: mac(&link.mac),
+            tap,
+        });
+    }
+    let settings = settings(&mut netlink, &found)?;
+    Ok((links, settings))
+}
+
+/// A tap for an interface that is not there yet: `ctr run --cni` makes it between a container's
+/// creation and its start.
+pub(crate) fn prepare() -> Result<Link, Error> {
+    let name = format!("{TAP}0");
+    let tap = tap::make(&name).map_err(|source| Error::Tap { name, source })?;
+    let mac = mac(&tap::random_mac());
+    Ok(Link { mac, tap })
+}
+
+/// Connects the interface that has come to the tap of [`prepare`], whose address is `mac`.
+pub(crate) fn connect_late(mac: &str) -> Result<Option<Settings>, Error> {
+    let mut netlink = open()?;
+    let mut found = netlink.links().map_err(failed("list the interfaces"))?;
+    found.retain(|link| !link.name.starts_with(TAP));
+    found.truncate(1);
+    let Some(link) = found.first() else {
+        return Ok(None);
+    };
+    join(&mut netlink, link, &format!("{TAP}0"))?;
+    let mut settings = settings(&mut netlink, &found)?;
+    for interface in &mut settings.interfaces {
+        interface.hw_addr = mac.into();
+    }
+    Ok(Some(settings))
+}
+
+/// Undoes [`connect`] in a namespace that stays. Taps go with their VM.
+pub(crate) fn disconnect() -> Result<(), Error> {
+    let mut netlink = open()?;
+    let found = netlink.links().map_err(failed("list the interfaces"))?;
+    for link in found.iter().filter(|link| !link.name.starts_with(TAP)) {
+        netlink
+            .remove_ingress(link.index)
+            .map_err(failed(&link.name))?;
+    }
+    Ok(())
+}
+
+fn open() -> Result<Netlink, Error> {
+    Netlink::open().map_err(failed("open a netlink socket"))
+}
+
+fn failed(what: &str) -> impl Fn(io::Error) -> Error {
+    move |source| Error::Netlink {
+        what: what.into(),
+        source,
+    }
+}
+
+/// Has frames go both ways between an interface and the tap `name`.
+fn join(netlink: &mut Netlink, link: &Found, name: &str) -> Result<(), Error> {
+    let mut join = || {
+        let tap = netlink.index_of(name)?;
+        netlink.set_up(tap, link.mtu)?;
+        netlink.redirect(link.index, tap)?;
+        netlink.redirect(tap, link.index)
+    };
+    join().map_err(failed(&format!("connect {} to {name}", link.name)))
+}
+
+fn settings(netlink: &mut Netlink, found: &[Found]) -> Result<Settings, Error> {
+    let addresses = netlink.addresses().map_err(failed("list the addresses"))?;
+    let interface = |link: &Found| Interface {
+        device: link.name.clone(),
+        name: link.name.clone(),
+        addresses: addresses
+            .iter()
+            .filter(|(index, ..)| *index == link.index)
+            .map(|(_, address, prefix)| ip(*address, &prefix.to_string()))
+            .collect(),
+        mtu: link.mtu.into(),
+        hw_addr: mac(&link.mac),
+        raw_flags: if link.no_arp {
+            libc::IFF_NOARP.cast_unsigned()
+        } else {
+            0
+        },
+        ..Interface::default()
+    };
+    let name = |index: u32| {
+        let link = found.iter().find(|link| link.index == index);
+        link.map(|link| link.name.clone())
+    };
+    let routes = netlink.routes().map_err(failed("list the routes"))?;
+    let neighbors = netlink.neighbors().map_err(failed("list the neighbours"))?;
+    Ok(Settings {
+        interfaces: found.iter().map(interface).collect(),
+        routes: routes
+            .into_iter()
+            .filter_map(|(index, mut route)| {
+                route.device = name(index)?;
+                Some(route)
+            })
+            .collect(),
+        neighbors: neighbors
+            .into_iter()
+            .filter_map(|neighbor| {
+                Some(ArpNeighbor {
+                    to_ip_address: Some(ip(neighbor.address, "")),
+                    device: name(neighbor.index)?,
+                    lladdr: mac(&neighbor.lladdr),
+                    state: neighbor.state.into(),
+                    flags: 0,
+                })
+            })
+            .collect(),
+    })
+}
+
+fn ip(address: IpAddr, mask: &str) -> IpAddress {
+    IpAddress {
+        family: family(address).into(),
+        address: address.to_string(),
+        mask: mask.into(),
+    }
+}
+
+fn family(address: IpAddr) -> IpFamily {
+    match address {
+        IpAddr::V4(_) => IpFamily::V4,
+        IpAddr::V6(_) => IpFamily::V6,
+    }
+}
+
+fn mac(bytes: &[u8]) -> String {
+    let bytes: Vec<_> = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
+    bytes.join(":")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::process::Command;
+
+    fn run(line: &str) -> String {
+        let mut words = line.split(' ');
+        let output = Command::new(words.next().unwrap()).args(words).output();
+        let output = output.expect("iproute2 is installed");
+        assert!(output.status.success(), "{line}: {output:?}");
+        String::from_utf8(output.stdout).unwrap()
+    }
+
+    /// Runs `test` in a network namespace of its own, with an interface that has no other end.
+    fn in_a_pods_namespace(test: impl FnOnce() + Send + 'static) {
+        let thread = std::thread::spawn(|| {
+            enter(None).expect("this test needs root");
+            run("ip link add eth0 mtu 1400 address 02:00:00:00:00:07 type bridge");
+            test();
+        });
+        thread.join().unwrap();
+    }
+
+    #[test]
+    fn a_pods_interface_is_told_and_taken_over_and_given_back() {
+        in_a_pods_namespace(|| {
+            for line in [
+                "ip link set eth0 up",
+                "ip address add 10.9.8.7/24 dev eth0",
+                "ip -6 address add fd00::7/64 dev eth0 nodad",
+                "ip route add default via 10.9.8.1 dev eth0",
+                "ip neigh add 10.9.8.1 lladdr 02:00:00:00:00:01 dev eth0",
+            ] {
+                run(line);
+            }
+            let (links, settings) = connect().unwrap();
+            assert_eq!(links[0].mac, "02:00:00:00:00:07");
+            let interface = &settings.interfaces[0];
+            assert_eq!((interface.name.as_str(), interface.mtu), ("eth0", 1400));
+            let addresses: Vec<_> = interface.addresses.iter().collect();
+            let addresses = addresses
+                .iter()
+                .map(|ip| format!("{}/{}", ip.address, ip.mask));
+            let mut addresses: Vec<_> = addresses.collect();
+            addresses.sort();
+            assert_eq!(addresses, ["10.9.8.7/24", "fd00::7/64"]);
+            let default = settings.routes.iter().find(|route| route.dest.is_empty());
+            assert_eq!(default.unwrap().gateway, "10.9.8.1");
+            assert_eq!(settings.neighbors[0].lladdr, "02:00:00:00:00:01");
+            for (from, to) in [("eth0", "podvmm0"), ("podvmm0", "eth0")] {
+                let filters = run(&format!("tc filter show dev {from} ingress"));
+                let redirected = format!("Egress Redirect to device {to}");
+                assert!(filters.contains(&redirected), "{filters}");
+            }
+            disconnect().unwrap();
+            assert!(!run("tc qdisc show dev eth0").contains("ingress"));
+            drop(links);
+            assert!(!run("ip link").contains("podvmm0"), "taps go with their VM");
+            disconnect().unwrap();
+            run("ip link del eth0");
+        });
+    }
+
+    #[test]
+    fn an_interface_that_comes_late_gets_the_address_the_guest_has() {
+        in_a_pods_namespace(|| {
+            let spare = prepare().unwrap();
+            run("ip link del eth0");
+            assert!(connect_late(&spare.mac).unwrap().is_none());
+            run("ip link add eth0 type bridge");
+            run("ip address add 10.9.8.7/24 dev eth0");
+            let settings = connect_late(&spare.mac).unwrap().unwrap();
+            assert_eq!(settings.interfaces[0].hw_addr, spare.mac);
+            assert_eq!(settings.interfaces[0].addresses[0].address, "10.9.8.7");
+        });
+    }
+}

@@ -1,0 +1,156 @@
+//! What a shim tells containerd of.
+
+use prost_types::{Any, Timestamp};
+
+use super::task::Mount;
+
+/// The service of containerd that takes events.
+pub(crate) const SERVICE: &str = "containerd.services.events.ttrpc.v1.Events";
+
+#[derive(Clone, PartialEq, prost::Message)]
+pub(crate) struct ForwardRequest {
+    #[prost(message, optional, tag = "1")]
+    pub(crate) envelope: Option<Envelope>,
+}
+
+#[derive(Clone, PartialEq, prost::Message)]
+pub(crate) struct Envelope {
+    #[prost(message, optional, tag = "1")]
+    pub(crate) timestamp: Option<Timestamp>,
+    #[prost(string, tag = "2")]
+    pub(crate) namespace: String,
+    #[prost(string, tag = "3")]
+    pub(crate) topic: String,
+    #[prost(message, optional, tag = "4")]
+    pub(crate) event: Option<Any>,
+}
+
+#[derive(Clone, PartialEq, prost::Message)]
+pub(crate) struct TaskIo {
+    #[prost(string, tag = "1")]
+    pub(crate) stdin: String,
+    #[prost(string, tag = "2")]
+    pub(crate) stdout: String,
+    #[prost(string, tag = "3")]
+    pub(crate) stderr: String,
+    #[prost(bool, tag = "4")]
+    pub(crate) terminal: bool,
+}
+
+#[derive(Clone, PartialEq, prost::Message)]
+pub(crate) struct TaskCreate {
+    #[prost(string, tag = "1")]
+    pub(crate) container_id: String,
+    #[prost(string, tag = "2")]
+    pub(crate) bundle: String,
+    #[prost(message, repeated, tag = "3")]
+    pub(crate) rootfs: Vec<Mount>,
+    #[prost(message, optional, tag = "4")]
+    pub(crate) io: Option<TaskIo>,
+    #[prost(uint32, tag = "6")]
+    pub(crate) pid: u32,
+}
+
+#[derive(Clone, PartialEq, prost::Message)]
+pub(crate) struct TaskStart {
+    #[prost(string, tag = "1")]
+    pub(crate) container_id: String,
+    #[prost(uint32, tag = "2")]
+    pub(crate) pid: u32,
+}
+
+#[derive(Clone, PartialEq, prost::Message)]
+pub(crate) struct TaskDelete {
+    #[prost(string, tag = "1")]
+    pub(crate) container_id: String,
+    #[prost(uint32, tag = "2")]
+    pub(crate) pid: u32,
+    #[prost(uint32, tag = "3")]
+    pub(crate) exit_status: u32,
+    #[prost(message, optional, tag = "4")]
+    pub(crate) exited_at: Option<Timestamp>,
+    /// The process, if it is not the first.
+    #[prost(string, tag = "5")]
+    pub(crate) id: String,
+}
+
+#[derive(Clone, PartialEq, prost::Message)]
+pub(crate) struct TaskExit {
+    #[prost(string, tag = "1")]
+    pub(crate) container_id: String,
+    /// The process; the first has the container's.
+    #[prost(string, tag = "2")]
+    pub(crate) id: String,
+    #[prost(uint32, tag = "3")]
+    pub(crate) pid: u32,
+    #[prost(uint32, tag = "4")]
+    pub(crate) exit_status: u32,
+    #[prost(message, optional, tag = "5")]
+    pub(crate) exited_at: Option<Timestamp>,
+}
+
+/// Of `TaskOOM`, `TaskPaused` and `TaskResumed`.
+#[derive(Clone, PartialEq, prost::Message)]
+pub(crate) struct TaskOnly {
+    #[prost(string, tag = "1")]
+    pub(crate) container_id: String,
+}
+
+#[derive(Clone, PartialEq, prost::Message)]
+pub(crate) struct TaskExecAdded {
+    #[prost(string, tag = "1")]
+    pub(crate) container_id: String,
+    #[prost(string, tag = "2")]
+    pub(crate) exec_id: String,
+}
+
+#[derive(Clone, PartialEq, prost::Message)]
+pub(crate) struct TaskExecStarted {
+    #[prost(string, tag = "1")]
+    pub(crate) container_id: String,
+    #[prost(string, tag = "2")]
+    pub(crate) exec_id: String,
+    #[prost(uint32, tag = "3")]
+    pub(crate) pid: u32,
+}
+
+/// One event.
+#[derive(Debug)]
+pub(crate) enum Event {
+    Create(TaskCreate),
+    Start(TaskStart),
+    Exit(TaskExit),
+    Delete(TaskDelete),
+    ExecAdded(TaskExecAdded),
+    ExecStarted(TaskExecStarted),
+    Oom(TaskOnly),
+    Paused(TaskOnly),
+    Resumed(TaskOnly),
+}
+
+impl Event {
+    /// Its topic and itself.
+    pub(crate) fn envelope(&self) -> (&'static str, Any) {
+        use super::any;
+        match self {
+            Self::Create(event) => ("/tasks/create", any("containerd.events.TaskCreate", event)),
+            Self::Start(event) => ("/tasks/start", any("containerd.events.TaskStart", event)),
+            Self::Exit(event) => ("/tasks/exit", any("containerd.events.TaskExit", event)),
+            Self::Delete(event) => ("/tasks/delete", any("containerd.events.TaskDelete", event)),
+            Self::ExecAdded(event) => (
+                "/tasks/exec-added",
+                any("containerd.events.TaskExecAdded", event),
+            ),
+            Self::ExecStarted(event) => (
+                "/tasks/exec-started",
+                any("containerd.events.TaskExecStarted", event),
+            ),
+            Self::Oom(event) => ("/tasks/oom", any("containerd.events.TaskOOM", event)),
+            Self::Paused(event) => ("/tasks/paused", any("containerd.events.TaskPaused", event)),
+            Self::Resumed(event) => (
+                "/tasks/resumed",
+                any("containerd.events.TaskResumed", event),
+            ),
+        }
+    }
+}

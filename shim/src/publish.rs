@@ -1,0 +1,103 @@
+//! Tells containerd what happens, in the order in which it happened. While containerd is away,
+//! events wait for it.
+
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::thread;
+use std::time::{Duration, Instant, SystemTime};
+
+use agent::ttrpc::{CallError, Client};
+
+use crate::protocol::events::{Envelope, Event, ForwardRequest, SERVICE};
+use crate::protocol::task::Empty;
+use crate::protocol::timestamp;
+
+/// How long containerd may take to take an event.
+const PATIENCE: Duration = Duration::from_secs(5);
+/// Between tries to reach it.
+const PAUSE: Duration = Duration::from_millis(200);
+/// How long events that nobody took are kept when the shim ends.
+const FAREWELL: Duration = Duration::from_secs(2);
+
+/// Where events go in.
+#[derive(Debug)]
+pub(crate) struct Publisher {
+    events: Sender<Message>,
+}
+
+#[derive(Debug)]
+enum Message {
+    Event(SystemTime, Event),
+    /// Says so when all before it are told.
+    Flush(Sender<()>),
+}
+
+impl Publisher {
+    /// Starts the thread that tells containerd at `socket`, of events in `namespace`.
+    pub(crate) fn start(socket: PathBuf, namespace: String) -> std::io::Result<Self> {
+        let (events, messages) = channel();
+        thread::Builder::new()
+            .name("events".into())
+            .stack_size(64 << 10)
+            .spawn(move || tell(&messages, &socket, &namespace))?;
+        Ok(Self { events })
+    }
+
+    pub(crate) fn publish(&self, event: Event) {
+        // The thread ends with the process.
+        let _ = self.events.send(Message::Event(SystemTime::now(), event));
+    }
+
+    /// Waits for what was published to be told, but not for ever.
+    pub(crate) fn flush(&self) {
+        let (told, all_told) = channel();
+        let _ = self.events.send(Message::Flush(told));
+        let _ = all_told.recv_timeout(FAREWELL);
+    }
+}
+
+fn tell(messages: &Receiver<Message>, socket: &PathBuf, namespace: &str) {
+    let mut client: Option<Client> = None;
+    for message in messages {
+        let (time, event) = match message {
+            Message::Event(time, event) => (time, event),
+            Message::Flush(told) => {
+                let _ = told.send(());
+                continue;
+            }
+        };
+        let (topic, event) = event.envelope();
+        let request = ForwardRequest {
+            envelope: Some(Envelope {
+                timestamp: Some(timestamp(time)),
+                namespace: namespace.into(),
+                topic: topic.into(),
+                event: Some(event),
+            }),
+        };
+        let mut missed: Option<Instant> = None;
+        loop {
+            let answer = match &client {
+                Some(client) => client.call(SERVICE, "Forward", &request, Some(PATIENCE)),
+                None => Err(CallError::Gone("Forward".into())),
+            };
+            match answer {
+                Ok(Empty {}) => break,
+                Err(CallError::Refused(status)) => {
+                    log::warn!("containerd does not take {topic}: {status}");
+                    break;
+                }
+                Err(error) => {
+                    if missed.is_none() && client.is_some() {
+                        log::info!("{topic} waits for containerd: {error}");
+                    }
+                    if missed.replace(Instant::now()).is_some() {
+                        thread::sleep(PAUSE);
+                    }
+                    client = UnixStream::connect(socket).and_then(Client::new).ok();
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,296 @@
+//! What containerd asks of its shims (containerd.task.v2.Task).
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::mpsc::Sender;
+
+use agent::protocol::oci::{LinuxResources, Process};
+use agent::ttrpc::{Call, Code, Service, Status};
+use prost::Message;
+
+use crate::config::DEFAULT_PATH;
+use crate::pod::{Creation, Pod};
+use crate::protocol::events::{Event, TaskCreate, TaskDelete, TaskExecAdded, TaskIo};
+use crate::protocol::figures;
+use crate::protocol::task::{
+    CloseIoRequest, ConnectResponse, CreateTaskRequest, DeleteResponse, Empty, ExecProcessRequest,
+    KillRequest, Options, PidResponse, PidsResponse, ProcessInfo, ProcessRequest, ResizePtyRequest,
+    SERVICES, ShutdownRequest, StateResponse, StatsResponse, UpdateTaskRequest, WaitResponse,
+};
+use crate::protocol::{any, timestamp};
+use crate::spec;
+use crate::stdio::Paths;
+use crate::task::State;
+
+/// Answers for the pod.
+pub(crate) struct Tasks {
+    pod: Arc<Pod>,
+    /// Told when the shim is to end.
+    end: Sender<()>,
+}
+
+impl Tasks {
+    pub(crate) fn new(pod: Arc<Pod>, end: Sender<()>) -> Self {
+        Self { pod, end }
+    }
+
+    fn create(&self, request: CreateTaskRequest) -> Result<PidResponse, Status> {
+        if !request.checkpoint.is_empty() {
+            return Err(no_checkpoint());
+        }
+        let paths = Paths {
+            stdin: request.stdin,
+            stdout: request.stdout,
+            stderr: request.stderr,
+            terminal: request.terminal,
+        };
+        let io = TaskIo {
+            stdin: paths.stdin.clone(),
+            stdout: paths.stdout.clone(),
+            stderr: paths.stderr.clone(),
+            terminal: paths.terminal,
+        };
+        self.pod.create(Creation {
+            id: request.id.clone(),
+            bundle: PathBuf::from(&request.bundle),
+            rootfs: request.rootfs.clone(),
+            paths,
+            config: config_path(request.options.as_ref()),
+        })?;
+        let pid = self.pod.pid();
+        self.pod.publish(Event::Create(TaskCreate {
+            container_id: request.id,
+            bundle: request.bundle,
+            rootfs: request.rootfs,
+            io: Some(io),
+            pid,
+        }));
+        Ok(PidResponse { pid })
+    }
+
+    fn start(&self, request: &ProcessRequest) -> Result<PidResponse, Status> {
+        if request.exec_id.is_empty() {
+            self.pod.start(&request.id)?;
+        } else {
+            self.pod.exec(&request.id, &request.exec_id)?;
+        }
+        Ok(PidResponse {
+            pid: self.pod.pid(),
+        })
+    }
+
+    fn exec(&self, request: ExecProcessRequest) -> Result<Empty, Status> {
+        let spec = request.spec.unwrap_or_default().value;
+        let spec: Process = spec::parse(&spec, "the process").map_err(invalid)?;
+        let paths = Paths {
+            stdin: request.stdin,
+            stdout: request.stdout,
+            stderr: request.stderr,
+            terminal: request.terminal,
+        };
+        self.pod
+            .add_exec(&request.id, &request.exec_id, paths, spec)?;
+        self.pod.publish(Event::ExecAdded(TaskExecAdded {
+            container_id: request.id,
+            exec_id: request.exec_id,
+        }));
+        Ok(Empty {})
+    }
+
+    fn delete(&self, request: ProcessRequest) -> Result<DeleteResponse, Status> {
+        let pid = self.pod.pid();
+        let exit = if request.exec_id.is_empty() {
+            self.pod.delete(&request.id)?
+        } else {
+            self.pod.delete_exec(&request.id, &request.exec_id)?
+        };
+        let exited_at = Some(timestamp(exit.at));
+        if request.exec_id.is_empty() {
+            self.pod.publish(Event::Delete(TaskDelete {
+                container_id: request.id,
+                pid,
+                exit_status: exit.status,
+                exited_at,
+                id: String::new(),
+            }));
+        }
+        Ok(DeleteResponse {
+            pid,
+            exit_status: exit.status,
+            exited_at,
+        })
+    }
+
+    fn state(&self, request: ProcessRequest) -> Result<StateResponse, Status> {
+        let container = self.pod.container(&request.id)?;
+        let process = self.pod.process(&request.id, &request.exec_id)?;
+        let state = process.state();
+        let paths = process.paths.clone();
+        Ok(StateResponse {
+            id: request.id,
+            bundle: container.bundle.display().to_string(),
+            pid: if state == State::Created && !request.exec_id.is_empty() {
+                0
+            } else {
+                self.pod.pid()
+            },
+            status: state.number(),
+            stdin: paths.stdin,
+            stdout: paths.stdout,
+            stderr: paths.stderr,
+            terminal: paths.terminal,
+            exit_status: state.exit().map_or(0, |exit| exit.status),
+            exited_at: state.exit().map(|exit| timestamp(exit.at)),
+            exec_id: request.exec_id,
+        })
+    }
+
+    fn wait(&self, request: &ProcessRequest) -> Result<WaitResponse, Status> {
+        let exit = self.pod.process(&request.id, &request.exec_id)?.wait();
+        Ok(WaitResponse {
+            exit_status: exit.status,
+            exited_at: Some(timestamp(exit.at)),
+        })
+    }
+
+    fn update(&self, request: UpdateTaskRequest) -> Result<Empty, Status> {
+        let resources = request.resources.unwrap_or_default().value;
+        let resources: LinuxResources =
+            spec::parse(&resources, "the resources").map_err(invalid)?;
+        self.pod.update(&request.id, resources)?;
+        Ok(Empty {})
+    }
+
+    fn stats(&self, request: &ProcessRequest) -> Result<StatsResponse, Status> {
+        let figures = self.pod.figures(&request.id)?;
+        Ok(StatsResponse {
+            stats: Some(any(figures::NAME, &figures)),
+        })
+    }
+
+    fn pids(&self, request: &ProcessRequest) -> Result<PidsResponse, Status> {
+        self.pod.container(&request.id)?;
+        // Those in the guest have no number here.
+        let process = ProcessInfo {
+            pid: self.pod.pid(),
+            info: None,
+        };
+        Ok(PidsResponse {
+            processes: vec![process],
+        })
+    }
+
+    fn shutdown(&self, request: &ShutdownRequest) -> Empty {
+        if self.pod.is_empty() || request.now {
+            self.pod.end();
+            self.pod.flush();
+            // The answer is on its way before whoever hears of it ends the process.
+            let _ = self.end.send(());
+        }
+        Empty {}
+    }
+}
+
+impl Service for Tasks {
+    fn call(&self, call: &Call<'_>) -> Result<Vec<u8>, Status> {
+        if !SERVICES.contains(&call.service) {
+            return Err(call.unimplemented());
+        }
+        match call.method {
+            "Create" => call.answer(|request| self.create(request)),
+            "Start" => call.answer(|request| self.start(&request)),
+            "Delete" => call.answer(|request| self.delete(request)),
+            "State" => call.answer(|request| self.state(request)),
+            "Wait" => call.answer(|request| self.wait(&request)),
+            "Kill" => call.answer(|request: KillRequest| {
+                let KillRequest {
+                    id,
+                    exec_id,
+                    signal,
+                    all,
+                } = request;
+                self.pod.kill(&id, &exec_id, signal, all)?;
+                Ok(Empty {})
+            }),
+            "Exec" => call.answer(|request| self.exec(request)),
+            "ResizePty" => call.answer(|request: ResizePtyRequest| {
+                let ResizePtyRequest {
+                    id,
+                    exec_id,
+                    width,
+                    height,
+                } = request;
+                self.pod.resize_terminal(&id, &exec_id, height, width)?;
+                Ok(Empty {})
+            }),
+            "CloseIO" => call.answer(|request: CloseIoRequest| {
+                if request.stdin {
+                    self.pod.close_stdin(&request.id, &request.exec_id)?;
+                }
+                Ok(Empty {})
+            }),
+            "Pause" => call.answer(|request: ProcessRequest| {
+                self.pod.pause(&request.id)?;
+                Ok(Empty {})
+            }),
+            "Resume" => call.answer(|request: ProcessRequest| {
+                self.pod.resume(&request.id)?;
+                Ok(Empty {})
+            }),
+            "Update" => call.answer(|request| self.update(request)),
+            "Stats" => call.answer(|request| self.stats(&request)),
+            "Pids" => call.answer(|request| self.pids(&request)),
+            "Connect" => call.answer(|_: ProcessRequest| {
+                Ok(ConnectResponse {
+                    shim_pid: std::process::id(),
+                    task_pid: self.pod.pid(),
+                    version: env!("CARGO_PKG_VERSION").into(),
+                })
+            }),
+            "Shutdown" => call.answer(|request: ShutdownRequest| Ok(self.shutdown(&request))),
+            "Checkpoint" => Err(no_checkpoint()),
+            _ => Err(call.unimplemented()),
+        }
+    }
+}
+
+fn no_checkpoint() -> Status {
+    let why = "checkpoint is not possible: the container's processes are in the pod's VM";
+    Status::new(Code::Unimplemented, why)
+}
+
+fn invalid(error: spec::Error) -> Status {
+    Status::from(crate::error::Error::from(error))
+}
+
+/// Where the configuration is, by containerd's runtime options.
+fn config_path(options: Option<&prost_types::Any>) -> PathBuf {
+    let options = options.filter(|options| options.type_url.ends_with("runtimeoptions.v1.Options"));
+    let options = options.and_then(|options| Options::decode(&options.value[..]).ok());
+    let path = options
+        .map(|options| options.config_path)
+        .unwrap_or_default();
+    if path.is_empty() {
+        Path::new(DEFAULT_PATH).into()
+    } else {
+        path.into()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_configuration_is_where_containerd_says() {
+        let options = Options {
+            config_path: "/x.toml".into(),
+            ..Options::default()
+        };
+        let named = any("runtimeoptions.v1.Options", &options);
+        assert_eq!(config_path(Some(&named)), Path::new("/x.toml"));
+        let other = any("containerd.runc.v1.Options", &options);
+        assert_eq!(config_path(Some(&other)), Path::new(DEFAULT_PATH));
+        assert_eq!(config_path(None), Path::new(DEFAULT_PATH));
+    }
+}

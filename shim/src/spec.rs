@@ -1,0 +1,297 @@
+//! From containerd's description of a container to the one the guest's agent is given: what cannot
+//! be in a VM of its own is refused, what is the host's business is taken out.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use agent::protocol::oci::{LinuxDevice, LinuxNamespace, LinuxResources, Process, Spec};
+use serde::de::DeserializeOwned;
+use serde_json::Value;
+
+/// Where the guest has what the host shares with it.
+pub(crate) const GUEST_SHARED: &str = "/run/kata-containers/shared/containers";
+/// Where it has what its containers share.
+pub(crate) const GUEST_SANDBOX: &str = "/run/kata-containers/sandbox";
+
+const CONTAINER_TYPE: &str = "io.kubernetes.cri.container-type";
+const SANDBOX_ID: &str = "io.kubernetes.cri.sandbox-id";
+
+/// Why a container cannot be.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum Error {
+    #[error("read {}", .path.display())]
+    Read { path: PathBuf, source: io::Error },
+    #[error("{what} makes no sense")]
+    Parse {
+        what: String,
+        source: serde_json::Error,
+    },
+    #[error("{what} is not possible: {why}")]
+    Impossible { what: String, why: &'static str },
+    #[error("{0} is missing")]
+    Missing(&'static str),
+}
+
+/// What containerd says with this JSON.
+pub(crate) fn parse<T: DeserializeOwned>(json: &[u8], what: &str) -> Result<T, Error> {
+    let wrong = |source| Error::Parse {
+        what: what.into(),
+        source,
+    };
+    let mut value: Value = serde_json::from_slice(json).map_err(wrong)?;
+    drop_nulls(&mut value);
+    T::deserialize(value).map_err(wrong)
+}
+
+/// Go writes what it has not as null, where it might as well leave it out.
+fn drop_nulls(value: &mut Value) {
+    match value {
+        Value::Object(fields) => {
+            fields.retain(|_, value| !value.is_null());
+            fields.values_mut().for_each(drop_nulls);
+        }
+        Value::Array(values) => values.iter_mut().for_each(drop_nulls),
+        _ => {}
+    }
+}
+
+/// The description of the container in `bundle`.
+pub(crate) fn read(bundle: &Path) -> Result<Spec, Error> {
+    let path = bundle.join("config.json");
+    let json = fs::read(&path).map_err(|source| Error::Read {
+        path: path.clone(),
+        source,
+    })?;
+    parse(&json, &path.display().to_string())
+}
+
+/// The pod that the container `id` belongs to: its sandbox, or itself.
+pub(crate) fn pod_of<'a>(id: &'a str, annotations: &'a BTreeMap<String, String>) -> &'a str {
+    match annotations.get(CONTAINER_TYPE).map(String::as_str) {
+        Some("container") => annotations.get(SANDBOX_ID).map_or(id, String::as_str),
+        _ => id,
+    }
+}
+
+/// Whether it is the sandbox of a pod of Kubernetes, rather than a container alone.
+pub(crate) fn is_sandbox(spec: &Spec) -> bool {
+    spec.annotations
+        .get(CONTAINER_TYPE)
+        .is_some_and(|kind| kind == "sandbox")
+}
+
+/// Refuses what a container in a VM of its pod's cannot have.
+pub(crate) fn check(spec: &Spec, is_pod: bool) -> Result<(), Error> {
+    let impossible = |what: &str, why| {
+        Err(Error::Impossible {
+            what: what.into(),
+            why,
+        })
+    };
+    let linux = spec.linux.as_ref().ok_or(Error::Missing("linux"))?;
+    spec.process.as_ref().ok_or(Error::Missing("process"))?;
+    let has = |kind: &str| {
+        let mut namespaces = linux.namespaces.iter();
+        namespaces.any(|namespace| namespace.r#type == kind)
+    };
+    if is_pod && !has("network") {
+        return impossible("hostNetwork", "the pod has a VM, whose network is its own");
+    }
+    if !has("pid") {
+        return impossible("hostPID", "the pod has a VM, whose processes are its own");
+    }
+    if !has("ipc") {
+        return impossible("hostIPC", "the pod has a VM, whose IPC is its own");
+    }
+    if has("user") {
+        return impossible("a user namespace", "the guest's agent makes none");
+    }
+    for device in &linux.devices {
+        check_device(device)?;
+    }
+    for mount in &spec.mounts {
+        if mount
+            .options
+            .iter()
+            .any(|option| option == "rshared" || option == "shared")
+        {
+            return Err(Error::Impossible {
+                what: format!("Bidirectional mount propagation of {}", mount.destination),
+                why: "what is mounted in the guest stays there",
+            });
+        }
+    }
+    Ok(())
+}
+
+/// Lets through the devices that the guest has as well.
+fn check_device(device: &LinuxDevice) -> Result<(), Error> {
+    // Memory and terminals, FUSE, tun: Linux, Documentation/admin-guide/devices.txt.
+    let known = matches!((device.major, device.minor), (1 | 5, _) | (10, 229 | 200));
+    if device.r#type == "c" && known {
+        return Ok(());
+    }
+    Err(Error::Impossible {
+        what: format!("device {}", device.path),
+        why: "the pod has a VM, which has none of the host's devices; for privileged containers \
+              set privileged_without_host_devices in containerd's configuration",
+    })
+}
+
+/// Whether the container wants the pid namespace of its pod.
+pub(crate) fn shares_pids(spec: &Spec) -> bool {
+    let namespaces = spec.linux.iter().flat_map(|linux| &linux.namespaces);
+    let mut pid = namespaces.filter(|namespace| namespace.r#type == "pid");
+    pid.any(|namespace| !namespace.path.is_empty())
+}
+
+/// The path of the network namespace that somebody made for the pod.
+pub(crate) fn network_namespace(spec: &Spec) -> Option<&Path> {
+    let mut namespaces = spec.linux.iter().flat_map(|linux| &linux.namespaces);
+    let network = namespaces.find(|namespace| namespace.r#type == "network")?;
+    (!network.path.is_empty()).then(|| Path::new(&network.path))
+}
+
+/// Makes it what the guest's agent is to know of it. Mounts are another matter.
+pub(crate) fn for_guest(spec: &mut Spec, id: &str, seccomp: bool) {
+    if spec
+        .hooks
+        .take()
+        .is_some_and(|hooks| hooks != Default::default())
+    {
+        log::warn!("{id}: hooks are for the host's containers, and are not run");
+    }
+    if let Some(root) = &mut spec.root {
+        root.path = format!("{GUEST_SHARED}/{id}/rootfs");
+    }
+    if let Some(process) = &mut spec.process {
+        process_for_guest(process);
+    }
+    let Some(linux) = &mut spec.linux else { return };
+    linux.mount_label.clear();
+    linux.intel_rdt = None;
+    if !seccomp && linux.seccomp.take().is_some() {
+        log::warn!("{id}: the guest's agent knows no seccomp, so its profile is left out");
+    }
+    let elsewhere = |kind: &str| matches!(kind, "network" | "time" | "pid" | "cgroup");
+    let namespaces = &mut linux.namespaces;
+    namespaces.retain(|namespace| !elsewhere(&namespace.r#type));
+    namespaces
+        .iter_mut()
+        .for_each(|namespace| namespace.path.clear());
+    // Hosts with cgroups of version 1 do without; the guest has version 2, where each container sees
+    // its own.
+    namespaces.push(LinuxNamespace {
+        r#type: "cgroup".into(),
+        path: String::new(),
+    });
+    if let Some(resources) = &mut linux.resources {
+        resources_for_guest(resources);
+    }
+}
+
+/// The host's security modules are not the guest's.
+pub(crate) fn process_for_guest(process: &mut Process) {
+    process.apparmor_profile.clear();
+    process.selinux_label.clear();
+}
+
+/// What is said of the host's devices, processors and packets is not for the guest.
+pub(crate) fn resources_for_guest(resources: &mut LinuxResources) {
+    resources.devices.clear();
+    resources.network = None;
+    resources.block_io = None;
+    resources.hugepage_limits.clear();
+    if let Some(cpu) = &mut resources.cpu {
+        cpu.cpus.clear();
+        cpu.mems.clear();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn spec(more: &str) -> Spec {
+        let json = format!(
+            r#"{{"ociVersion":"1.0.2","process":{{"args":["sh"],"capabilities":null}},
+            "linux":{{"namespaces":[{{"type":"pid"}},{{"type":"ipc"}},{{"type":"mount"}}]{more}}}}}"#
+        );
+        parse(json.as_bytes(), "it").unwrap()
+    }
+
+    fn with_network(more: &str) -> Spec {
+        let mut spec = spec(more);
+        let network = parse(br#"{"type":"network","path":"/run/netns/x"}"#, "it").unwrap();
+        spec.linux.as_mut().unwrap().namespaces.push(network);
+        spec
+    }
+
+    #[test]
+    fn what_a_vm_cannot_give_is_refused_by_its_name() {
+        let refused = |spec: &Spec| check(spec, true).unwrap_err().to_string();
+        assert!(refused(&spec("")).starts_with("hostNetwork is not possible"));
+        let mut host = with_network("");
+        let namespaces = &mut host.linux.as_mut().unwrap().namespaces;
+        namespaces.retain(|namespace| namespace.r#type != "pid");
+        assert!(refused(&host).starts_with("hostPID is not possible"));
+        let disk =
+            with_network(r#","devices":[{"path":"/dev/sda","type":"b","major":8,"minor":0}]"#);
+        assert!(refused(&disk).starts_with("device /dev/sda is not possible"));
+        check(&with_network(""), true).unwrap();
+        check(&spec(""), false).unwrap();
+    }
+
+    #[test]
+    fn a_container_is_its_sandboxes() {
+        let annotations = |kind: &str| {
+            BTreeMap::from([
+                (CONTAINER_TYPE.to_owned(), kind.to_owned()),
+                (SANDBOX_ID.to_owned(), "pod".to_owned()),
+            ])
+        };
+        assert_eq!(pod_of("c", &annotations("container")), "pod");
+        assert_eq!(pod_of("pod", &annotations("sandbox")), "pod");
+        assert_eq!(pod_of("alone", &BTreeMap::new()), "alone");
+    }
+
+    #[test]
+    fn json_fills_the_fields_that_proto_names_otherwise() {
+        let json = br#"{"linux":{"resources":{
+            "memory":{"limit":5,"disableOOMKiller":true},"blockIO":{"weight":7},
+            "hugepageLimits":[{"pageSize":"2MB","limit":3}],"pids":null},
+            "uidMappings":[{"containerID":1,"hostID":2,"size":3}],
+            "seccomp":{"defaultAction":"SCMP_ACT_ERRNO","syscalls":[
+                {"names":["read"],"action":"SCMP_ACT_ALLOW","errnoRet":null,
+                 "args":[{"index":1,"value":2,"valueTwo":3,"op":"SCMP_CMP_EQ"}]}]}}}"#;
+        let spec: Spec = parse(json, "it").unwrap();
+        let linux = spec.linux.unwrap();
+        let resources = linux.resources.unwrap();
+        assert!(resources.memory.unwrap().disable_oom_killer);
+        assert_eq!(resources.block_io.unwrap().weight, 7);
+        assert_eq!(resources.hugepage_limits[0].pagesize, "2MB");
+        assert_eq!(linux.uid_mappings[0].host_id, 2);
+        assert_eq!(linux.seccomp.unwrap().syscalls[0].args[0].value_two, 3);
+    }
+
+    #[test]
+    fn the_guest_is_told_only_what_is_its_own() {
+        let mut spec = with_network(
+            r#","resources":{"devices":[{"allow":false}],"cpu":{"cpus":"0-3","shares":5}}"#,
+        );
+        for_guest(&mut spec, "c", true);
+        let linux = spec.linux.unwrap();
+        let kinds: Vec<_> = linux
+            .namespaces
+            .iter()
+            .map(|namespace| &*namespace.r#type)
+            .collect();
+        assert_eq!(kinds, ["ipc", "mount", "cgroup"]);
+        let resources = linux.resources.unwrap();
+        assert!(resources.devices.is_empty());
+        let cpu = resources.cpu.unwrap();
+        assert_eq!((cpu.cpus.as_str(), cpu.shares), ("", 5));
+    }
+}

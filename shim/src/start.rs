@@ -1,0 +1,109 @@
+//! `start`: containerd wants to know where a container's shim answers. A pod's first container gets
+//! a new shim, the others that one.
+
+use std::fs;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd};
+use std::os::unix::fs::DirBuilderExt;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::SystemTime;
+
+use crate::arguments::Arguments;
+use crate::phases;
+use crate::place::Place;
+use crate::spec;
+use crate::teardown;
+
+/// Tells the shim that is to serve which descriptor it listens on.
+pub(crate) const LISTENER: &str = "PODVMM_SHIM_LISTENER";
+/// Tells it when it was asked for.
+pub(crate) const ASKED: &str = "PODVMM_SHIM_ASKED";
+
+/// Why there is no shim.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum Error {
+    #[error(transparent)]
+    Spec(#[from] spec::Error),
+    #[error("the pod {0} has no shim")]
+    NoPod(String),
+    #[error("the pod {0} has a shim already")]
+    Exists(String),
+    #[error("{act} {}", .path.display())]
+    Io {
+        act: &'static str,
+        path: PathBuf,
+        source: io::Error,
+    },
+}
+
+fn io_error<'a>(act: &'static str, path: &'a Path) -> impl Fn(io::Error) -> Error + 'a {
+    move |source| Error::Io {
+        act,
+        path: path.into(),
+        source,
+    }
+}
+
+/// Returns the address of the shim for the container that is described in `bundle`.
+pub(crate) fn start(arguments: &Arguments, bundle: &Path) -> Result<String, Error> {
+    let asked = SystemTime::now();
+    let spec = spec::read(bundle)?;
+    let pod = spec::pod_of(&arguments.id, &spec.annotations);
+    let place = Place::new(&arguments.address, &arguments.namespace, pod);
+    let socket = place.shim();
+    let is_there = UnixStream::connect(&socket).is_ok();
+    match (pod == arguments.id, is_there) {
+        (true, true) => return Err(Error::Exists(pod.into())),
+        (false, false) => return Err(Error::NoPod(pod.into())),
+        (false, true) => {}
+        (true, false) => {
+            if place.path().exists() {
+                // Of a pod whose shim was killed, and after which nobody cleaned up.
+                teardown::pod(&place);
+            }
+            if let Err(error) = spawn(arguments, bundle, &place, asked) {
+                teardown::pod(&place);
+                return Err(error);
+            }
+        }
+    }
+    let address = format!("unix://{}", socket.display());
+    // containerd looks there after it was started anew.
+    let file = bundle.join("address");
+    fs::write(&file, &address).map_err(io_error("write", &file))?;
+    Ok(address)
+}
+
+/// Starts the shim that serves, which goes on when this process has ended.
+fn spawn(
+    arguments: &Arguments,
+    bundle: &Path,
+    place: &Place,
+    asked: SystemTime,
+) -> Result<(), Error> {
+    let folder = place.path();
+    let mut private = fs::DirBuilder::new();
+    private.recursive(true).mode(0o700);
+    private.create(folder).map_err(io_error("make", folder))?;
+    let socket = place.shim();
+    let listener = UnixListener::bind(&socket).map_err(io_error("listen on", &socket))?;
+    let keep = rustix::io::FdFlags::empty();
+    rustix::io::fcntl_setfd(listener.as_fd(), keep)
+        .map_err(|errno| io_error("pass on", &socket)(errno.into()))?;
+    let program = std::env::current_exe().map_err(io_error("find", Path::new("/proc/self/exe")))?;
+    let mut command = Command::new(&program);
+    command
+        .args(arguments.to_serve())
+        .env(LISTENER, listener.as_raw_fd().to_string())
+        .env(ASKED, phases::to_text(asked))
+        // One heap for all threads: they are many, and each does little.
+        .env("MALLOC_ARENA_MAX", "1")
+        .current_dir(bundle)
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null());
+    command.spawn().map_err(io_error("start", &program))?;
+    Ok(())
+}

@@ -1,0 +1,79 @@
+//! Takes away what a pod has on the host, whoever made it: the shim at the end of its pod, or another
+//! that containerd starts when the shim is gone. Each step is done whatever became of the others.
+
+use std::fs;
+use std::path::Path;
+use std::thread;
+use std::time::Duration;
+
+use crate::place::Place;
+use crate::record::Record;
+use crate::{cgroup, mounts, network, vm};
+
+/// How long a VMM that was killed may take to be gone.
+const PATIENCE: Duration = Duration::from_secs(2);
+
+/// All of a pod. Its socket goes as well, so that nobody comes any more.
+pub(crate) fn pod(place: &Place) {
+    let record = Record::read(place);
+    complain(kill(&record));
+    if let Some(path) = &record.network {
+        disconnect(path);
+    }
+    complain(mounts::clear(&place.shared()));
+    for file in [place.api(), place.vsock(), place.record(), place.shim()] {
+        // Whoever made them may have taken them away.
+        let _ = fs::remove_file(file);
+    }
+    complain(fs::remove_dir(place.path()));
+    // Other pods of the same containerd have theirs beside it.
+    let above = place.path().ancestors().skip(1).take(2);
+    above.for_each(|folder| drop(fs::remove_dir(folder)));
+    cgroup::remove(&record.cgroups);
+}
+
+/// The VMM, if it lives, and waits for its end.
+fn kill(record: &Record) -> std::io::Result<()> {
+    let Some(pid) = record.living_vmm() else {
+        return Ok(());
+    };
+    let process = vm::Process::open(pid)?;
+    // It may have ended, and its number gone to another, before it was opened.
+    if record.living_vmm() == Some(pid) {
+        process.kill();
+        process.await_end(PATIENCE)?;
+    }
+    Ok(())
+}
+
+/// One container of a pod whose shim is gone.
+pub(crate) fn container(place: &Place, id: &str) {
+    // Its places go with the pod's.
+    complain(mounts::unmount_below(&place.shared().join(id)));
+}
+
+/// The interfaces of a namespace that is somebody else's.
+fn disconnect(path: &Path) {
+    // Often it is gone with its pod.
+    if !path.exists() {
+        return;
+    }
+    let result = thread::scope(|scope| {
+        let disconnect = || network::enter(Some(path)).and_then(|()| network::disconnect());
+        scope
+            .spawn(disconnect)
+            .join()
+            .expect("a panic ends the process")
+    });
+    if let Err(error) = result {
+        log::debug!("{}", api::chain(&error).join(": "));
+    }
+}
+
+fn complain(result: std::io::Result<()>) {
+    if let Err(error) = result
+        && error.kind() != std::io::ErrorKind::NotFound
+    {
+        log::warn!("clean up: {error}");
+    }
+}

@@ -1,0 +1,417 @@
+//! The pod's VM: a podvmm process of the shim's, in the pod's network namespace, driven over HTTP.
+
+use std::io::{self, BufRead, BufReader};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::mpsc::sync_channel;
+use std::sync::{Arc, Condvar, Mutex};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use api::http::{Client, ClientError};
+use rustix::process::{
+    Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal, set_parent_process_death_signal,
+};
+use serde_json::{Value, json};
+
+use crate::config::Config;
+use crate::network::{self, Link, Settings};
+use crate::place::Place;
+use crate::record::{Record, start_of};
+use crate::size::Size;
+
+const MIB: u64 = 1 << 20;
+/// How long podvmm may take to open its socket.
+const PATIENCE: Duration = Duration::from_secs(10);
+const STACK: usize = 256 << 10;
+/// The share's tag, and the vsock address of the guest, as the agent's protocol has them.
+const TAG: &str = "kataShared";
+const CID: u32 = 3;
+
+/// Why there is no VM.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum Error {
+    #[error("start {}", .path.display())]
+    Start { path: PathBuf, source: io::Error },
+    #[error("podvmm ended before it answered; its reason is in the log above")]
+    Ended,
+    #[error("podvmm: {act}")]
+    Api {
+        act: &'static str,
+        source: ClientError,
+    },
+    #[error(transparent)]
+    Network(#[from] network::Error),
+    #[error("write down what is to be cleaned up")]
+    Record(#[source] io::Error),
+    #[error("watch podvmm")]
+    Watch(#[source] io::Error),
+    #[error("start a thread")]
+    Thread(#[source] io::Error),
+}
+
+/// Whether the VM lives, and what waits for its end.
+#[derive(Debug, Default)]
+pub(crate) struct Life {
+    ended: Mutex<bool>,
+    end: Condvar,
+}
+
+impl Life {
+    pub(crate) fn has_ended(&self) -> bool {
+        *self.ended.lock().expect("a panic ends the process")
+    }
+
+    pub(crate) fn wait(&self) {
+        let mut ended = self.ended.lock().expect("a panic ends the process");
+        while !*ended {
+            ended = self.end.wait(ended).expect("a panic ends the process");
+        }
+    }
+
+    fn end(&self) {
+        *self.ended.lock().expect("a panic ends the process") = true;
+        self.end.notify_all();
+    }
+}
+
+/// A running VM. Dropping it does not end it: [`Vm::kill`] does.
+#[derive(Debug)]
+pub(crate) struct Vm {
+    pid: u32,
+    process: Process,
+    api: PathBuf,
+    pub(crate) life: Arc<Life>,
+    /// The address of the guest's interface that waits for an interface of the host's.
+    pub(crate) spare: Option<String>,
+}
+
+/// What a VM is made from.
+#[derive(Debug)]
+pub(crate) struct Plan<'a> {
+    pub(crate) config: &'a Config,
+    pub(crate) place: &'a Place,
+    pub(crate) size: Size,
+    /// The pod's; without one a new one is made.
+    pub(crate) network: Option<&'a Path>,
+}
+
+impl Vm {
+    /// Makes and boots it. What the guest's network is to be is returned too; `record` is told of
+    /// what would outlive the shim.
+    pub(crate) fn boot(plan: &Plan<'_>, record: &mut Record) -> Result<(Self, Settings), Error> {
+        let life = Arc::new(Life::default());
+        let (born, birth) = sync_channel(1);
+        let (podvmm, api, network, ends) = (
+            plan.config.podvmm.clone(),
+            plan.place.api(),
+            plan.network.map(Path::to_path_buf),
+            Arc::clone(&life),
+        );
+        record.network.clone_from(&network);
+        record.write(plan.place).map_err(Error::Record)?;
+        // The thread lives as long as the VM: when it goes, or the shim, the VM is killed.
+        let watch = move || {
+            let started = start(&podvmm, &api, network.as_deref());
+            let (child, started) = match started {
+                Ok((mut child, links, settings)) => {
+                    let pid = child.id();
+                    let process = Process::open(pid).map_err(Error::Watch);
+                    if process.is_err() {
+                        // Whoever cannot watch it does not have it.
+                        let _ = child.kill();
+                    }
+                    let started = process.map(|process| (pid, process, links, settings));
+                    (Some(child), started)
+                }
+                Err(error) => (None, Err(error)),
+            };
+            // Whoever asked has waited for it.
+            let _ = born.send(started);
+            if let Some(child) = child {
+                watch(child);
+            }
+            ends.end();
+        };
+        let thread = thread::Builder::new().name("vm".into()).stack_size(STACK);
+        thread.spawn(watch).map_err(Error::Thread)?;
+        let (pid, process, links, settings) = birth.recv().map_err(|_| Error::Ended)??;
+        record.vmm = start_of(pid).map(|started| (pid, started));
+        let spare = links.first().map(|link| link.mac.clone());
+        let vm = Self {
+            pid,
+            process,
+            api: plan.place.api(),
+            life,
+            spare: spare.filter(|_| plan.network.is_none()),
+        };
+        let made = record
+            .write(plan.place)
+            .map_err(Error::Record)
+            .and_then(|()| vm.make(plan, &links));
+        match made {
+            Ok(()) => Ok((vm, settings)),
+            Err(error) => {
+                vm.kill();
+                Err(error)
+            }
+        }
+    }
+
+    fn make(&self, plan: &Plan<'_>, links: &[Link]) -> Result<(), Error> {
+        let mut client = self.client()?;
+        let mut put =
+            |act: &'static str, path: &str, body: Option<Value>, fds: &[BorrowedFd<'_>]| {
+                let body = body.map(|body| body.to_string());
+                let path = format!("/api/v1/{path}");
+                let answer = client.call("PUT", &path, body.as_deref(), fds);
+                answer.map_err(|source| Error::Api { act, source })
+            };
+        put("make the VM", "vm.create", Some(definition(plan)), &[])?;
+        for Link { mac, tap } in links {
+            let net = json!({ "mac": mac });
+            put("add a network", "vm.add-net", Some(net), &[tap.as_fd()])?;
+        }
+        put("boot the VM", "vm.boot", None, &[])?;
+        Ok(())
+    }
+
+    /// Connects to podvmm, which may still be starting.
+    fn client(&self) -> Result<Client, Error> {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            match Client::connect(&self.api) {
+                Ok(client) => return Ok(client),
+                Err(_) if self.life.has_ended() => return Err(Error::Ended),
+                Err(source) if Instant::now() > deadline => {
+                    let act = "open its socket";
+                    return Err(Error::Api { act, source });
+                }
+                Err(_) => thread::sleep(Duration::from_micros(300)),
+            }
+        }
+    }
+
+    /// Tells podvmm how large the VM is to be. The guest follows when it can.
+    pub(crate) fn resize(&self, size: Size) -> Result<(), Error> {
+        let body = json!({
+            "desired_vcpus": size.vcpus,
+            "desired_ram": size.memory_mib * MIB,
+        });
+        let act = "resize the VM";
+        let mut client = self.client()?;
+        let answer = client.call("PUT", "/api/v1/vm.resize", Some(&body.to_string()), &[]);
+        answer
+            .map(drop)
+            .map_err(|source| Error::Api { act, source })
+    }
+
+    pub(crate) fn pid(&self) -> u32 {
+        self.pid
+    }
+
+    /// Ends it at once, and waits for that.
+    pub(crate) fn kill(&self) {
+        self.process.kill();
+        self.life.wait();
+    }
+}
+
+/// A process, whoever has its number later.
+#[derive(Debug)]
+pub(crate) struct Process(OwnedFd);
+
+impl Process {
+    pub(crate) fn open(pid: u32) -> io::Result<Self> {
+        let pid = i32::try_from(pid).ok().and_then(Pid::from_raw);
+        let pid = pid.ok_or(io::ErrorKind::InvalidInput)?;
+        Ok(Self(pidfd_open(pid, PidfdFlags::empty())?))
+    }
+
+    pub(crate) fn kill(&self) {
+        // One that has ended needs no signal.
+        let _ = pidfd_send_signal(&self.0, Signal::KILL);
+    }
+
+    /// Waits for its end, which its parent need not have heard of.
+    pub(crate) fn await_end(&self, timeout: Duration) -> io::Result<()> {
+        use rustix::event::{PollFd, PollFlags, Timespec, poll};
+        let timeout = Timespec {
+            tv_sec: timeout.as_secs().try_into().unwrap_or(i64::MAX),
+            tv_nsec: timeout.subsec_nanos().into(),
+        };
+        match poll(&mut [PollFd::new(&self.0, PollFlags::IN)], Some(&timeout))? {
+            0 => Err(io::Error::new(
+                io::ErrorKind::TimedOut,
+                "podvmm does not end",
+            )),
+            _ => Ok(()),
+        }
+    }
+}
+
+fn definition(plan: &Plan<'_>) -> Value {
+    let config = plan.config;
+    let most = config.most();
+    let mut cmdline = "podvmm.pod quiet panic=1 reboot=k console=ttyS0".to_owned();
+    let mut disks = Vec::new();
+    if let Some(image) = &config.image {
+        disks.push(json!({ "path": image, "readonly": true }));
+        cmdline.push_str(" root=/dev/vda ro");
+    }
+    if !config.kernel_params.is_empty() {
+        cmdline.push(' ');
+        cmdline.push_str(&config.kernel_params);
+    }
+    json!({
+        "payload": {
+            "kernel": config.kernel,
+            "initramfs": config.initramfs,
+            "cmdline": cmdline,
+        },
+        "cpus": {
+            "boot_vcpus": plan.size.vcpus,
+            "max_vcpus": most.vcpus.max(plan.size.vcpus),
+        },
+        "memory": {
+            "size": plan.size.memory_mib * MIB,
+            "hotplug_size": most.memory_mib.saturating_sub(plan.size.memory_mib)
+                .next_multiple_of(128) * MIB,
+        },
+        "balloon": { "size": 0, "deflate_on_oom": true, "free_page_reporting": true },
+        "disks": disks,
+        "fs": [{ "tag": TAG, "shared_dir": plan.place.shared() }],
+        "vsock": { "cid": CID, "socket": plan.place.vsock() },
+        "serial": { "mode": "Tty" },
+        "console": { "mode": "Off" },
+    })
+}
+
+/// Starts podvmm in the pod's network namespace, with its interfaces connected to taps.
+fn start(
+    podvmm: &Path,
+    api: &Path,
+    network: Option<&Path>,
+) -> Result<(Child, Vec<Link>, Settings), Error> {
+    network::enter(network)?;
+    let (links, settings) = match network {
+        Some(_) => network::connect()?,
+        None => (vec![network::prepare()?], Settings::default()),
+    };
+    let mut command = Command::new(podvmm);
+    command
+        .arg("--api-socket")
+        .arg(api)
+        .env_remove("MALLOC_ARENA_MAX")
+        .current_dir("/")
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped());
+    let die_with_shim = || Ok(set_parent_process_death_signal(Some(Signal::KILL))?);
+    // SAFETY: between fork and exec it makes one system call and allocates nothing.
+    unsafe { command.pre_exec(die_with_shim) };
+    let child = command.spawn().map_err(|source| Error::Start {
+        path: podvmm.into(),
+        source,
+    })?;
+    Ok((child, links, settings))
+}
+
+/// Puts what podvmm and the guest say into the log, and waits for the end.
+fn watch(mut child: Child) {
+    let guest = child.stdout.take().map(|lines| log_lines("guest", lines));
+    let vmm = child.stderr.take().map(|lines| log_lines("podvmm", lines));
+    match child.wait() {
+        Ok(status) if status.signal() == Some(libc::SIGKILL) => log::debug!("podvmm was killed"),
+        Ok(status) => log::info!("podvmm ended: {status}"),
+        Err(error) => log::error!("wait for podvmm: {error}"),
+    }
+    for thread in [guest, vmm].into_iter().flatten().flatten() {
+        let _ = thread.join();
+    }
+}
+
+/// How much of what others say is put into the log: a node's disk is not theirs to fill.
+struct Budget {
+    lines: f64,
+    last: Instant,
+}
+
+impl Budget {
+    /// At once.
+    const MOST: f64 = 500.0;
+    const PER_SECOND: f64 = 1.0;
+
+    fn new() -> Self {
+        Self {
+            lines: Self::MOST,
+            last: Instant::now(),
+        }
+    }
+
+    /// Whether there is room for one more line.
+    fn spend(&mut self) -> bool {
+        let more = self.last.elapsed().as_secs_f64() * Self::PER_SECOND;
+        self.last = Instant::now();
+        self.lines = (self.lines + more).min(Self::MOST);
+        if self.lines < 1.0 {
+            return false;
+        }
+        self.lines -= 1.0;
+        true
+    }
+}
+
+fn log_lines(
+    who: &'static str,
+    from: impl io::Read + Send + 'static,
+) -> Option<thread::JoinHandle<()>> {
+    let copy = move || {
+        // A guest may print what it likes, as long as it likes: no line is longer than this.
+        let mut reader = BufReader::with_capacity(1024, from);
+        let mut budget = Budget::new();
+        loop {
+            let line = match reader.fill_buf() {
+                Ok([]) | Err(_) => return,
+                Ok(bytes) => {
+                    let end = bytes.iter().position(|byte| *byte == b'\n');
+                    bytes[..end.map_or(bytes.len(), |end| end + 1)].to_vec()
+                }
+            };
+            reader.consume(line.len());
+            let text = String::from_utf8_lossy(&line);
+            let text = text.trim_end();
+            if !text.is_empty() && budget.spend() {
+                log::info!("{who}: {}", text.escape_debug());
+            }
+        }
+    };
+    let thread = thread::Builder::new().name(who.into()).stack_size(64 << 10);
+    thread.spawn(copy).ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_guest_says_does_not_fill_the_log() {
+        let mut budget = Budget::new();
+        let said = (0..100_000).filter(|_| budget.spend()).count();
+        assert!((500..600).contains(&said), "{said}");
+    }
+
+    #[test]
+    fn a_process_is_killed_and_its_end_awaited() {
+        let mut child = Command::new("sleep").arg("1000").spawn().unwrap();
+        let process = Process::open(child.id()).unwrap();
+        let late = process.await_end(Duration::from_millis(1)).unwrap_err();
+        assert_eq!(late.kind(), io::ErrorKind::TimedOut);
+        process.kill();
+        process.await_end(Duration::from_secs(10)).unwrap();
+        assert_eq!(child.wait().unwrap().signal(), Some(libc::SIGKILL));
+        process.kill();
+    }
+}
