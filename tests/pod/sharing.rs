@@ -4,9 +4,9 @@ use std::process::Command;
 
 use agent::protocol::agent::{
     AddArpNeighborsRequest, ArpNeighbors, CopyFileRequest, CreateContainerRequest, Empty,
-    GetMetricsRequest, Interfaces, ListInterfacesRequest, ListRoutesRequest, Metrics, Routes,
-    Storage, UpdateEphemeralMountsRequest, UpdateInterfaceRequest, UpdateRoutesRequest,
-    VolumeStatsRequest, VolumeStatsResponse,
+    Interfaces, ListInterfacesRequest, ListRoutesRequest, Routes, Storage,
+    UpdateEphemeralMountsRequest, UpdateInterfaceRequest, UpdateRoutesRequest, VolumeStatsRequest,
+    VolumeStatsResponse,
 };
 use agent::protocol::oci::Mount;
 use agent::protocol::types::{ArpNeighbor, Interface, IpAddress, IpFamily, Route};
@@ -276,15 +276,9 @@ pub(crate) fn volumes(agent: &Agent) {
 
 /// The agent is small.
 pub(crate) fn metrics(agent: &Agent) {
-    let Metrics { metrics } = agent.ask("GetMetrics", &GetMetricsRequest {}).unwrap();
-    let value = |name: &str| -> u64 {
-        let mut lines = metrics.lines().filter_map(|line| line.split_once(' '));
-        let (_, value) = lines.find(|(key, _)| *key == name).unwrap();
-        value.parse().unwrap()
-    };
-    let resident = value("podvmm_agent_resident_memory_bytes");
-    let threads = value("podvmm_agent_threads");
+    let resident = agent.figure("podvmm_agent_resident_memory_bytes");
+    let threads = agent.figure("podvmm_agent_threads");
     eprintln!("agent: {} KiB resident, {threads} threads", resident >> 10);
     assert!(resident <= RESIDENT_MIB << 20, "{resident}");
-    assert_eq!(value("podvmm_containers"), 0);
+    assert_eq!(agent.figure("podvmm_containers"), 0);
 }

@@ -1,6 +1,6 @@
 //! Linux in the guest: what is in it, and one at a time.
 
-use std::fs;
+use std::fs::{self, File};
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -8,15 +8,25 @@ use std::sync::{Mutex, MutexGuard, OnceLock};
 
 use tempfile::TempDir;
 
-/// Boots of one test program come one after the other: an emulated one keeps a processor busy.
-pub fn one_at_a_time() -> MutexGuard<'static, ()> {
+/// Boots come one after the other: an emulated one keeps a processor busy, and the host is compared
+/// before and after.
+pub fn one_at_a_time() -> Turn {
     static ONE_GUEST: Mutex<()> = Mutex::new(());
-    match ONE_GUEST.lock() {
+    let here = match ONE_GUEST.lock() {
         Ok(guard) => guard,
         // A test that failed does not fail the others.
         Err(poisoned) => poisoned.into_inner(),
-    }
+    };
+    let path = std::env::temp_dir().join("podvmm.lock");
+    let file = File::create(&path).expect("there is a temporary folder");
+    file.lock().expect("it is a file");
+    Turn(here, file)
 }
+
+/// Among this process's tests, and all of this host's.
+#[derive(Debug)]
+#[expect(dead_code, reason = "they are held, not used")]
+pub struct Turn(MutexGuard<'static, ()>, File);
 
 /// The folder with the guest's kernel, initramfs and root file system.
 pub fn folder() -> PathBuf {

@@ -4,9 +4,14 @@
 //! Tests need `/dev/kvm`. Where it is missing they fail and say so, unless
 //! `PODVMM_TESTS_WITHOUT_KVM=skip` is set.
 
+pub mod containerd;
+pub mod cri;
+pub mod ctr;
 pub mod guest;
 pub mod helper;
+pub mod host;
 pub mod network;
+pub mod node;
 pub mod payload;
 pub mod pod;
 pub mod podvmm;

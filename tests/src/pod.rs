@@ -8,9 +8,9 @@ use std::thread;
 use std::time::Duration;
 
 use agent::protocol::agent::{
-    CreateContainerRequest, Empty, ExecProcessRequest, ReadStreamRequest, ReadStreamResponse,
-    RemoveContainerRequest, SignalProcessRequest, StartContainerRequest, UpdateContainerRequest,
-    WaitProcessRequest, WaitProcessResponse,
+    CreateContainerRequest, Empty, ExecProcessRequest, GetMetricsRequest, Metrics,
+    ReadStreamRequest, ReadStreamResponse, RemoveContainerRequest, SignalProcessRequest,
+    StartContainerRequest, UpdateContainerRequest, WaitProcessRequest, WaitProcessResponse,
 };
 use agent::protocol::oci::{
     Linux, LinuxCapabilities, LinuxNamespace, LinuxResources, Mount, Process, Root, Spec,
@@ -47,6 +47,16 @@ impl Agent {
         request: &impl Message,
     ) -> Result<A, CallError> {
         self.0.call(AGENT_SERVICE, method, request, Some(PATIENCE))
+    }
+
+    /// One of the agent's own figures.
+    pub fn figure(&self, name: &str) -> u64 {
+        let answer = self.ask("GetMetrics", &GetMetricsRequest {});
+        let Metrics { metrics } = answer.expect("it tells its figures");
+        let mut lines = metrics.lines().filter_map(|line| line.split_once(' '));
+        let value = lines.find(|(key, _)| *key == name);
+        let value = value.and_then(|(_, value)| value.parse().ok());
+        value.unwrap_or_else(|| panic!("no {name} in {metrics}"))
     }
 
     pub fn create(&self, id: &str, spec: Spec) -> Result<Empty, CallError> {

@@ -31,24 +31,25 @@ pub fn binary() -> &'static Path {
     static BINARY: OnceLock<PathBuf> = OnceLock::new();
     BINARY.get_or_init(|| match std::env::var_os("PODVMM_BIN") {
         Some(path) => path.into(),
-        None => build(),
+        None => build("vmm", "podvmm"),
     })
 }
 
-/// A test executable lies in `target/<profile>/deps`, the binary one above.
-fn build() -> PathBuf {
+/// Builds a program of the workspace. A test executable lies in `target/<profile>/deps`, the program
+/// one above.
+pub(crate) fn build(package: &str, program: &str) -> PathBuf {
     let status = Command::new(env!("CARGO"))
-        .args(["build", "--quiet", "--package", "vmm", "--bin", "podvmm"])
+        .args(["build", "--quiet", "--package", package, "--bin", program])
         .current_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/.."))
         .status()
         .expect("cargo runs");
-    assert!(status.success(), "podvmm does not build");
+    assert!(status.success(), "{program} does not build");
     let tests = std::env::current_exe().expect("a test knows its own path");
     let profile = tests
         .ancestors()
         .nth(2)
         .expect("a test lies in target/<profile>/deps");
-    profile.with_file_name("debug").join("podvmm")
+    profile.with_file_name("debug").join(program)
 }
 
 /// A podvmm to be started.

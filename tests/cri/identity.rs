@@ -1,0 +1,134 @@
+//! Who a pod is: host name, hosts file, DNS, environment, namespaces.
+
+use std::fs;
+
+use tests::cri::config::{ContainerConfig, DnsConfig, KeyValue, NamespaceMode, PodSandboxConfig};
+use tests::node::{self, Node, Pod, step};
+
+pub(crate) fn prepare(config: &mut PodSandboxConfig) {
+    let words = |words: &[&str]| words.iter().map(|&word| word.to_owned()).collect();
+    config.hostname = "web-0".to_owned();
+    config.dns_config = Some(DnsConfig {
+        servers: words(&["198.51.100.53"]),
+        searches: words(&["default.svc.cluster.local", "svc.cluster.local"]),
+        options: words(&["ndots:5"]),
+    });
+    let sysctls = &mut config.linux.as_mut().unwrap().sysctls;
+    sysctls.insert("kernel.shm_rmid_forced".into(), "1".into());
+    sysctls.insert("net.ipv4.ip_unprivileged_port_start".into(), "77".into());
+    sysctls.insert("net.ipv4.ping_group_range".into(), "0 2000".into());
+}
+
+/// A container that prints to both streams, with an environment, and with the node's hosts file.
+pub(crate) fn container(node: &Node) -> ContainerConfig {
+    let hosts = node.folder().join("hosts");
+    fs::write(&hosts, "127.0.0.1 localhost\n192.0.2.7 registry.example\n").unwrap();
+    let mut config = node::container(
+        "one",
+        &[
+            "sh",
+            "-c",
+            "echo out of $COLOUR; echo err >&2; trap 'exit 0' TERM; while :; do sleep 1000 & wait $!; done",
+        ],
+    );
+    config.working_dir = "/tmp".to_owned();
+    config.envs.push(KeyValue {
+        key: "COLOUR".into(),
+        value: "green paint".into(),
+    });
+    config.mounts.push(node::mount(&hosts, "/etc/hosts"));
+    config
+}
+
+pub(crate) fn seen(node: &Node, one: &str, two: &str) {
+    assert_eq!(
+        node.sh(one, "hostname; echo $COLOUR; pwd"),
+        "web-0\ngreen paint\n/tmp"
+    );
+    assert_eq!(node.sh(two, "cat /etc/hostname"), "web-0");
+    let hosts = node.sh(one, "cat /etc/hosts");
+    assert!(hosts.contains("192.0.2.7 registry.example"), "{hosts}");
+    let dns = node.sh(two, "cat /etc/resolv.conf");
+    for line in [
+        "search default.svc.cluster.local svc.cluster.local",
+        "nameserver 198.51.100.53",
+        "options ndots:5",
+    ] {
+        assert!(
+            dns.lines().any(|found| found == line),
+            "{line} is not in {dns}"
+        );
+    }
+    let sysctls = node.sh(
+        two,
+        "cd /proc/sys; cat kernel/shm_rmid_forced net/ipv4/ip_unprivileged_port_start \
+         net/ipv4/ping_group_range",
+    );
+    assert_eq!(sysctls, "1\n77\n0\t2000");
+    processes_apart(node, one, two);
+    memory_shared(node, one, two);
+}
+
+fn processes_apart(node: &Node, one: &str, two: &str) {
+    for container in [one, two] {
+        let first = node.sh(container, "tr '\\0' ' ' < /proc/1/cmdline");
+        assert!(
+            first.starts_with("sh -c"),
+            "process 1 is the container's: {first}"
+        );
+    }
+}
+
+/// IPC is the pod's: what one container puts there, the other sees.
+fn memory_shared(node: &Node, one: &str, two: &str) {
+    node.sh(one, "echo from one > /dev/shm/note");
+    assert_eq!(
+        node.sh(two, "cat /dev/shm/note; rm /dev/shm/note"),
+        "from one"
+    );
+    let of = |container| {
+        node.sh(
+            container,
+            "cd /proc/self/ns; for kind in ipc net; do readlink $kind; done",
+        )
+    };
+    assert_eq!(of(one), of(two), "one namespace for both");
+    let pids = |container| node.sh(container, "readlink /proc/self/ns/pid");
+    assert_ne!(pids(one), pids(two), "one each");
+}
+
+/// As `shareProcessNamespace: true` has it.
+pub(crate) fn share_processes(config: &mut PodSandboxConfig) {
+    let security = node::pod_security(config);
+    let namespaces = security.namespace_options.as_mut().unwrap();
+    namespaces.pid = NamespaceMode::Pod as i32;
+}
+
+pub(crate) fn processes_shared(node: &Node, pod: &Pod) {
+    let shared = |name: &str, words: &[&str]| {
+        let mut config = node::container(name, words);
+        let security = node::security(&mut config);
+        security.namespace_options.as_mut().unwrap().pid = NamespaceMode::Pod as i32;
+        node.run(pod, &config)
+    };
+    let one = shared("sees", &["sleep", "1001"]);
+    let two = shared("seen", &["sleep", "1002"]);
+    step("processes are shared", || {
+        let all = node.sh(
+            &one,
+            "for p in /proc/[0-9]*; do tr '\\0' ' ' < $p/cmdline; echo; done",
+        );
+        for line in ["/pause", "sleep 1001", "sleep 1002"] {
+            assert!(all.contains(line), "{line} is not among {all}");
+        }
+        node.sh(
+            &one,
+            "kill -9 $(pidof sleep | tr ' ' '\\n' | sort -n | tail -n 1)",
+        );
+        assert_eq!(
+            node.ended(&two).exit_code,
+            137,
+            "one container killed the other's process"
+        );
+    });
+}

@@ -1,0 +1,305 @@
+//! Containers by ctr with a real containerd: each a pod of its own.
+//!
+//! `PODVMM_TEST_HANDLER=runc` holds the tests themselves to what runc does. Needs root.
+
+#![expect(clippy::unwrap_used, reason = "its steps are functions of their own")]
+
+use std::fs;
+use std::io::Write;
+use std::process::{Command, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+use tests::containerd::{Containerd, Ran};
+use tests::ctr::{Container, Events};
+use tests::guest;
+use tests::node::{Node, eventually, step};
+
+/// Runs `cases` on a node, which has to be clean afterwards.
+fn on_a_node(cases: impl FnOnce(&mut Node)) {
+    if tests::containerd::handler() == "podvmm" && !tests::podvmm::kvm_is_here() {
+        return;
+    }
+    let _one = guest::one_at_a_time();
+    let mut node = step("containerd", Node::start);
+    cases(&mut node);
+    step("end of containerd, the host compared", || node.end());
+}
+
+/// A command that ends by itself: streams, environment, folder, limits, kernel and status.
+#[test]
+fn a_command_has_its_streams_and_its_status() {
+    on_a_node(|node| {
+        let events = Events::of(&node.containerd);
+        let container = Container::new(node, "command");
+        let script = "uname -r; echo $COLOUR; pwd; hostname; head -n 1; echo oops >&2; exit 7";
+        // This ctr tells nobody that the input has ended.
+        let mut command = container.run(
+            &node.containerd,
+            &["--rm", "--env", "COLOUR=green paint", "--cwd", "/tmp"],
+            &["sh", "-c", script],
+        );
+        let ran = step("ctr run", || with_input(&mut command, b"from the host\n"));
+        let lines: Vec<_> = ran.stdout.lines().collect();
+        assert_eq!(ran.code, Some(7), "{ran:?}");
+        assert_eq!(lines[1..3], ["green paint", "/tmp"], "{ran:?}");
+        assert_eq!(lines[4..], ["from the host"], "{ran:?}");
+        assert_eq!(ran.stderr, "oops\n", "{ran:?}");
+        let own = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap();
+        assert_eq!(
+            lines[0] != own.trim(),
+            node.is_podvmm(),
+            "its kernel is {}",
+            lines[0]
+        );
+        events.in_order(container.id(), &["create", "start", "exit", "delete"]);
+        assert!(
+            events
+                .data(container.id(), "exit")
+                .contains("\"exit_status\":7"),
+            "{}",
+            events.text()
+        );
+    });
+}
+
+/// Starts a command, gives it all of its standard input, and waits for its end.
+fn with_input(command: &mut Command, input: &[u8]) -> Ran {
+    let command = command.stdin(Stdio::piped()).stdout(Stdio::piped());
+    let mut child = command.stderr(Stdio::piped()).spawn().unwrap();
+    child.stdin.take().unwrap().write_all(input).unwrap();
+    child.wait_with_output().unwrap().into()
+}
+
+/// A terminal, and the end by a signal that nothing can be done about.
+#[test]
+fn a_terminal_is_one() {
+    on_a_node(|node| {
+        let container = Container::new(node, "terminal");
+        let script =
+            "test -t 0 && test -t 1 && test -t 2 && echo terminal; echo oops >&2; kill -9 $$";
+        // Process 1 cannot be killed from within.
+        let script = format!("sh -c '{script}'; exit $?");
+        let command = container.run(&node.containerd, &["--rm", "--tty"], &["sh", "-c", &script]);
+        let ran = step("ctr run --tty", || on_a_terminal(&command));
+        assert_eq!(ran.code, Some(137), "{ran:?}");
+        assert!(
+            ran.stdout.replace('\r', "").contains("terminal\noops\n"),
+            "{ran:?}"
+        );
+    });
+}
+
+/// Runs a command with a terminal for its streams.
+fn on_a_terminal(command: &Command) -> Ran {
+    let words = [command.get_program()]
+        .into_iter()
+        .chain(command.get_args());
+    let words = words.map(|word| format!("'{}'", word.to_str().unwrap().replace('\'', "'\\''")));
+    let line = words.collect::<Vec<_>>().join(" ");
+    let output = Command::new("script")
+        .args(["--quiet", "--return", "--command", &line, "/dev/null"])
+        .stdin(Stdio::null())
+        .output();
+    output.expect("bsdutils is installed").into()
+}
+
+/// One that runs on, and all that can be done to it.
+#[test]
+fn a_container_that_runs_on() {
+    on_a_node(|node| {
+        let container = Container::new(node, "service");
+        let events = Events::of(&node.containerd);
+        let script =
+            "n=0; trap 'exit 9' TERM; while :; do n=$((n + 1)); echo $n > /tmp/n; sleep 1; done";
+        let cgroup = "type=cgroup,src=cgroup,dst=/sys/fs/cgroup,options=ro:nosuid:noexec:nodev";
+        let limits = [
+            "--memory-limit",
+            "67108864",
+            "--cpus",
+            "0.5",
+            "--mount",
+            cgroup,
+        ];
+        step("ctr run --detach", || {
+            container.start(&node.containerd, &limits, &["sh", "-c", script]);
+        });
+        exec(&node.containerd, &container);
+        limits_inside(&node.containerd, &container);
+        seen_from_outside(&node.containerd, &container);
+        paused(&node.containerd, &container);
+        events.in_order(container.id(), &["create", "start", "paused", "resumed"]);
+        refused_on_a_running_one(node, &container);
+        drop(events);
+        for signal in [libc::SIGTERM, libc::SIGKILL] {
+            step(
+                &format!("containerd restarts after signal {signal}"),
+                || {
+                    node.containerd.restart(signal);
+                },
+            );
+            let ran = container.exec(&node.containerd, &[], &["sh", "-c", "cat /tmp/n; exit 3"]);
+            assert_eq!(ran.code, Some(3), "it runs on: {ran:?}");
+        }
+        let events = Events::of(&node.containerd);
+        killed(&node.containerd, &container);
+        events.in_order(container.id(), &["exit", "delete"]);
+        let exit = events.data(container.id(), "exit");
+        assert!(
+            exit.contains("\"exit_status\":9"),
+            "what its handler says: {exit}"
+        );
+    });
+}
+
+fn exec(containerd: &Containerd, container: &Container) {
+    let ran = container.exec(
+        containerd,
+        &[],
+        &["sh", "-c", "echo out; echo err >&2; exit 11"],
+    );
+    let expected = Ran {
+        code: Some(11),
+        stdout: "out\n".into(),
+        stderr: "err\n".into(),
+    };
+    assert_eq!(ran, expected);
+    let as_other = ["--user", "1234:2345", "--cwd", "/tmp"];
+    let ran = container.exec(containerd, &as_other, &["sh", "-c", "id -u; id -g; pwd"]);
+    assert_eq!(ran.stdout, "1234\n2345\n/tmp\n", "{ran:?}");
+    let ran = container.exec(containerd, &[], &["/no/such/program"]);
+    assert_ne!(ran.code, Some(0));
+    assert!(
+        ran.stderr.contains("/no/such/program"),
+        "it says what is missing: {ran:?}"
+    );
+    let mut command = container.exec_command(
+        containerd,
+        &[],
+        &["sh", "-c", "head -c 1048576 | wc -c; exit 4"],
+    );
+    let ran = step("exec with 1 MiB of input", || {
+        with_input(&mut command, &[b'x'; 1 << 20])
+    });
+    assert_eq!(
+        (ran.code, ran.stdout.trim()),
+        (Some(4), "1048576"),
+        "{ran:?}"
+    );
+    let command = container.exec_command(containerd, &["--tty"], &["sh", "-c", "tty >&2; exit 5"]);
+    let ran = step("exec with a terminal", || on_a_terminal(&command));
+    assert_eq!(ran.code, Some(5), "{ran:?}");
+    assert!(
+        ran.stdout.contains("/dev/pts/") || ran.stdout.contains("/dev/console"),
+        "{ran:?}"
+    );
+}
+
+fn limits_inside(containerd: &Containerd, container: &Container) {
+    let script = "cd /sys/fs/cgroup; \
+         if [ -e memory.max ]; then cat memory.max cpu.max; \
+         else cat memory/memory.limit_in_bytes cpu/cpu.cfs_quota_us cpu/cpu.cfs_period_us; fi";
+    let ran = container.exec(containerd, &[], &["sh", "-c", script]);
+    let numbers: Vec<_> = ran.stdout.split_whitespace().collect();
+    assert_eq!(numbers, ["67108864", "50000", "100000"], "{ran:?}");
+}
+
+fn seen_from_outside(containerd: &Containerd, container: &Container) {
+    assert_eq!(container.state(containerd), "RUNNING");
+    let listed = containerd.ctr_must(&["tasks", "ps", container.id()]);
+    assert!(
+        listed.lines().count() >= 2,
+        "a title and its first process: {listed}"
+    );
+    let metrics = containerd.ctr_must(&["tasks", "metrics", "--format", "json", container.id()]);
+    let metrics: Value = serde_json::from_str(&metrics).unwrap();
+    let usage = &metrics["memory"]["usage"];
+    // The kernel's two kinds of cgroups have metrics of their own.
+    let usage = usage["usage"].as_u64().or_else(|| usage.as_u64());
+    assert!(usage.is_some_and(|bytes| bytes > 0), "{metrics}");
+    let id = container.id();
+    let names = containerd.ctr_must(&["containers", "ls", "--quiet"]);
+    assert!(names.lines().any(|name| name == id), "{names}");
+}
+
+fn paused(containerd: &Containerd, container: &Container) {
+    let count = || -> u32 {
+        let ran = container.exec(containerd, &[], &["cat", "/tmp/n"]);
+        ran.stdout.trim().parse().unwrap()
+    };
+    let start = Instant::now();
+    let before = count();
+    containerd.ctr_must(&["tasks", "pause", container.id()]);
+    assert_eq!(container.state(containerd), "PAUSED");
+    step("paused", || thread::sleep(Duration::from_secs(10)));
+    containerd.ctr_must(&["tasks", "resume", container.id()]);
+    assert_eq!(container.state(containerd), "RUNNING");
+    let counted = count() - before;
+    let seconds = start.elapsed().as_secs();
+    assert!(
+        u64::from(counted) + 9 <= seconds,
+        "it counts each second, but not those 10: {counted} in {seconds} s"
+    );
+    eventually("it counts on", || count() > before + counted);
+}
+
+fn refused_on_a_running_one(node: &Node, container: &Container) {
+    if !node.is_podvmm() {
+        return;
+    }
+    let ran = node
+        .containerd
+        .ctr(&["tasks", "checkpoint", container.id()]);
+    assert_ne!(ran.code, Some(0));
+    assert!(
+        ran.stderr.to_lowercase().contains("checkpoint"),
+        "it says what: {ran:?}"
+    );
+}
+
+fn killed(containerd: &Containerd, container: &Container) {
+    let id = container.id();
+    let id_of_exec = "to-be-killed";
+    let mut command = containerd.ctr_command(&["tasks", "exec", "--exec-id", id_of_exec, id]);
+    let mut exec = command.args(["sleep", "1000"]).spawn().unwrap();
+    eventually("the exec is killed", || {
+        let kill = [
+            "tasks",
+            "kill",
+            "--signal",
+            "KILL",
+            "--exec-id",
+            id_of_exec,
+            id,
+        ];
+        // It may not have started yet, or have ended since.
+        let _ = containerd.ctr(&kill);
+        exec.try_wait().unwrap().is_some()
+    });
+    assert_eq!(exec.wait().unwrap().code(), Some(137));
+    step("kill --signal TERM", || {
+        containerd.ctr_must(&["tasks", "kill", "--signal", "TERM", id]);
+        eventually("it ends", || container.state(containerd) == "STOPPED");
+    });
+    container.delete(containerd);
+}
+
+/// What a virtual machine cannot give is refused, and before it boots.
+#[test]
+fn the_hosts_network_is_refused() {
+    on_a_node(|node| {
+        if !node.is_podvmm() {
+            return;
+        }
+        let container = Container::new(node, "on-the-host");
+        let mut command = container.run(&node.containerd, &["--rm", "--net-host"], &["true"]);
+        let ran: Ran = step("ctr run --net-host", || command.output().unwrap()).into();
+        assert_ne!(ran.code, Some(0));
+        let message = ran.stderr.to_lowercase();
+        assert!(
+            message.contains("host") && message.contains("network"),
+            "it says why: {ran:?}"
+        );
+    });
+}

@@ -1,0 +1,187 @@
+//! Death in a pod's family: whoever is killed, at whatever time, containerd learns how the pod
+//! ended, and nothing of it is left on the host. Needs root.
+
+#![expect(clippy::unwrap_used, reason = "its steps are functions of their own")]
+
+use std::io::Read;
+use std::process::Stdio;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use tests::containerd::{Ran, handler};
+use tests::ctr::{Container, Events, signal};
+use tests::guest;
+use tests::host::Snapshot;
+use tests::node::{Node, eventually, step};
+
+/// A pod that has ended with its VM is said to have been killed.
+const KILLED: &str = "\"exit_status\":137";
+
+/// Longer than whoever cleans up takes.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// Runs `cases` on a node, which has to be clean afterwards.
+fn on_a_node(cases: impl FnOnce(&mut Node)) {
+    // runc has no VM that could die.
+    if handler() != "podvmm" || !tests::podvmm::kvm_is_here() {
+        return;
+    }
+    let _one = guest::one_at_a_time();
+    let mut node = step("containerd", Node::start);
+    cases(&mut node);
+    step("end of containerd, the host compared", || node.end());
+}
+
+/// Starts a container that sleeps.
+fn sleeping(node: &Node, name: &str, options: &[&str]) -> Container {
+    let container = Container::new(node, name);
+    step(&format!("ctr run {name}"), || {
+        container.start(&node.containerd, options, &["sleep", "1000"]);
+    });
+    container
+}
+
+/// Panics if the host has anything that it had not before, while containerd runs on.
+fn nothing_is_left(before: &Snapshot, what: &str) {
+    let left = before.difference_from_now(PATIENCE);
+    assert!(left.is_empty(), "{what} leaves:\n  {}", left.join("\n  "));
+}
+
+#[test]
+fn who_is_killed_leaves_nothing() {
+    on_a_node(|node| {
+        let before = Snapshot::take();
+        the_vmm(node);
+        nothing_is_left(&before, "the VMM's death");
+        the_guest(node);
+        nothing_is_left(&before, "the guest's death");
+        a_hung_guest(node);
+        nothing_is_left(&before, "a hung guest");
+        the_shim(node);
+        nothing_is_left(&before, "the shim's death");
+        while_it_boots(node);
+        nothing_is_left(&before, "a death while the guest boots");
+    });
+}
+
+fn the_vmm(node: &Node) {
+    let events = Events::of(&node.containerd);
+    let container = sleeping(node, "vmm", &[]);
+    let script = ["sh", "-c", "echo it runs; exec sleep 1000"];
+    let mut exec = container.exec_command(&node.containerd, &[], &script);
+    let mut exec = exec.stdout(Stdio::piped()).spawn().unwrap();
+    // Until it runs there is nobody to be told of its end.
+    let mut said = [0; 7];
+    exec.stdout.as_mut().unwrap().read_exact(&mut said).unwrap();
+    signal(container.vmm(), libc::SIGKILL);
+    has_ended(node, &container);
+    assert_eq!(exec.wait().unwrap().code(), Some(137));
+    container.delete(&node.containerd);
+    events.in_order(container.id(), &["create", "start", "exit", "delete"]);
+    assert!(events.data(container.id(), "exit").contains(KILLED));
+}
+
+/// The agent is the guest's first process, so it dies with the guest's kernel.
+fn the_guest(node: &Node) {
+    let events = Events::of(&node.containerd);
+    let container = sleeping(node, "guest", &["--cap-add", "CAP_SYS_ADMIN"]);
+    let crash = "mkdir /tmp/proc; mount -t proc proc /tmp/proc; echo c > /tmp/proc/sysrq-trigger";
+    container.exec(&node.containerd, &[], &["sh", "-c", crash]);
+    has_ended(node, &container);
+    container.delete(&node.containerd);
+    events.in_order(container.id(), &["create", "start", "exit", "delete"]);
+    assert!(events.data(container.id(), "exit").contains(KILLED));
+}
+
+/// One whose agent answers nothing any more, as its VMM is stopped.
+fn a_hung_guest(node: &Node) {
+    let container = sleeping(node, "hung", &[]);
+    signal(container.vmm(), libc::SIGSTOP);
+    let start = Instant::now();
+    step("kill a hung guest", || {
+        let kill = ["tasks", "kill", "--signal", "KILL", container.id()];
+        node.containerd.ctr_must(&kill);
+        has_ended(node, &container);
+        container.delete(&node.containerd);
+    });
+    let took = start.elapsed();
+    assert!(took < Duration::from_secs(8), "it took {took:?}");
+}
+
+fn the_shim(node: &Node) {
+    let events = Events::of(&node.containerd);
+    let container = sleeping(node, "shim", &[]);
+    let vmm = container.vmm();
+    signal(container.shim(&node.containerd), libc::SIGKILL);
+    eventually("the VMM goes with its shim", || !is_alive(vmm));
+    // containerd itself tells the end of a task whose shim is gone.
+    events.in_order(container.id(), &["create", "start", "exit", "delete"]);
+    assert!(events.data(container.id(), "exit").contains(KILLED));
+    forget(node, &container);
+}
+
+fn while_it_boots(node: &Node) {
+    for victim in ["vmm", "shim"] {
+        let container = Container::new(node, &format!("early-{victim}"));
+        let mut command = container.run(&node.containerd, &["--detach", "--null-io"], &["true"]);
+        let run = command.stderr(Stdio::piped()).spawn().unwrap();
+        eventually("there is a VMM", || !container.vmms().is_empty());
+        thread::sleep(Duration::from_secs(2));
+        match victim {
+            "vmm" => signal(container.vmm(), libc::SIGKILL),
+            _ => signal(container.shim(&node.containerd), libc::SIGKILL),
+        }
+        let ran: Ran = run.wait_with_output().unwrap().into();
+        assert_eq!(ran.code, Some(1), "{ran:?}");
+        if victim == "vmm" {
+            assert!(
+                ran.stderr.contains("the VM ended before"),
+                "it says why: {ran:?}"
+            );
+        }
+        forget(node, &container);
+    }
+}
+
+/// Both at once, so that only the next containerd can clean up.
+#[test]
+fn what_died_with_containerd_is_cleaned_up_by_the_next() {
+    on_a_node(|node| {
+        let before = Snapshot::take();
+        let container = sleeping(node, "orphan", &[]);
+        let shim = container.shim(&node.containerd);
+        node.containerd
+            .restart_after(libc::SIGKILL, || signal(shim, libc::SIGKILL));
+        eventually("its task is gone", || {
+            container.state(&node.containerd).is_empty()
+        });
+        forget(node, &container);
+        // Of the containerd that is another process now.
+        let left = before.difference_from_now(PATIENCE);
+        let left: Vec<_> = left
+            .iter()
+            .filter(|line| !line.contains(" containerd "))
+            .collect();
+        assert!(left.is_empty(), "{left:#?}");
+    });
+}
+
+fn has_ended(node: &Node, container: &Container) {
+    eventually("it has ended", || {
+        container.state(&node.containerd) == "STOPPED"
+    });
+}
+
+/// Takes away what ctr knows of a container without a task.
+fn forget(node: &Node, container: &Container) {
+    eventually("ctr forgets it", || {
+        let delete = ["containers", "delete", container.id()];
+        let ran = node.containerd.ctr(&delete);
+        ran.code == Some(0) || ran.stderr.contains("not found")
+    });
+}
+
+fn is_alive(pid: i32) -> bool {
+    // SAFETY: signal 0 asks only whether there is such a process.
+    unsafe { libc::kill(pid, 0) == 0 }
+}

@@ -1,0 +1,263 @@
+//! A containerd of the tests' own, which knows podvmm's shim, and ctr for it. Needs root.
+
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::sync::OnceLock;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use tempfile::{Builder, NamedTempFile, TempDir};
+
+use crate::host::{self, PREFIX};
+use crate::{guest, podvmm};
+
+/// The image that containers are made of.
+pub const BUSYBOX: &str = "docker.io/podvmm/busybox:1";
+
+/// The namespace of what CRI makes.
+pub const CRI: &str = "k8s.io";
+
+/// The runtime under test as CRI knows it: `PODVMM_TEST_HANDLER`, or podvmm.
+pub fn handler() -> String {
+    std::env::var("PODVMM_TEST_HANDLER").unwrap_or_else(|_| "podvmm".to_owned())
+}
+
+/// The runtime of a handler as ctr knows it.
+pub fn runtime(handler: &str) -> String {
+    format!("io.containerd.{handler}.v2")
+}
+
+/// A containerd that runs. Dropped, it and all that it started end.
+#[derive(Debug)]
+pub struct Containerd {
+    child: Child,
+    folder: TempDir,
+    log: NamedTempFile,
+}
+
+/// How a ctr ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Ran {
+    /// Exit code; None if a signal ended it.
+    pub code: Option<i32>,
+    /// Standard output.
+    pub stdout: String,
+    /// Standard error.
+    pub stderr: String,
+}
+
+impl From<Output> for Ran {
+    fn from(output: Output) -> Self {
+        Self {
+            code: output.status.code(),
+            stdout: String::from_utf8_lossy(&output.stdout).into_owned(),
+            stderr: String::from_utf8_lossy(&output.stderr).into_owned(),
+        }
+    }
+}
+
+impl Containerd {
+    /// Starts one in a new folder, with the images of tests in the namespaces of ctr and CRI.
+    pub fn start() -> Self {
+        host::need_root();
+        let folder = Builder::new().prefix(PREFIX).tempdir();
+        let folder = folder.expect("there is a temporary folder");
+        let log = NamedTempFile::new().expect("there is a temporary folder");
+        if handler() == "podvmm" {
+            write_config(&folder.path().join("podvmm.toml"));
+        }
+        let child = spawn(folder.path(), log.as_file());
+        let mut containerd = Self { child, folder, log };
+        containerd.wait_until_it_answers();
+        for namespace in ["default", CRI] {
+            for image in ["busybox.tar", "pause.tar"] {
+                let path = images().join(image).display().to_string();
+                containerd.ctr_must(&["-n", namespace, "images", "import", &path]);
+            }
+        }
+        containerd
+    }
+
+    pub fn socket(&self) -> PathBuf {
+        self.folder.path().join("containerd.sock")
+    }
+
+    /// All that is its own.
+    pub fn folder(&self) -> &Path {
+        self.folder.path()
+    }
+
+    /// What the runtime is to read, if it reads anything.
+    pub fn runtime_config(&self) -> Option<PathBuf> {
+        let path = self.folder().join("podvmm.toml");
+        path.exists().then_some(path)
+    }
+
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// What it and the shims have printed.
+    pub fn log(&self) -> String {
+        fs::read_to_string(self.log.path()).expect("the log is there")
+    }
+
+    /// ctr, to be given more arguments.
+    pub fn ctr_command(&self, arguments: &[&str]) -> Command {
+        let mut command = Command::new("ctr");
+        command.arg("--address").arg(self.socket()).args(arguments);
+        command.stdin(Stdio::null());
+        command
+    }
+
+    /// Runs ctr to its end.
+    pub fn ctr(&self, arguments: &[&str]) -> Ran {
+        let output = self.ctr_command(arguments).output();
+        output
+            .expect("containerd is installed; resources/test does that")
+            .into()
+    }
+
+    /// Runs ctr, which has to succeed, and gives what it prints.
+    pub fn ctr_must(&self, arguments: &[&str]) -> String {
+        let ran = self.ctr(arguments);
+        assert_eq!(ran.code, Some(0), "ctr {}: {ran:?}", arguments.join(" "));
+        ran.stdout
+    }
+
+    /// Ends it by `signal` and starts it again; what runs in shims runs on.
+    pub fn restart(&mut self, signal: i32) {
+        self.restart_after(signal, || ());
+    }
+
+    /// The same, with something done while there is none.
+    pub fn restart_after(&mut self, signal: i32, meanwhile: impl FnOnce()) {
+        self.signal(signal);
+        self.wait_for_its_end();
+        meanwhile();
+        let log = self.log.as_file();
+        self.child = spawn(self.folder.path(), log);
+        self.wait_until_it_answers();
+    }
+
+    /// A containerd that was asked to end may wait for somebody's call: it is given 10 s.
+    fn wait_for_its_end(&mut self) {
+        let deadline = Instant::now() + Duration::from_secs(10);
+        while self
+            .child
+            .try_wait()
+            .expect("it is a child of ours")
+            .is_none()
+        {
+            if Instant::now() > deadline {
+                eprintln!("containerd does not end when asked to: killed");
+                self.signal(libc::SIGKILL);
+            }
+            thread::sleep(Duration::from_millis(100));
+        }
+    }
+
+    fn signal(&self, signal: i32) {
+        let pid = i32::try_from(self.child.id()).expect("pids are positive");
+        // SAFETY: the child has not been waited for, so the pid is still its own.
+        assert_eq!(unsafe { libc::kill(pid, signal) }, 0);
+    }
+
+    fn wait_until_it_answers(&mut self) {
+        let deadline = Instant::now() + Duration::from_secs(60);
+        while self.ctr(&["version"]).code != Some(0) {
+            let ended = self.child.try_wait().expect("it is a child of ours");
+            assert!(
+                ended.is_none() && Instant::now() < deadline,
+                "containerd does not answer, {ended:?}: {}",
+                self.log()
+            );
+            thread::sleep(Duration::from_millis(100));
+        }
+    }
+}
+
+impl Drop for Containerd {
+    fn drop(&mut self) {
+        if thread::panicking() {
+            let log = self.log();
+            let lines = log.lines().filter(|line| !line.contains("level=info"));
+            let lines: Vec<_> = lines.collect();
+            let last = lines.len().saturating_sub(40);
+            eprintln!("containerd said:\n{}", lines[last..].join("\n"));
+        }
+        // It may have ended by itself.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        let mut clean = Command::new(script("containerd"));
+        clean.arg("--clean").arg(self.folder.path());
+        if handler() == "podvmm" {
+            clean.env("PODVMM_BIN_DIR", shim_folder());
+        }
+        let clean = clean.status();
+        if !clean.is_ok_and(|status| status.success()) {
+            eprintln!("resources/containerd --clean fails");
+        }
+    }
+}
+
+fn script(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("../resources")
+        .join(name)
+}
+
+fn spawn(folder: &Path, log: &File) -> Child {
+    let log = || log.try_clone().expect("there are file descriptors");
+    let mut command = Command::new(script("containerd"));
+    command
+        .arg(folder)
+        .stdin(Stdio::null())
+        .stdout(log())
+        .stderr(log());
+    if handler() == "podvmm" {
+        command.env("PODVMM_BIN_DIR", shim_folder());
+        command.env("PODVMM_CONFIG", folder.join("podvmm.toml"));
+    }
+    command.spawn().expect("resources/containerd is there")
+}
+
+/// What the shim is told of: the monitor and the guest.
+fn write_config(path: &Path) {
+    let guest = guest::folder();
+    let text = format!(
+        "podvmm = {:?}\nkernel = {:?}\ninitramfs = {:?}\n",
+        podvmm::binary(),
+        guest.join("vmlinux"),
+        guest.join("initramfs.cpio"),
+    );
+    fs::write(path, text).expect("the folder is writable");
+}
+
+/// The shim under test: `PODVMM_SHIM`, or the one cargo builds.
+pub fn shim() -> &'static Path {
+    static SHIM: OnceLock<PathBuf> = OnceLock::new();
+    SHIM.get_or_init(|| match std::env::var_os("PODVMM_SHIM") {
+        Some(path) => path.into(),
+        None => podvmm::build("shim", "containerd-shim-podvmm-v2"),
+    })
+}
+
+fn shim_folder() -> &'static Path {
+    shim().parent().expect("it lies in a folder")
+}
+
+/// The folder with the images, made if it is not there.
+fn images() -> &'static Path {
+    static IMAGES: OnceLock<PathBuf> = OnceLock::new();
+    IMAGES.get_or_init(|| {
+        let output = Command::new(script("images"))
+            .stderr(Stdio::inherit())
+            .output()
+            .expect("resources/images is there");
+        assert!(output.status.success(), "resources/images fails");
+        let printed = String::from_utf8_lossy(&output.stdout);
+        printed.lines().last().expect("it prints a folder").into()
+    })
+}
