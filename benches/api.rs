@@ -9,7 +9,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use api::http::Client;
-use benches::median;
+use benches::report::median;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 use tests::payload::Protocol;

@@ -6,16 +6,14 @@
 //! `PODVMM_UPDATE_README` set, the README's table is written from them.
 
 use std::fs;
-use std::path::Path;
 use std::time::Duration;
 
-use benches::{LinuxGuest, hello_kernel, median, peer, podvmm, time_to_first_byte};
-use serde_json::{Value, json};
+use benches::report::{machine, mebibytes, median, milliseconds, save, update};
+use benches::{LinuxGuest, hello_kernel, peer, podvmm, time_to_first_byte};
+use serde_json::json;
 
 const STARTS: usize = 40;
 const BOOTS: usize = 3;
-const TABLE_BEGIN: &str = "<!-- figures: begin -->\n";
-const TABLE_END: &str = "<!-- figures: end -->";
 
 /// A row of the table.
 struct Row {
@@ -90,7 +88,7 @@ fn main() {
     }
     let table = table(&rows);
     println!("{table}");
-    save(&json!({
+    let figures = json!({
         "machine": machine(),
         "start_us": microseconds(&ours),
         "peer": std::env::var("PODVMM_PEER").ok(),
@@ -98,9 +96,10 @@ fn main() {
         "ready_us": microseconds(&boots),
         "overhead_bytes": overheads,
         "binary_bytes": binary_bytes,
-    }));
+    });
+    save("figures", &figures);
     if std::env::var_os("PODVMM_UPDATE_README").is_some() {
-        update_readme(&table);
+        update("README.md", "figures", table);
     }
 }
 
@@ -115,59 +114,9 @@ fn table(rows: &[Row]) -> String {
     text
 }
 
-/// What the figures depend on.
-fn machine() -> String {
-    let cpuinfo = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    let cpu = cpuinfo
-        .lines()
-        .find_map(|line| line.strip_prefix("model name"));
-    let cpu = cpu.map_or("an unknown CPU", |name| {
-        name.trim_start_matches([' ', '\t', ':'])
-    });
-    let kernel = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
-    let version = kernel.split('-').next().unwrap_or_default().trim();
-    let cpus = std::thread::available_parallelism().map_or(0, usize::from);
-    let emulating = Path::new("/sys/module/kvm_pvm").exists();
-    let kvm = if emulating {
-        "an emulating KVM"
-    } else {
-        "hardware KVM"
-    };
-    format!("{cpu}, {cpus} CPUs, Linux {version}, {kvm}")
-}
-
-fn milliseconds(time: Duration) -> String {
-    format!("{:.1} ms", time.as_secs_f64() * 1e3)
-}
-
-fn mebibytes(bytes: u64) -> String {
-    let hundredths = bytes * 100 / (1 << 20);
-    format!("{}.{:02} MiB", hundredths / 100, hundredths % 100)
-}
-
 fn microseconds(times: &[Duration]) -> Vec<u64> {
     times
         .iter()
         .map(|time| u64::try_from(time.as_micros()).expect("runs take minutes"))
         .collect()
-}
-
-fn save(figures: &Value) {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/figures.json");
-    fs::write(&path, format!("{figures:#}\n")).expect("target can be written");
-    eprintln!("written to target/figures.json");
-}
-
-fn update_readme(table: &str) {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../README.md");
-    let readme = fs::read_to_string(&path).expect("there is a README");
-    let (before, rest) = readme
-        .split_once(TABLE_BEGIN)
-        .expect("the README marks its table");
-    let (_, after) = rest.split_once(TABLE_END).expect("and the end of it");
-    fs::write(
-        &path,
-        format!("{before}{TABLE_BEGIN}{table}{TABLE_END}{after}"),
-    )
-    .expect("the README can be written");
 }

@@ -1,7 +1,9 @@
 //! Measuring a VMM from outside: the time from the start of its process to what
 //! its guest does first, and the memory it takes.
 
-use std::fs;
+pub mod process;
+pub mod report;
+
 use std::io::{BufRead, BufReader, Read};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -114,21 +116,7 @@ impl LinuxGuest {
 
     /// Resident memory of the VMM without guest RAM, in bytes.
     pub fn overhead_bytes(&self) -> u64 {
-        let path = format!("/proc/{}/smaps", self.child.id());
-        let smaps = fs::read_to_string(path).expect("the VMM lives");
-        let mut in_ram = false;
-        let mut overhead = 0;
-        for line in smaps.lines() {
-            if let Some(start) = mapping_start(line) {
-                in_ram = self.ram.iter().any(|range| range.contains(&start));
-            } else if let Some(kib) = line.strip_prefix("Rss:")
-                && !in_ram
-            {
-                let kib = kib.trim().trim_end_matches(" kB");
-                overhead += kib.parse::<u64>().expect("smaps counts in kB") << 10;
-            }
-        }
-        overhead
+        process::resident_without(self.child.id(), &self.ram)
     }
 }
 
@@ -147,18 +135,4 @@ fn ram_range(line: &str) -> Option<std::ops::Range<u64>> {
     let (_, host) = rest.split_once("host address 0x")?;
     let start = u64::from_str_radix(host.trim(), 16).ok()?;
     Some(start..start + len.parse::<u64>().ok()?)
-}
-
-/// The first address of a mapping, from the line of smaps that begins it.
-fn mapping_start(line: &str) -> Option<u64> {
-    let (range, _) = line.split_once(' ')?;
-    let (start, _) = range.split_once('-')?;
-    u64::from_str_radix(start, 16).ok()
-}
-
-/// The middle of some measurements.
-pub fn median<T: Copy + Ord>(samples: &[T]) -> T {
-    let mut sorted = samples.to_vec();
-    sorted.sort_unstable();
-    sorted[sorted.len() / 2]
 }
