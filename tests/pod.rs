@@ -141,7 +141,7 @@ fn what_it_sees(agent: &Agent, host: &Path) {
         cat /proc/self/cgroup; ls -A /sys/firmware | wc -l; ls /dev | wc -l
         echo 1 2>/dev/null >/proc/sys/kernel/printk && echo wrote
         cat /proc/sys/net/ipv4/ip_unprivileged_port_start; ls /proc | grep -c '^[0-9]'
-        cat /proc/1/root/etc/greeting; ls /proc/self/fd | tr '\\n' ' '; exit 3";
+        cd /proc/1/root; cat etc/greeting; ls /proc/self/fd | tr '\\n' ' '; exit 3";
     let (out, err, status) = agent.run("sees", spec(script));
     let seen: Vec<_> = out.lines().collect();
     let expected = [
