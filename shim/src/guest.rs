@@ -3,7 +3,6 @@
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
-use std::thread;
 
 use agent::protocol::agent::{CreateContainerRequest, CreateSandboxRequest, Storage};
 use agent::protocol::oci::Spec;
@@ -84,12 +83,11 @@ impl Guest {
         let foretold = foretold(spec);
         let size = size::size(&config, [foretold].into_iter());
         let shared = Shared::make(place.shared())?;
-        let network = spec::network_namespace(spec).map(Path::to_path_buf);
         let plan = Plan {
             config: &config,
             place,
             size,
-            network: network.as_deref(),
+            network: spec::network_namespace(spec),
         };
         note("prepare");
         let (vm, settings) = Vm::boot(&plan, &mut record)?;
@@ -141,7 +139,7 @@ impl Guest {
     pub(crate) fn make(
         &self,
         id: &str,
-        spec: &mut Spec,
+        mut spec: Spec,
         rootfs: &[task::Mount],
         bundle: &Path,
     ) -> Result<(), Error> {
@@ -150,14 +148,14 @@ impl Guest {
             .as_ref()
             .map_or("rootfs", |root| root.path.as_str());
         self.shared.root(id, rootfs, &bundle.join(root))?;
-        let storages = self.shared.volumes(id, spec)?;
-        let sandbox_pidns = spec::shares_pids(spec);
-        spec::for_guest(spec, id, self.seccomp);
+        let storages = self.shared.volumes(id, &mut spec)?;
+        let sandbox_pidns = spec::shares_pids(&spec);
+        spec::for_guest(&mut spec, id, self.seccomp);
         let request = CreateContainerRequest {
             container_id: id.into(),
             exec_id: id.into(),
             storages,
-            oci: Some(spec.clone()),
+            oci: Some(spec),
             sandbox_pidns,
             ..CreateContainerRequest::default()
         };
@@ -188,15 +186,7 @@ impl Guest {
             return Ok(());
         }
         let namespace = PathBuf::from(format!("/proc/{}/ns/net", self.vm.pid()));
-        let connect = || {
-            network::enter(Some(&namespace))?;
-            network::connect_late(mac)
-        };
-        let found = thread::scope(|scope| {
-            let thread = thread::Builder::new().name("network".into());
-            let thread = thread.spawn_scoped(scope, connect).map_err(Error::Thread)?;
-            Ok::<_, Error>(thread.join().expect("a panic ends the process")?)
-        })?;
+        let found = network::within(&namespace, || network::connect_late(mac))?;
         match found {
             Some(settings) => self
                 .agent
@@ -211,12 +201,14 @@ impl Guest {
         self.has_sandbox && id == pod
     }
 
-    pub(crate) fn resize(&self, wanted: Size) -> Result<(), Error> {
+    /// Gives the VM that size, as far as it can have it; a smaller one only if it may shrink.
+    pub(crate) fn resize(&self, wanted: Size, may_shrink: bool) -> Result<(), Error> {
         let mut size = self.size.lock().expect("a panic ends the process");
+        let least = if may_shrink { self.booted } else { *size };
         // vCPUs stay: the protocol has no way to have the guest give one back first.
         let wanted = Size {
             vcpus: wanted.vcpus.max(size.vcpus),
-            memory_mib: wanted.memory_mib.max(self.booted.memory_mib),
+            memory_mib: wanted.memory_mib.max(least.memory_mib),
         };
         if *size == wanted {
             return Ok(());
@@ -244,9 +236,8 @@ pub(crate) fn leave(cgroup: &Cgroup) {
 
 /// What the pod will need: the kubelet says it with the sandbox; one container alone has it itself.
 fn foretold(spec: &Spec) -> Limits {
-    let of_pod = Limits::of_pod(spec);
     if spec::is_sandbox(spec) {
-        return of_pod;
+        return Limits::of_pod(spec);
     }
     let resources = spec
         .linux

@@ -9,6 +9,7 @@ use std::io;
 use std::net::IpAddr;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
+use std::thread;
 
 use agent::protocol::types::{ArpNeighbor, Interface, IpAddress, IpFamily, Route};
 use rustix::fs::{Mode, OFlags};
@@ -28,6 +29,8 @@ pub(crate) enum Error {
     Make(#[source] io::Error),
     #[error("{what}")]
     Netlink { what: String, source: io::Error },
+    #[error("start a thread")]
+    Thread(#[source] io::Error),
     #[error("make tap {name}")]
     Tap { name: String, source: io::Error },
 }
@@ -79,6 +82,19 @@ pub(crate) fn enter(path: Option<&Path>) -> Result<(), Error> {
     })
 }
 
+/// Does something in a network namespace, on a thread of its own.
+pub(crate) fn within<T: Send>(
+    path: &Path,
+    act: impl FnOnce() -> Result<T, Error> + Send,
+) -> Result<T, Error> {
+    thread::scope(|scope| {
+        let thread = thread::Builder::new().name("network".into());
+        let act = || enter(Some(path)).and_then(|()| act());
+        let thread = thread.spawn_scoped(scope, act).map_err(Error::Thread)?;
+        thread.join().expect("a panic ends the process")
+    })
+}
+
 /// Connects each interface of this thread's network namespace to a tap of its own.
 pub(crate) fn connect() -> Result<(Vec<Link>, Settings), Error> {
     let mut netlink = open()?;
@@ -105,7 +121,7 @@ pub(crate) fn connect() -> Result<(Vec<Link>, Settings), Error> {
 pub(crate) fn prepare() -> Result<Link, Error> {
     let name = format!("{TAP}0");
     let tap = tap::make(&name).map_err(|source| Error::Tap { name, source })?;
-    let mac = mac(&tap::random_mac());
+    let mac = api::MacAddr::random().to_string();
     Ok(Link { mac, tap })
 }
 

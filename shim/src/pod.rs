@@ -112,7 +112,7 @@ impl Pod {
             paths,
             config,
         } = creation;
-        let mut spec = spec::read(&bundle)?;
+        let spec = spec::read(&bundle)?;
         let is_pod = id == self.id;
         spec::check(&spec, is_pod)?;
         if self.containers().contains_key(&id) {
@@ -141,8 +141,8 @@ impl Pod {
         // So that the end of the VM is the end of it as well.
         self.containers().insert(id.clone(), Arc::clone(&container));
         let made = self
-            .resize()
-            .and_then(|()| guest.make(&id, &mut spec, &rootfs, &bundle));
+            .resize(true)
+            .and_then(|()| guest.make(&id, spec, &rootfs, &bundle));
         if let Err(error) = made {
             self.containers().remove(&id);
             guest.unmake(&id);
@@ -407,7 +407,7 @@ impl Pod {
         } else if let Ok(guest) = self.guest() {
             guest.unmake(id);
             // What it needed is the host's again.
-            if let Err(error) = self.resize() {
+            if let Err(error) = self.resize(true) {
                 log::warn!("{id}: {}", api::chain(&error).join(": "));
             }
         }
@@ -510,22 +510,21 @@ impl Pod {
         spec::resources_for_guest(&mut resources);
         let update = || -> Result<(), Error> {
             // What grows has room before it is used, what shrinks is used no more before it goes.
-            self.resize()?;
-            guest
-                .agent
-                .update(id, resources)
-                .map_err(asked("update the container"))
+            self.resize(false)?;
+            let updated = guest.agent.update(id, resources);
+            updated.map_err(asked("update the container"))?;
+            self.resize(true)
         };
         update().inspect_err(|_| {
             if before != after {
                 *container.limits.lock().expect("a panic ends the process") = before;
-                let _ = self.resize();
+                let _ = self.resize(true);
             }
         })
     }
 
     /// Gives the VM the size that its containers need.
-    fn resize(&self) -> Result<(), Error> {
+    fn resize(&self, may_shrink: bool) -> Result<(), Error> {
         let _changing = self.changing.lock().expect("a panic ends the process");
         let guest = self.guest()?;
         let containers: Vec<_> = self.containers().values().cloned().collect();
@@ -539,7 +538,7 @@ impl Pod {
         if limits.is_empty() {
             limits.push(guest.foretold);
         }
-        guest.resize(size::size(&guest.config, limits.into_iter()))
+        guest.resize(size::size(&guest.config, limits.into_iter()), may_shrink)
     }
 
     /// The host ends a VM as it would end the most dispensable of its containers.

@@ -3,7 +3,6 @@
 
 use std::fs;
 use std::path::Path;
-use std::thread;
 use std::time::Duration;
 
 use crate::place::Place;
@@ -16,16 +15,16 @@ const PATIENCE: Duration = Duration::from_secs(2);
 /// All of a pod. Its socket goes as well, so that nobody comes any more.
 pub(crate) fn pod(place: &Place) {
     let record = Record::read(place);
-    complain(kill(&record));
+    complain(&place.api(), kill(&record));
     if let Some(path) = &record.network {
         disconnect(path);
     }
-    complain(mounts::clear(&place.shared()));
+    complain(&place.shared(), mounts::clear(&place.shared()));
     for file in [place.api(), place.vsock(), place.record(), place.shim()] {
         // Whoever made them may have taken them away.
         let _ = fs::remove_file(file);
     }
-    complain(fs::remove_dir(place.path()));
+    complain(place.path(), fs::remove_dir(place.path()));
     // Other pods of the same containerd have theirs beside it.
     let above = place.path().ancestors().skip(1).take(2);
     above.for_each(|folder| drop(fs::remove_dir(folder)));
@@ -49,7 +48,8 @@ fn kill(record: &Record) -> std::io::Result<()> {
 /// One container of a pod whose shim is gone.
 pub(crate) fn container(place: &Place, id: &str) {
     // Its places go with the pod's.
-    complain(mounts::unmount_below(&place.shared().join(id)));
+    let folder = place.shared().join(id);
+    complain(&folder, mounts::unmount_below(&folder));
 }
 
 /// The interfaces of a namespace that is somebody else's.
@@ -58,22 +58,15 @@ fn disconnect(path: &Path) {
     if !path.exists() {
         return;
     }
-    let result = thread::scope(|scope| {
-        let disconnect = || network::enter(Some(path)).and_then(|()| network::disconnect());
-        scope
-            .spawn(disconnect)
-            .join()
-            .expect("a panic ends the process")
-    });
-    if let Err(error) = result {
+    if let Err(error) = network::within(path, network::disconnect) {
         log::debug!("{}", api::chain(&error).join(": "));
     }
 }
 
-fn complain(result: std::io::Result<()>) {
+fn complain(what: &Path, result: std::io::Result<()>) {
     if let Err(error) = result
         && error.kind() != std::io::ErrorKind::NotFound
     {
-        log::warn!("clean up: {error}");
+        log::warn!("clean up {}: {error}", what.display());
     }
 }

@@ -1,7 +1,6 @@
 //! Taps (Linux, Documentation/networking/tuntap.rst).
 
 use std::fs::{File, OpenOptions};
-use std::hash::{BuildHasher, RandomState};
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 
@@ -40,12 +39,4 @@ pub(super) fn make(name: &str) -> io::Result<OwnedFd> {
     } else {
         Err(io::Error::last_os_error())
     }
-}
-
-/// An address that nobody was given: locally administered.
-pub(super) fn random_mac() -> [u8; 6] {
-    // Keyed anew by the system each time.
-    let [first, rest @ ..] = RandomState::new().hash_one(()).to_le_bytes();
-    let [b, c, d, e, f, ..] = rest;
-    [first & 0xfc | 0x02, b, c, d, e, f]
 }

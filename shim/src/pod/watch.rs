@@ -19,6 +19,8 @@ const HEARTBEAT_PATIENCE: Duration = Duration::from_secs(30);
 
 /// Between a guest's words that it is out of memory.
 const OOM_PAUSE: Duration = Duration::from_millis(200);
+
+/// What goes on, on a thread of its own.
 type Watch = fn(&Pod, &Guest);
 
 impl Pod {
