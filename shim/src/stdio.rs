@@ -32,6 +32,8 @@ pub(crate) enum Error {
     Open { path: String, source: io::Error },
     #[error("stream {0}: only FIFOs and files are possible")]
     Scheme(String),
+    #[error("make what ends a process's input")]
+    Event(#[source] io::Error),
     #[error("start a stream's thread")]
     Thread(#[source] io::Error),
 }
@@ -65,7 +67,7 @@ impl Stdio {
         let stderr = given(&paths.stderr).filter(|_| !paths.terminal);
         Ok(Self {
             stdin: stdin.as_deref().map(input).transpose()?,
-            close: Arc::new(Close::new().map_err(Error::Thread)?),
+            close: Arc::new(Close::new().map_err(Error::Event)?),
             stdout: given(&paths.stdout).as_deref().map(output).transpose()?,
             stderr: stderr.as_deref().map(output).transpose()?,
         })

@@ -11,6 +11,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use api::http::{Client, ClientError};
+use api::route::PREFIX;
 use rustix::process::{
     Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal, set_parent_process_death_signal,
 };
@@ -165,7 +166,7 @@ impl Vm {
         let mut put =
             |act: &'static str, path: &str, body: Option<Value>, fds: &[BorrowedFd<'_>]| {
                 let body = body.map(|body| body.to_string());
-                let path = format!("/api/v1/{path}");
+                let path = format!("{PREFIX}{path}");
                 let answer = client.call("PUT", &path, body.as_deref(), fds);
                 answer.map_err(|source| Error::Api { act, source })
             };
@@ -202,7 +203,8 @@ impl Vm {
         });
         let act = "resize the VM";
         let mut client = self.client()?;
-        let answer = client.call("PUT", "/api/v1/vm.resize", Some(&body.to_string()), &[]);
+        let path = format!("{PREFIX}vm.resize");
+        let answer = client.call("PUT", &path, Some(&body.to_string()), &[]);
         answer
             .map(drop)
             .map_err(|source| Error::Api { act, source })
