@@ -15,7 +15,7 @@ use crate::size::Size;
 pub(crate) const DEFAULT_PATH: &str = "/etc/podvmm/config.toml";
 
 /// Below it a guest does not come up.
-const LEAST_MEMORY_MIB: u32 = 64;
+const LEAST_MEMORY_MIB: u64 = 64;
 
 /// How pods are made. Every key may be left out but those of the kernel and what it boots into.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
@@ -138,13 +138,12 @@ impl Config {
         if self.default_vcpus == 0 || self.default_vcpus > size.vcpus {
             return Some(format!("default_vcpus is 1 to {}", size.vcpus));
         }
-        if self.default_memory_mib + self.guest_overhead_mib < LEAST_MEMORY_MIB {
+        let memory = u64::from(self.default_memory_mib) + u64::from(self.guest_overhead_mib);
+        if !(LEAST_MEMORY_MIB..=size.memory_mib).contains(&memory) {
             return Some(format!(
-                "default_memory_mib and guest_overhead_mib are {LEAST_MEMORY_MIB} or more together"
+                "default_memory_mib and guest_overhead_mib are {LEAST_MEMORY_MIB} to {} together",
+                size.memory_mib
             ));
-        }
-        if u64::from(self.default_memory_mib) > size.memory_mib {
-            return Some(format!("default_memory_mib is at most {}", size.memory_mib));
         }
         if self.agent_timeout_s == 0 {
             return Some("agent_timeout_s is 1 or more".into());
@@ -231,6 +230,9 @@ mod tests {
         let refused = |more: &str| read(more).unwrap_err();
         assert!(refused("kernel_parms = 'x'").contains("unknown field `kernel_parms`"));
         assert!(refused("default_vcpus = 0").contains("default_vcpus is 1 to"));
+        for memory in ["default_memory_mib = 4294967295", "max_memory_mib = 100"] {
+            assert!(refused(memory).contains("are 64 to"), "{memory}");
+        }
         assert!(refused("image = '/dev/null'").contains("give initramfs or image"));
         assert!(
             refused("annotations = ['io.podvmm.kernel']").contains("there is no io.podvmm.kernel")

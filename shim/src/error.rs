@@ -60,13 +60,18 @@ impl From<Error> for Status {
             } => status.code,
             _ => Code::Unknown,
         };
-        Status::new(code, api::chain(&error).join(": "))
+        let why = api::chain(&error).join(": ");
+        // A guest may have said it, at any length.
+        Status::new(code, why.chars().take(LONGEST).collect::<String>())
     }
 }
 
 pub(crate) fn asked(act: &'static str) -> impl Fn(CallError) -> Error {
     move |source| Error::Agent { act, source }
 }
+
+/// Of a reason, in characters.
+pub(crate) const LONGEST: usize = 4096;
 
 /// An error unless the process is in that state.
 pub(crate) fn expect(process: &Process, what: &str, wanted: State) -> Result<(), Error> {

@@ -1,5 +1,7 @@
 //! From what the guest's agent says a container has used to what containerd is told.
 
+use std::collections::BTreeMap;
+
 use agent::protocol::agent::{BlkioStats, CgroupStats};
 
 use crate::protocol::figures::{Cpu, Hugetlb, Io, IoEntry, Memory, MemoryEvents, Metrics, Pids};
@@ -71,9 +73,9 @@ pub(crate) fn of_guest(stats: &CgroupStats) -> Metrics {
     }
 }
 
-/// One entry for each disk, of the entries for each kind of operation.
+/// One entry for each disk, of the entries for each kind of operation. They are of the guest's making.
 fn io(stats: &BlkioStats) -> Io {
-    let mut usage: Vec<IoEntry> = Vec::new();
+    let mut disks: BTreeMap<(u64, u64), IoEntry> = BTreeMap::new();
     let bytes = stats
         .io_service_bytes_recursive
         .iter()
@@ -83,25 +85,20 @@ fn io(stats: &BlkioStats) -> Io {
         .iter()
         .map(|entry| (entry, false));
     for (entry, is_bytes) in bytes.chain(counts) {
-        let same = |other: &IoEntry| (other.major, other.minor) == (entry.major, entry.minor);
-        let index = usage.iter().position(same).unwrap_or_else(|| {
-            usage.push(IoEntry {
-                major: entry.major,
-                minor: entry.minor,
-                ..IoEntry::default()
-            });
-            usage.len() - 1
-        });
-        let disk = &mut usage[index];
-        match (entry.op.to_ascii_lowercase().as_str(), is_bytes) {
-            ("read", true) => disk.rbytes += entry.value,
-            ("write", true) => disk.wbytes += entry.value,
-            ("read", false) => disk.rios += entry.value,
-            ("write", false) => disk.wios += entry.value,
-            _ => {}
-        }
+        let disk = disks.entry((entry.major, entry.minor)).or_default();
+        (disk.major, disk.minor) = (entry.major, entry.minor);
+        let sum = match (entry.op.to_ascii_lowercase().as_str(), is_bytes) {
+            ("read", true) => &mut disk.rbytes,
+            ("write", true) => &mut disk.wbytes,
+            ("read", false) => &mut disk.rios,
+            ("write", false) => &mut disk.wios,
+            _ => continue,
+        };
+        *sum = sum.saturating_add(entry.value);
     }
-    Io { usage }
+    Io {
+        usage: disks.into_values().collect(),
+    }
 }
 
 #[cfg(test)]
@@ -126,5 +123,21 @@ mod tests {
         assert_eq!(usage.len(), 2);
         assert_eq!((usage[0].rbytes, usage[0].wbytes, usage[0].rios), (5, 6, 1));
         assert_eq!((usage[1].minor, usage[1].wios), (16, 2));
+    }
+
+    #[test]
+    fn a_guest_says_any_number_of_any_disks() {
+        let entry = |minor: u64| BlkioStatsEntry {
+            major: 254,
+            minor: minor / 2,
+            op: "Read".into(),
+            value: u64::MAX,
+        };
+        let stats = BlkioStats {
+            io_service_bytes_recursive: (0..200_000_u64).map(entry).collect(),
+            ..BlkioStats::default()
+        };
+        let usage = io(&stats).usage;
+        assert_eq!((usage.len(), usage[0].rbytes), (100_000, u64::MAX));
     }
 }

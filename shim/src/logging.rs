@@ -5,6 +5,7 @@ use std::io::{self, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
+use crate::error::LONGEST;
 use log::{LevelFilter, Log, Metadata, Record};
 
 /// Where lines go.
@@ -51,7 +52,8 @@ impl Log for Lines {
             log::Level::Debug => "debug",
             log::Level::Trace => "trace",
         };
-        let text = record.args().to_string();
+        // A guest may have said it, at any length.
+        let text: String = record.args().to_string().chars().take(LONGEST).collect();
         let line = format!(
             "level={level} msg={text:?} pod={:?} runtime=podvmm\n",
             self.pod
