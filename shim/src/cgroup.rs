@@ -173,16 +173,11 @@ impl Cgroup {
                 current: number(path, "pids.current"),
                 limit: number(path, "pids.max"),
             }),
-            cpu: match place("cpuacct") {
-                Some((path, true)) => Some(cpu_v2(path)),
-                Some((path, false)) => Some(cpu_v1(path)),
-                None => None,
-            },
-            memory: match place("memory") {
-                Some((path, true)) => Some(memory_v2(path)),
-                Some((path, false)) => Some(memory_v1(path)),
-                None => None,
-            },
+            cpu: place("cpuacct").map(|(path, unified)| match unified {
+                true => cpu_v2(path),
+                false => cpu_v1(path),
+            }),
+            memory: place("memory").map(|(path, unified)| memory(path, unified)),
             io: None,
             hugetlb: Vec::new(),
             memory_events: place("memory").map(|(path, unified)| {
@@ -272,11 +267,31 @@ fn cpu_v1(path: &Path) -> Cpu {
     }
 }
 
-fn memory_v2(path: &Path) -> Memory {
-    let value = |key| entry(path, "memory.stat", key);
+/// The two versions have other names for the same things, but for swap, which the first has not apart.
+fn memory(path: &Path, unified: bool) -> Memory {
+    let [prefix, anon, file, current, max, peak] = if unified {
+        [
+            "",
+            "anon",
+            "file",
+            "memory.current",
+            "memory.max",
+            "memory.peak",
+        ]
+    } else {
+        [
+            "total_",
+            "rss",
+            "cache",
+            "memory.usage_in_bytes",
+            "memory.limit_in_bytes",
+            "memory.max_usage_in_bytes",
+        ]
+    };
+    let value = |key: &str| entry(path, "memory.stat", &format!("{prefix}{key}"));
     Memory {
-        anon: value("anon"),
-        file: value("file"),
+        anon: value(anon),
+        file: value(file),
         shmem: value("shmem"),
         inactive_anon: value("inactive_anon"),
         active_anon: value("active_anon"),
@@ -284,30 +299,11 @@ fn memory_v2(path: &Path) -> Memory {
         active_file: value("active_file"),
         pgfault: value("pgfault"),
         pgmajfault: value("pgmajfault"),
-        usage: number(path, "memory.current"),
-        usage_limit: number(path, "memory.max"),
+        usage: number(path, current),
+        usage_limit: number(path, max),
         swap_usage: number(path, "memory.swap.current"),
         swap_limit: number(path, "memory.swap.max"),
-        max_usage: number(path, "memory.peak"),
-        ..Memory::default()
-    }
-}
-
-fn memory_v1(path: &Path) -> Memory {
-    let value = |key: &str| entry(path, "memory.stat", &format!("total_{key}"));
-    Memory {
-        anon: value("rss"),
-        file: value("cache"),
-        shmem: value("shmem"),
-        inactive_anon: value("inactive_anon"),
-        active_anon: value("active_anon"),
-        inactive_file: value("inactive_file"),
-        active_file: value("active_file"),
-        pgfault: value("pgfault"),
-        pgmajfault: value("pgmajfault"),
-        usage: number(path, "memory.usage_in_bytes"),
-        usage_limit: number(path, "memory.limit_in_bytes"),
-        max_usage: number(path, "memory.max_usage_in_bytes"),
+        max_usage: number(path, peak),
         ..Memory::default()
     }
 }
@@ -341,5 +337,28 @@ mod tests {
         };
         assert_eq!(roots(&format!("{v1}{v2}")), ["/sys/fs/cgroup/memory"]);
         assert_eq!(roots(v2), ["/sys/fs/cgroup/unified"]);
+    }
+
+    #[test]
+    fn figures_are_found_by_either_versions_names() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path();
+        for (file, text) in [
+            (
+                "memory.stat",
+                "anon 1\nrss 2\ntotal_rss 3\ntotal_shmem 4\nshmem 5\n",
+            ),
+            ("memory.current", "6\n"),
+            ("memory.max", "max\n"),
+            ("memory.usage_in_bytes", "7\n"),
+        ] {
+            fs::write(path.join(file), text).unwrap();
+        }
+        let seen = |unified| {
+            let memory = memory(path, unified);
+            (memory.anon, memory.shmem, memory.usage, memory.usage_limit)
+        };
+        assert_eq!(seen(true), (1, 5, 6, u64::MAX));
+        assert_eq!(seen(false), (3, 4, 7, 0));
     }
 }

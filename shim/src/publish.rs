@@ -5,7 +5,7 @@ use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread;
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, SystemTime};
 
 use agent::ttrpc::{CallError, Client};
 
@@ -76,7 +76,7 @@ fn tell(messages: &Receiver<Message>, socket: &PathBuf, namespace: &str) {
                 event: Some(event),
             }),
         };
-        let mut missed: Option<Instant> = None;
+        let mut missed = false;
         loop {
             let answer = match &client {
                 Some(client) => client.call(SERVICE, "Forward", &request, Some(PATIENCE)),
@@ -89,12 +89,13 @@ fn tell(messages: &Receiver<Message>, socket: &PathBuf, namespace: &str) {
                     break;
                 }
                 Err(error) => {
-                    if missed.is_none() && client.is_some() {
+                    if !missed && client.is_some() {
                         log::info!("{topic} waits for containerd: {error}");
                     }
-                    if missed.replace(Instant::now()).is_some() {
+                    if missed {
                         thread::sleep(PAUSE);
                     }
+                    missed = true;
                     client = UnixStream::connect(socket).and_then(Client::new).ok();
                 }
             }

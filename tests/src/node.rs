@@ -129,6 +129,11 @@ impl Node {
             ..
         } = self;
         drop(cri);
+        // Before anybody cleans up: what was removed has nobody left.
+        let socket = containerd.socket().display().to_string();
+        eventually("shims end with their pods", || {
+            processes_with(&["containerd-shim-", &socket]).is_empty()
+        });
         drop(containerd);
         drop(folder);
         drop(cgroup);
