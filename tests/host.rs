@@ -100,7 +100,7 @@ fn a_mount_is_seen_even_on_another() {
     let point = folder.path().display().to_string();
     run(&format!("mount -t tmpfs none {point}"));
     seen(
-        &format!("mount {point} tmpfs x2"),
+        &format!("mount {point} tmpfs 2"),
         || run(&format!("mount -t tmpfs none {point}")),
         |()| run(&format!("umount {point}")),
     );

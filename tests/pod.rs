@@ -354,6 +354,8 @@ fn streams_and_signals(agent: &Agent) {
         (out.as_str(), err.as_str(), status),
         ("typed\n", "ended\n", 137)
     );
+    let late = agent.exec("streams", "late", shell("true"));
+    assert_eq!(refusal(late).1, "the container has ended");
     agent.remove("streams");
 }
 

@@ -38,6 +38,9 @@ pub(crate) enum Error {
     /// What the process itself said.
     #[error("{0}")]
     Process(String),
+    /// Nothing can be started in it any more.
+    #[error("the container has ended")]
+    Ended,
     #[error("{0} is missing")]
     Missing(&'static str),
     #[error("{kind} hook {path}: no hooks are run in a guest")]
@@ -115,6 +118,10 @@ impl Container {
         process: oci::Process,
         reaper: &Reaper,
     ) -> Result<(), Error> {
+        // Its number may be another container's by now.
+        if self.first.end.is_known() {
+            return Err(Error::Ended);
+        }
         let launch = Launch {
             spec: None,
             process: Some(process),

@@ -89,8 +89,8 @@ impl Shared {
             let bound = rustix::mount::mount_bind_recursive(root, &place);
             bound.map_err(|errno| failed(&root.display().to_string(), errno.into()))?;
         }
-        let private = MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC;
-        let changed = rustix::mount::mount_change(&place, private);
+        let propagation = MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC;
+        let changed = rustix::mount::mount_change(&place, propagation);
         changed.map_err(|errno| failed("its propagation", errno.into()))
     }
 

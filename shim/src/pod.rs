@@ -228,6 +228,7 @@ impl Pod {
         let container = self.container(id)?;
         let process = self.process(id, exec_id)?;
         let guest = self.guest()?;
+        expect(&container.first, id, State::Running)?;
         expect(&process, exec_id, State::Created)?;
         let stdio = Stdio::open(&process.paths)?;
         let spec = process.spec.clone().unwrap_or_default();

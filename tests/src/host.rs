@@ -6,7 +6,7 @@
 //! On a host with other work, `PODVMM_HOST_IGNORE` names parts of lines to leave out, separated by
 //! commas.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -187,21 +187,15 @@ fn mountinfo() -> Vec<(String, String)> {
 }
 
 fn mounts() -> Vec<String> {
-    let mut lines: Vec<_> = mountinfo()
-        .into_iter()
-        .map(|(point, kind)| format!("mount {point} {kind}"))
-        .collect();
     // One place may be mounted on more than once.
-    lines.sort();
-    let mut times = 0;
-    for at in 1..lines.len() {
-        let again = lines[at] == lines[at - 1].split(" x").next().unwrap_or_default();
-        times = if again { times + 1 } else { 0 };
-        if again {
-            lines[at] = format!("{} x{}", lines[at], times + 1);
-        }
+    let mut times = BTreeMap::new();
+    for mount in mountinfo() {
+        *times.entry(mount).or_insert(0) += 1;
     }
-    lines
+    let numbered = times.into_iter().flat_map(|((point, kind), times)| {
+        (1..=times).map(move |time| format!("mount {point} {kind} {time}"))
+    });
+    numbered.collect()
 }
 
 /// Namespaces with a name, and what is in them and in the host's own.
