@@ -8,7 +8,7 @@
 //!
 //! Each architecture offers the same names; this file re-exports those of the
 //! one being built for.
-#![forbid(unsafe_code)]
+#![deny(unsafe_code)]
 
 pub mod ram;
 

@@ -6,10 +6,13 @@ use kvm_bindings::{CpuId, kvm_cpuid_entry2};
 /// Leaf 1, EBX: logical processors and initial APIC id.
 const EBX_CLFLUSH_MASK: u32 = 0x0000_ffff;
 /// Leaf 1, ECX: TSC deadline timer and "runs under a hypervisor".
+const ECX_VMX: u32 = 1 << 5;
 const ECX_TSC_DEADLINE: u32 = 1 << 24;
 const ECX_HYPERVISOR: u32 = 1 << 31;
 /// Leaf 1, EDX: more than one logical processor per package.
 const EDX_HTT: u32 = 1 << 28;
+/// Leaf 0x8000_0001, ECX.
+const ECX_SVM: u32 = 1 << 2;
 /// Topology level types of leaf 0xb and 0x1f (Intel SDM, CPUID leaf 0BH).
 const LEVEL_SMT: u32 = 1;
 const LEVEL_CORE: u32 = 2;
@@ -25,6 +28,8 @@ pub fn for_vcpu(supported: &CpuId, index: u8, count: u8) -> CpuId {
             0x1 => {
                 entry.ebx = (entry.ebx & EBX_CLFLUSH_MASK) | (count << 16) | (apic_id << 24);
                 entry.ecx |= ECX_TSC_DEADLINE | ECX_HYPERVISOR;
+                // A pod has no use for VMs of its own, which a snapshot would not keep.
+                entry.ecx &= !ECX_VMX;
                 if count > 1 {
                     entry.edx |= EDX_HTT;
                 } else {
@@ -36,6 +41,7 @@ pub fn for_vcpu(supported: &CpuId, index: u8, count: u8) -> CpuId {
             // every guest is not one a sandbox should pass on.
             0xa => (entry.eax, entry.ebx, entry.ecx, entry.edx) = (0, 0, 0, 0),
             0xb | 0x1f => set_topology_level(entry, apic_id, count),
+            0x8000_0001 => entry.ecx &= !ECX_SVM,
             0x8000_0008 => {
                 entry.ecx = (entry.ecx & !0xf0ff) | (apic_id_bits(count) << 12) | (count - 1)
             }
@@ -49,6 +55,51 @@ pub fn for_vcpu(supported: &CpuId, index: u8, count: u8) -> CpuId {
         }
     }
     cpuid
+}
+
+/// Leaves and subleaves whose registers are a bit for each feature: EAX, EBX, ECX, EDX.
+const FEATURES: [(u32, u32, [bool; 4]); 10] = [
+    (0x1, 0, [false, false, true, true]),
+    (0x7, 0, [false, true, true, true]),
+    (0x7, 1, [true, true, true, true]),
+    (0xd, 0, [true, false, false, true]),
+    (0xd, 1, [true, false, true, true]),
+    (0x4000_0001, 0, [true, false, false, false]),
+    (0x8000_0001, 0, [false, false, true, true]),
+    (0x8000_0007, 0, [false, false, false, true]),
+    (0x8000_0008, 0, [false, true, false, false]),
+    (0x8000_0021, 0, [true, false, false, false]),
+];
+
+/// What a guest that was started where KVM supported `needed` may rely on and KVM does not support
+/// here, in words.
+pub fn missing(needed: &CpuId, here: &CpuId) -> Option<String> {
+    let leaf = |cpuid: &CpuId, function, index| {
+        let entries = cpuid.as_slice().iter();
+        let mut entries = entries.filter(|entry| entry.function == function);
+        let entry = entries.find(|entry| entry.index == index);
+        entry.map_or([0; 4], |entry| [entry.eax, entry.ebx, entry.ecx, entry.edx])
+    };
+    let vendor = |cpuid: &CpuId| {
+        let [_, b, c, d] = leaf(cpuid, 0, 0);
+        let text: Vec<u8> = [b, d, c].into_iter().flat_map(u32::to_le_bytes).collect();
+        text.escape_ascii().to_string()
+    };
+    if vendor(needed) != vendor(here) {
+        return Some(format!("a CPU of {}", vendor(needed)));
+    }
+    for (function, index, registers) in FEATURES {
+        let (needed, here) = (leaf(needed, function, index), leaf(here, function, index));
+        for (at, register) in ["EAX", "EBX", "ECX", "EDX"].into_iter().enumerate() {
+            let lacking = needed[at] & !here[at];
+            if registers[at] && lacking != 0 {
+                return Some(format!(
+                    "CPU features (CPUID leaf {function:#x}.{index} {register}, bits {lacking:#x})"
+                ));
+            }
+        }
+    }
+    None
 }
 
 /// Bits of an APIC id that number the cores of the package.
@@ -180,6 +231,43 @@ mod tests {
             4,
         );
         assert_eq!((l3.eax >> 14, l1.eax >> 14), (3, 0));
+    }
+
+    #[test]
+    fn virtualization_is_hidden() {
+        let ecx = u32::MAX;
+        let vmx = adapted(kvm_cpuid_entry2 { ecx, ..leaf(1, 0) }, 0, 1);
+        let svm = adapted(
+            kvm_cpuid_entry2 {
+                ecx,
+                ..leaf(0x8000_0001, 0)
+            },
+            0,
+            1,
+        );
+        assert_eq!((vmx.ecx, svm.ecx), (!(1 << 5), !(1 << 2)));
+    }
+
+    #[test]
+    fn what_another_cpu_lacks_is_named() {
+        let cpu = |vendor, edx| {
+            let vendor = kvm_cpuid_entry2 {
+                ebx: vendor,
+                ..leaf(0, 0)
+            };
+            CpuId::from_entries(&[vendor, kvm_cpuid_entry2 { edx, ..leaf(7, 0) }]).unwrap()
+        };
+        let amd = u32::from_le_bytes(*b"Auth");
+        assert_eq!(missing(&cpu(amd, 1), &cpu(amd, 3)), None);
+        assert_eq!(
+            missing(&cpu(amd, 6), &cpu(amd, 3)).unwrap(),
+            "CPU features (CPUID leaf 0x7.0 EDX, bits 0x4)"
+        );
+        let other = missing(&cpu(amd, 0), &cpu(0, 0)).unwrap();
+        assert_eq!(
+            other,
+            "a CPU of Auth\\x00\\x00\\x00\\x00\\x00\\x00\\x00\\x00"
+        );
     }
 
     #[test]

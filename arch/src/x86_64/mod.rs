@@ -7,5 +7,7 @@ pub mod irqchip;
 pub mod layout;
 pub mod mptable;
 pub mod msr;
+mod raw;
 pub mod regs;
+pub mod state;
 pub mod vcpu;

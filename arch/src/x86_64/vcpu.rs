@@ -1,10 +1,11 @@
 //! A vCPU as the kernel first finds it.
 
-use kvm_bindings::{CpuId, kvm_lapic_state};
+use kvm_bindings::CpuId;
 use kvm_ioctls::VcpuFd;
 use thiserror::Error;
 
 use super::boot::Entry;
+use super::state::StateError;
 use super::{cpuid, msr, regs};
 
 /// Offsets of the two local interrupt registers in the APIC's register page
@@ -35,6 +36,9 @@ pub enum VcpuError {
     /// KVM_SET_REGS failed.
     #[error("set general registers")]
     SetRegs(#[source] kvm_ioctls::Error),
+    /// What a snapshot says of it was refused.
+    #[error(transparent)]
+    State(#[from] StateError),
 }
 
 /// Prepares vCPU `index` of `count`. The first one starts at `entry`; the
@@ -48,12 +52,8 @@ pub fn configure(
 ) -> Result<(), VcpuError> {
     let cpuid = cpuid::for_vcpu(supported, index, count);
     vcpu.set_cpuid2(&cpuid).map_err(VcpuError::SetCpuid)?;
-    if let Some(refused) = msr::set_boot(vcpu).map_err(VcpuError::SetMsrs)? {
-        return Err(VcpuError::MsrRefused(refused));
-    }
-    let mut lapic = vcpu.get_lapic().map_err(VcpuError::SetLapic)?;
-    wire_local_interrupts(&mut lapic);
-    vcpu.set_lapic(&lapic).map_err(VcpuError::SetLapic)?;
+    msr::set_boot(vcpu)?;
+    wire_local_interrupts(vcpu)?;
     if index == 0 {
         let reset = vcpu.get_sregs().map_err(VcpuError::SetSregs)?;
         vcpu.set_sregs(&regs::system(entry, reset))
@@ -65,10 +65,12 @@ pub fn configure(
 }
 
 /// LINT0 carries the PIC's interrupts, LINT1 NMIs: what firmware would leave.
-fn wire_local_interrupts(lapic: &mut kvm_lapic_state) {
+pub(super) fn wire_local_interrupts(vcpu: &VcpuFd) -> Result<(), VcpuError> {
+    let mut lapic = vcpu.get_lapic().map_err(VcpuError::SetLapic)?;
     for (at, mode) in [(APIC_LVT0, DELIVER_EXTINT), (APIC_LVT1, DELIVER_NMI)] {
         for (byte, value) in lapic.regs[at..].iter_mut().zip(mode.to_le_bytes()) {
             *byte = i8::from_le_bytes([value]);
         }
     }
+    vcpu.set_lapic(&lapic).map_err(VcpuError::SetLapic)
 }
