@@ -9,6 +9,7 @@ use std::fmt::{self, Debug};
 use std::io::{self, Write};
 use std::sync::Arc;
 
+use serde::{Deserialize, Serialize};
 use vm_superio::Trigger;
 use vm_superio::serial::SerialEvents;
 use vmm_sys_util::eventfd::EventFd;
@@ -50,6 +51,15 @@ struct Events {
     room: EventFd,
 }
 
+impl Events {
+    fn new() -> io::Result<Self> {
+        Ok(Self {
+            counters: Arc::default(),
+            room: EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?,
+        })
+    }
+}
+
 impl SerialEvents for Events {
     fn buffer_read(&self) {
         self.counters.received.increment();
@@ -69,6 +79,21 @@ impl SerialEvents for Events {
     }
 }
 
+/// What a snapshot keeps of a serial port: its registers, and input the guest has not read.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SerialState {
+    baud_divisor_low: u8,
+    baud_divisor_high: u8,
+    interrupt_enable: u8,
+    interrupt_identification: u8,
+    line_control: u8,
+    line_status: u8,
+    modem_control: u8,
+    modem_status: u8,
+    scratch: u8,
+    in_buffer: Vec<u8>,
+}
+
 /// A serial port on eight consecutive I/O ports.
 pub struct Serial {
     uart: vm_superio::Serial<Irqfd, Events, Box<dyn Write + Send>>,
@@ -78,11 +103,48 @@ impl Serial {
     /// `interrupt` is the irqfd of the port's line. `out` gets each byte the guest sends and a
     /// flush after it, on a vCPU thread.
     pub fn new(interrupt: EventFd, out: Box<dyn Write + Send>) -> io::Result<Self> {
-        let counters = Arc::default();
-        let room = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?;
-        let events = Events { counters, room };
-        let uart = vm_superio::Serial::with_events(Irqfd(interrupt), events, out);
+        let uart = vm_superio::Serial::with_events(Irqfd(interrupt), Events::new()?, out);
         Ok(Self { uart })
+    }
+
+    /// Goes on where another port was.
+    pub fn restored(
+        state: &SerialState,
+        interrupt: EventFd,
+        out: Box<dyn Write + Send>,
+    ) -> io::Result<Self> {
+        let state = vm_superio::SerialState {
+            baud_divisor_low: state.baud_divisor_low,
+            baud_divisor_high: state.baud_divisor_high,
+            interrupt_enable: state.interrupt_enable,
+            interrupt_identification: state.interrupt_identification,
+            line_control: state.line_control,
+            line_status: state.line_status,
+            modem_control: state.modem_control,
+            modem_status: state.modem_status,
+            scratch: state.scratch,
+            in_buffer: state.in_buffer.clone(),
+        };
+        // Refuses more input than the FIFO holds.
+        let uart = vm_superio::Serial::from_state(&state, Irqfd(interrupt), Events::new()?, out)
+            .map_err(|error| io::Error::new(io::ErrorKind::InvalidData, format!("{error:?}")))?;
+        Ok(Self { uart })
+    }
+
+    pub fn state(&self) -> SerialState {
+        let state = self.uart.state();
+        SerialState {
+            baud_divisor_low: state.baud_divisor_low,
+            baud_divisor_high: state.baud_divisor_high,
+            interrupt_enable: state.interrupt_enable,
+            interrupt_identification: state.interrupt_identification,
+            line_control: state.line_control,
+            line_status: state.line_status,
+            modem_control: state.modem_control,
+            modem_status: state.modem_status,
+            scratch: state.scratch,
+            in_buffer: state.in_buffer,
+        }
     }
 
     /// Gives the guest as much of `input` as the FIFO has room for and returns how much that was.
@@ -198,6 +260,29 @@ mod tests {
         fn write(&mut self, register: u64, value: u8) {
             self.serial.write(register, &[value]);
         }
+    }
+
+    #[test]
+    fn a_restored_port_goes_on_with_its_registers_and_input() {
+        let mut port = port();
+        port.serial.write(SCRATCH, &[0x5a]);
+        port.serial.enqueue(b"xy");
+        let text = serde_json::to_string(&port.serial.state()).unwrap();
+        let state: SerialState = serde_json::from_str(&text).unwrap();
+        let irq = || EventFd::new(libc::EFD_NONBLOCK).unwrap();
+        let mut other = Serial::restored(&state, irq(), Box::new(io::sink())).unwrap();
+        let read = |serial: &mut Serial, register| {
+            let mut byte = [0];
+            serial.read(register, &mut byte);
+            byte[0]
+        };
+        let found = [SCRATCH, DATA, DATA].map(|register| read(&mut other, register));
+        assert_eq!(found, *b"\x5axy");
+        let crammed = SerialState {
+            in_buffer: vec![0; 65],
+            ..state
+        };
+        Serial::restored(&crammed, irq(), Box::new(io::sink())).unwrap_err();
     }
 
     #[test]

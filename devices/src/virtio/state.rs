@@ -30,6 +30,13 @@ pub struct TransportState {
     pub(super) device: DeviceState,
 }
 
+impl TransportState {
+    /// What the device adds to it.
+    pub fn device(&self) -> &DeviceState {
+        &self.device
+    }
+}
+
 /// What a device adds to that of its transport.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum DeviceState {

@@ -1,6 +1,7 @@
 //! What the driver of a memory device configures, and what the host wants of it.
 
 use std::io;
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -9,7 +10,7 @@ use virtio_bindings::virtio_ids::VIRTIO_ID_MEM;
 use vm_memory::GuestAddress;
 use vmm_sys_util::eventfd::EventFd;
 
-use super::blocks::Blocks;
+use super::blocks::{Blocks, block_len};
 use super::handler::MemHandler;
 use super::plugmap::PlugMap;
 use crate::virtio::{
@@ -89,6 +90,16 @@ pub struct MemState {
 }
 
 impl MemState {
+    /// What is plugged of a region of `len` bytes, in bytes from its start. None if the state is of
+    /// a region of another length.
+    pub fn plugged(&self, len: u64) -> Option<Vec<Range<u64>>> {
+        let block_len = block_len(len);
+        let blocks = usize::try_from(len / block_len).ok()?;
+        let map = PlugMap::from_words(blocks, &self.plugged)?;
+        let bytes = |run: Range<usize>| run.start as u64 * block_len..run.end as u64 * block_len;
+        Some(map.runs().into_iter().map(bytes).collect())
+    }
+
     pub(super) fn new(target: &Target, map: Option<&PlugMap>) -> Self {
         Self {
             requested: target.requested.load(Ordering::SeqCst),

@@ -3,7 +3,7 @@ use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
 
 use super::{Mem, MemHandle, MemorySizes};
 use crate::virtio::testing::{Buffer, Guest, lifecycle};
-use crate::virtio::{GuestRam, Memory};
+use crate::virtio::{DeviceState, GuestRam, Memory};
 
 const START: GuestAddress = GuestAddress(1 << 32);
 const BLOCK: u64 = 2 << 20;
@@ -160,6 +160,16 @@ fn the_device_lives_through_pause_and_reset() {
 fn what_is_plugged_survives_a_move_and_a_reset() {
     let mut guest = Guest::live(mem());
     assert_eq!(ask(&mut guest, PLUG, 3, 2), (0, 0));
+    let state = guest.transport.state();
+    let DeviceState::Mem(state) = state.device() else {
+        panic!("a state of another kind");
+    };
+    let plugged = state.plugged(BLOCKS * BLOCK);
+    assert_eq!(
+        plugged,
+        Some(std::iter::once(3 * BLOCK..5 * BLOCK).collect())
+    );
+    assert_eq!(state.plugged(100 * BLOCKS * BLOCK), None);
     let mut guest = guest.move_to(mem);
     guest.transport.resume().unwrap();
     assert_eq!(ask(&mut guest, STATE, 3, 2), (0, 0));
