@@ -4,17 +4,15 @@ use std::fs;
 use std::io::{Read, Write};
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
 use std::thread;
 use std::time::Duration;
 
-use api::http::{Client, ClientError};
+use api::http::Client;
 use serde_json::{Value, json};
-use tempfile::TempDir;
 use tests::network::{alone, tap};
-use tests::payload::Protocol;
-use tests::podvmm::{Running, kvm_is_here};
-use tests::{Payload, Podvmm, code};
+use tests::podvmm::kvm_is_here;
+use tests::service::{Service, get, put, refusal};
+use tests::{Podvmm, code};
 
 code!(spin, ".code32", "1: pause", "jmp 1b");
 code!(
@@ -47,101 +45,6 @@ code!(
 
 /// What memory may differ by, as the allocator likes.
 const SLACK: u64 = 512 << 10;
-const PLAIN: &str = "temporary files have plain names";
-
-/// A podvmm that serves, in its own folder, and a guest for it.
-struct Service {
-    folder: TempDir,
-    payload: Payload,
-    running: Running,
-}
-
-impl Service {
-    fn start(code: &[u8]) -> Self {
-        let folder = TempDir::new().expect("there is a folder for temporary files");
-        let socket = folder.path().join("api");
-        let running = Podvmm::new(["--api-socket", socket.to_str().expect(PLAIN), "-v"]).spawn();
-        let service = Self {
-            folder,
-            payload: Payload::new(code, Protocol::Pvh),
-            running,
-        };
-        while UnixStream::connect(service.socket()).is_err() {
-            thread::sleep(Duration::from_millis(1));
-        }
-        service
-    }
-
-    fn socket(&self) -> PathBuf {
-        self.folder.path().join("api")
-    }
-
-    fn client(&self) -> Client {
-        Client::connect(&self.socket()).expect("podvmm serves")
-    }
-
-    fn definition(&self) -> Value {
-        json!({
-            "payload": {"kernel": self.payload.path()},
-            "cpus": {"boot_vcpus": 1, "max_vcpus": 3},
-            "memory": {"size": 64 << 20},
-            "serial": {"mode": "Null"},
-            "console": {"mode": "Off"},
-        })
-    }
-
-    /// Tells it to end, and sees it gone.
-    fn dismiss(self) {
-        put(&mut self.client(), "vmm.shutdown", None).expect("it may always end");
-        let outcome = self.running.wait();
-        assert_eq!(outcome.code, Some(0), "{outcome:?}");
-        assert!(!self.folder.path().join("api").exists());
-    }
-
-    fn proc(&self, folder: &str) -> usize {
-        let path = format!("/proc/{}/{folder}", self.running.pid());
-        fs::read_dir(path).expect("it runs").count()
-    }
-
-    /// Bytes of memory that the host has given it.
-    fn resident(&self) -> u64 {
-        let path = format!("/proc/{}/statm", self.running.pid());
-        let statm = fs::read_to_string(path).expect("it runs");
-        let pages = statm.split(' ').nth(1).expect("statm has seven fields");
-        4096 * pages.parse::<u64>().expect("they are numbers")
-    }
-
-    fn files(&self) -> usize {
-        fs::read_dir(self.folder.path())
-            .expect("it is ours")
-            .count()
-    }
-
-    fn maps(&self) -> usize {
-        let path = format!("/proc/{}/maps", self.running.pid());
-        let maps = fs::read_to_string(path).expect("it runs");
-        maps.lines().count()
-    }
-}
-
-fn put(client: &mut Client, name: &str, body: Option<Value>) -> Result<Vec<u8>, ClientError> {
-    let body = body.map(|body| body.to_string());
-    client.call("PUT", &format!("/api/v1/{name}"), body.as_deref(), &[])
-}
-
-fn get(client: &mut Client, name: &str) -> Value {
-    let body = client
-        .call("GET", &format!("/api/v1/{name}"), None, &[])
-        .expect("it is not refused");
-    serde_json::from_slice(&body).expect("answers are JSON")
-}
-
-fn refusal(result: Result<Vec<u8>, ClientError>) -> (u16, String) {
-    match result {
-        Err(ClientError::Refused { status, why }) => (status, why.join(": ")),
-        other => panic!("not refused: {other:?}"),
-    }
-}
 
 #[test]
 fn a_vm_is_created_booted_looked_at_paused_and_ended() {

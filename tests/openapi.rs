@@ -1,5 +1,6 @@
 //! resources/openapi.yaml says what the code does.
 
+use api::http::Request;
 use api::route::ROUTES;
 use api::{Definition, Resize};
 use serde_json::Value;
@@ -35,7 +36,18 @@ fn the_examples_are_understood_and_name_every_field() {
     Definition::parse(example("VmConfig").as_bytes()).unwrap();
     let resize: Resize = serde_json::from_str(&example("VmResize")).unwrap();
     assert_eq!(resize.desired_vcpus, Some(2));
-    for name in ["VmConfig", "VmResize"] {
+    for (path, name) in [("vm.snapshot", "Snapshot"), ("vm.restore", "Restore")] {
+        let body = example(name).into_bytes();
+        let path = format!("{}{path}", api::route::PREFIX);
+        api::route::request(Request {
+            method: "PUT".into(),
+            path,
+            body,
+            fds: Vec::new(),
+        })
+        .unwrap();
+    }
+    for name in ["VmConfig", "VmResize", "Snapshot", "Restore"] {
         let properties = schemas[name]["properties"].as_object().unwrap();
         let shown = schemas[name]["example"].as_object().unwrap();
         assert!(properties.keys().eq(shown.keys()), "{name}");

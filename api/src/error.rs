@@ -38,8 +38,6 @@ pub enum ApiError {
     /// The host failed. Outermost cause first.
     #[error("{}", .0.join(": "))]
     Host(Vec<String>),
-    #[error("{0} is not implemented")]
-    NotImplemented(String),
     /// podvmm is on its way out.
     #[error("podvmm is ending")]
     Ending,
@@ -97,7 +95,6 @@ impl ApiError {
             Self::Method { .. } => 405,
             Self::State { .. } => 409,
             Self::Host(_) => 500,
-            Self::NotImplemented(_) => 501,
             Self::Ending => 503,
         }
     }

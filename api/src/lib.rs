@@ -23,5 +23,5 @@ pub use config::{
 pub use error::{ApiError, JsonError, State, chain};
 pub use json::{Addition, Definition};
 pub use options::OptionsError;
-pub use request::{Answer, Ping, Request, Resize, VmInfo};
+pub use request::{Answer, Ping, Request, Resize, Restore, Snapshot, VmInfo};
 pub use units::{ByteSize, CpuCount, RamSize, UnitError};

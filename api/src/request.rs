@@ -1,7 +1,10 @@
 //! What a client can ask of podvmm, and what it is answered.
 
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
+
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 use crate::error::State;
 use crate::json::{Addition, Definition};
@@ -23,6 +26,8 @@ pub enum Request {
     Pause,
     Resume,
     Resize(Resize),
+    Snapshot(Snapshot),
+    Restore(Box<Restore>),
     /// Asks the guest to end.
     PowerButton,
     /// Ends the guest and keeps the definition.
@@ -42,6 +47,45 @@ pub struct Resize {
     pub desired_ram: Option<u64>,
     /// What the balloon takes from it, in bytes.
     pub desired_balloon: Option<u64>,
+}
+
+/// Writes a paused VM down.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Snapshot {
+    /// Where to: made if it is not there.
+    pub folder: PathBuf,
+    /// Of memory, writes only what has changed since the last snapshot, where that can be.
+    pub incremental: bool,
+}
+
+/// Makes a VM of a snapshot, paused.
+#[derive(Debug)]
+pub struct Restore {
+    pub folder: PathBuf,
+    /// What is to be different from config.json (RFC 7396, JSON Merge Patch).
+    pub patch: Value,
+    /// Stand for the taps of networks without one, in their order.
+    pub fds: Vec<OwnedFd>,
+    /// Read memory now rather than when the guest needs it.
+    pub prefetch: bool,
+    /// Read memory and compare its checksums first.
+    pub verify: bool,
+    /// Let it run.
+    pub resume: bool,
+}
+
+impl Restore {
+    /// All of it as the snapshot has it.
+    pub fn new(folder: PathBuf) -> Self {
+        Self {
+            folder,
+            patch: Value::Object(Map::new()),
+            fds: Vec::new(),
+            prefetch: false,
+            verify: false,
+            resume: false,
+        }
+    }
 }
 
 /// What there is to say besides that it is done.

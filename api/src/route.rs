@@ -1,5 +1,7 @@
 //! From an HTTP request to what it asks, and from what it is answered to an HTTP response.
 
+use std::path::PathBuf;
+
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
@@ -8,7 +10,7 @@ use crate::error::{ApiError, JsonError};
 use crate::http;
 use crate::http::{Method, Response};
 use crate::json::{Addition, Definition};
-use crate::request::{Answer, Request};
+use crate::request::{Answer, Request, Restore, Snapshot};
 
 /// What all paths begin with, but that of the metrics.
 pub const PREFIX: &str = "/api/v1/";
@@ -79,8 +81,29 @@ pub const ROUTES: &[Route] = &[
     put("/api/v1/vm.shutdown", |_, _| Ok(Request::Shutdown)),
     put("/api/v1/vm.reboot", |_, _| Ok(Request::Reboot)),
     put("/api/v1/vm.delete", |_, _| Ok(Request::Delete)),
-    put("/api/v1/vm.snapshot", not_implemented),
-    put("/api/v1/vm.restore", not_implemented),
+    put("/api/v1/vm.snapshot", |_, request| {
+        let SnapshotJson {
+            destination_url,
+            incremental,
+        } = json("vm.snapshot", &request.body)?;
+        Ok(Request::Snapshot(Snapshot {
+            folder: folder("vm.snapshot", "destination_url", &destination_url)?,
+            incremental: incremental.unwrap_or(false),
+        }))
+    }),
+    put("/api/v1/vm.restore", |_, request| {
+        let restore: RestoreJson = json("vm.restore", &request.body)?;
+        let folder = folder("vm.restore", "source_url", &restore.source_url)?;
+        let default = Restore::new(folder);
+        Ok(Request::Restore(Box::new(Restore {
+            patch: restore.config.unwrap_or_else(|| default.patch.clone()),
+            fds: request.fds,
+            prefetch: restore.prefetch.unwrap_or(false),
+            verify: restore.verify.unwrap_or(false),
+            resume: restore.resume.unwrap_or(false),
+            ..default
+        })))
+    }),
     get("/metrics", |_, _| Ok(Request::Metrics)),
 ];
 
@@ -97,10 +120,35 @@ fn add(
     addition.map(|(device, json)| Request::Add(device, json))
 }
 
-fn not_implemented(path: &str, _: http::Request) -> Result<Request, ApiError> {
-    Err(ApiError::NotImplemented(
-        path.trim_start_matches(PREFIX).to_string(),
-    ))
+#[derive(Deserialize)]
+struct SnapshotJson {
+    destination_url: String,
+    /// podvmm's own.
+    incremental: Option<bool>,
+}
+
+#[derive(Deserialize)]
+struct RestoreJson {
+    source_url: String,
+    prefetch: Option<bool>,
+    resume: Option<bool>,
+    /// From here on podvmm's own.
+    verify: Option<bool>,
+    config: Option<Value>,
+}
+
+/// The folder that a URL of a file system names (RFC 8089, The "file" URI Scheme).
+fn folder(request: &'static str, field: &'static str, url: &str) -> Result<PathBuf, ApiError> {
+    match url.strip_prefix("file://") {
+        Some(path) if path.starts_with('/') => Ok(path.into()),
+        _ => Err(ApiError::Body {
+            request,
+            source: JsonError::Unsupported {
+                path: field.into(),
+                why: "it is not file:///FOLDER",
+            },
+        }),
+    }
 }
 
 /// What `request` asks.
@@ -191,10 +239,6 @@ mod tests {
             refusal("POST", "/api/v1/vm.boot", ""),
             (405, "/api/v1/vm.boot takes PUT, not POST".into())
         );
-        assert_eq!(
-            refusal("PUT", "/api/v1/vm.snapshot", "{}"),
-            (501, "vm.snapshot is not implemented".into())
-        );
     }
 
     #[test]
@@ -204,6 +248,30 @@ mod tests {
             panic!("refused");
         };
         assert_eq!((resize.desired_vcpus, resize.desired_ram), (Some(2), None));
+    }
+
+    #[test]
+    fn snapshots_are_folders() {
+        let body = r#"{"destination_url":"file:///run/s","incremental":true}"#;
+        let Ok(Request::Snapshot(snapshot)) = ask("PUT", "/api/v1/vm.snapshot", body) else {
+            panic!("refused");
+        };
+        assert_eq!(snapshot.folder.to_str(), Some("/run/s"));
+        assert!(snapshot.incremental);
+        let body = r#"{"source_url":"file:///run/s","prefetch":true,"memory_restore_mode":"Copy"}"#;
+        let Ok(Request::Restore(restore)) = ask("PUT", "/api/v1/vm.restore", body) else {
+            panic!("refused");
+        };
+        assert!(restore.prefetch && !restore.resume && !restore.verify);
+        for url in ["/run/s", "file://run/s", "http:///s"] {
+            let body = format!(r#"{{"source_url":"{url}"}}"#);
+            let (status, why) = refusal("PUT", "/api/v1/vm.restore", &body);
+            assert_eq!(status, 400);
+            assert_eq!(
+                why,
+                "the body is not what vm.restore takes: source_url: it is not file:///FOLDER"
+            );
+        }
     }
 
     #[test]

@@ -15,6 +15,7 @@ pub mod node;
 pub mod payload;
 pub mod pod;
 pub mod podvmm;
+pub mod service;
 pub mod transfer;
 pub mod tree;
 

@@ -1,48 +1,37 @@
 //! From a configuration to a machine: a straight line, in the order in which
 //! the parts need one another. What fails drops what was made so far.
 
-use std::fs::File;
+mod parts;
+
 use std::io;
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
 
-use api::{DiskConfig, Output, RateLimit, RateLimits, VmConfig, VsockConfig};
-use arch::boot::{self, BootError, BootInfo};
+use api::VmConfig;
+use arch::boot::{self, BootError, BootInfo, Entry, KernelImage};
 use arch::irqchip::IrqchipError;
-use arch::layout::SERIAL_GSI;
 use arch::mptable::MptableError;
+use arch::state::CpuFeatures;
 use arch::{irqchip, mptable, ram, vcpu as arch_vcpu};
 use devices::bus::{Bus, BusError};
-use devices::legacy::i8042::{I8042_BASE, I8042_LEN};
-use devices::legacy::serial::{COM1_BASE, SERIAL_LEN};
-use devices::legacy::{I8042, Serial};
-use devices::virtio::balloon::{self, Balloon};
-use devices::virtio::blk::{Blk, BlkConfig};
-use devices::virtio::console::Console;
-use devices::virtio::mem::{self, Mem};
-use devices::virtio::rng::Rng;
-use devices::virtio::vsock::{self, Vsock};
-use devices::virtio::{Limits, Memory, Rate, VirtioDevice};
-use kvm_bindings::KVM_MAX_CPUID_ENTRIES;
-use kvm_ioctls::{Kvm, VmFd};
+use devices::virtio::{Memory, MmioTransport};
+use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES};
+use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 use thiserror::Error;
+use vm_memory::GuestAddress;
 
-use crate::attach::{AttachError, Attacher, irqfd};
+pub(crate) use self::parts::rates;
+use self::parts::{Ports, attach_devices, attach_memory, port_devices};
+use crate::attach::{AttachError, Attacher};
 use crate::command::Command;
 use crate::control::{Event, Inbox};
-use crate::ending::Ending;
 use crate::events::Timeline;
 use crate::host::KvmKind;
 use crate::image::{LoadError, load_initramfs, load_kernel};
 use crate::io::IoThreads;
-use crate::keyboard;
 use crate::machine::Machine;
 use crate::memory::{Ram, RamError};
-use crate::resize::MemoryHandles;
-use crate::share;
-use crate::socket_console::SocketConsole;
-use crate::streams::{self, HostEnd, PowerButton, StreamError};
-use crate::tap;
+use crate::snapshot::{Loaded, RestoreError};
+use crate::streams::StreamError;
 use crate::transcript::Transcript;
 use crate::vcpu::{Buses, Vcpu};
 
@@ -116,6 +105,40 @@ pub enum BuildError {
     /// A thread.
     #[error("start the thread of {0}")]
     Thread(String, #[source] io::Error),
+    /// The snapshot does not fit.
+    #[error(transparent)]
+    Snapshot(#[from] RestoreError),
+    /// The snapshot's RAM.
+    #[error("map the snapshot's RAM")]
+    SnapshotRam(#[source] io::Error),
+    /// A device's state in the snapshot.
+    #[error("the state of {device} in the snapshot")]
+    DeviceState {
+        /// Which one.
+        device: String,
+        /// Why.
+        source: devices::virtio::StateError,
+    },
+    /// A vCPU's state in the snapshot.
+    #[error("the state of vCPU {index} in the snapshot")]
+    VcpuState {
+        /// Which one.
+        index: u8,
+        /// Why.
+        source: arch_vcpu::VcpuError,
+    },
+    /// The interrupt controllers', timer's or clock's.
+    #[error("the state of the board in the snapshot")]
+    BoardState(#[source] arch::state::StateError),
+}
+
+/// Where a guest comes from.
+#[derive(Debug)]
+pub enum Origin {
+    /// It boots the configuration's kernel.
+    Kernel,
+    /// It goes on where another one was.
+    Snapshot(Box<Loaded>),
 }
 
 /// What a VM is given besides its configuration.
@@ -131,8 +154,13 @@ pub struct Surroundings {
     pub terminal: bool,
 }
 
-/// Builds a machine whose vCPUs are parked at the kernel's entry point.
-pub fn build(config: &VmConfig, around: &Surroundings) -> Result<Machine, BuildError> {
+/// Builds a machine whose vCPUs are parked, at the kernel's entry point or where a snapshot was
+/// taken. Its devices rest, too, where they were at work.
+pub fn build(
+    config: &VmConfig,
+    around: &Surroundings,
+    mut origin: Origin,
+) -> Result<Machine, BuildError> {
     let mut timeline = Timeline::start();
     let kvm = open_kvm()?;
     let count = config.cpus.max().get();
@@ -140,8 +168,15 @@ pub fn build(config: &VmConfig, around: &Surroundings) -> Result<Machine, BuildE
     if usize::from(count) > max {
         return Err(BuildError::TooManyCpus { wanted: count, max });
     }
+    let supported = kvm
+        .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
+        .map_err(|source| BuildError::Kvm("read the CPUID that KVM supports".into(), source))?;
+    let (features, cpuid) = match &origin {
+        Origin::Kernel => (CpuFeatures::of(&supported), supported),
+        Origin::Snapshot(loaded) => loaded.features(&supported)?,
+    };
     timeline.mark("kvm");
-    let ram = Ram::new(&config.memory)?;
+    let mut ram = Ram::new(&config.memory)?;
     timeline.mark("ram");
     let vm = kvm
         .create_vm()
@@ -152,23 +187,14 @@ pub fn build(config: &VmConfig, around: &Surroundings) -> Result<Machine, BuildE
     irqchip::create(&vm)?;
     timeline.mark("vm");
 
-    let image = load_kernel(&ram, &config.kernel.path)?;
-    let initramfs = match &config.kernel.initramfs {
-        None => None,
-        Some(path) => {
-            let appended = around
-                .command
-                .as_ref()
-                .map(Command::archive)
-                .unwrap_or_default();
-            Some(load_initramfs(&ram, path, &appended, image.end)?)
-        }
+    let kernel = match &origin {
+        Origin::Kernel => Some(load(config, around, &mut ram)?),
+        Origin::Snapshot(_) => None,
     };
-    mptable::write(ram.memory(), count)?;
     timeline.mark("kernel");
 
     let mut sockets = Vec::new();
-    let ports = port_devices(config, around, &vm, &mut sockets)?;
+    let Ports { bus, serial } = port_devices(config, around, &vm, &origin, &mut sockets)?;
     let io = Arc::new(IoThreads::default());
     let mut attacher = Attacher {
         vm: &vm,
@@ -186,37 +212,39 @@ pub fn build(config: &VmConfig, around: &Surroundings) -> Result<Machine, BuildE
         parameters,
         ..
     } = attacher;
-
     timeline.mark("devices");
 
-    let cmdline = cmdline(config, &parameters);
-    log::debug!("kernel command line: {cmdline}");
-    let ranges = ram::ranges(config.memory.size.bytes());
-    boot::write(
-        ram.memory(),
-        &image,
-        BootInfo {
-            ram: &ranges,
-            cmdline: &cmdline,
-            initramfs,
-        },
-    )?;
+    match &mut origin {
+        Origin::Kernel => {}
+        Origin::Snapshot(loaded) => restore(config, loaded, &transports, &mut ram)?,
+    }
+    let entry = match &kernel {
+        Some(kernel) => Some(kernel.prepare(config, &parameters, &ram)?),
+        None => None,
+    };
+    timeline.mark("memory");
 
-    let supported = kvm
-        .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
-        .map_err(|source| BuildError::Kvm("read the CPUID that KVM supports".into(), source))?;
     let buses = Buses {
-        ports: Arc::new(ports),
+        ports: Arc::new(bus),
         mmio: Arc::new(mmio),
     };
     let exits = Arc::default();
-    let mut vcpus = Vec::with_capacity(count.into());
+    let mut fds = Vec::with_capacity(count.into());
     for index in 0..count {
         let fd = vm
             .create_vcpu(index.into())
             .map_err(|source| BuildError::CreateVcpu { index, source })?;
-        arch_vcpu::configure(&fd, index, count, &supported, image.entry)
-            .map_err(|source| BuildError::ConfigureVcpu { index, source })?;
+        if let Some(entry) = entry {
+            arch_vcpu::configure(&fd, index, count, &cpuid, entry)
+                .map_err(|source| BuildError::ConfigureVcpu { index, source })?;
+        }
+        fds.push(fd);
+    }
+    if let Origin::Snapshot(loaded) = &origin {
+        restore_cpus(loaded, &vm, &fds, count, &cpuid)?;
+    }
+    let mut vcpus = Vec::with_capacity(count.into());
+    for (index, fd) in (0..).zip(fds) {
         let inbox = around.inbox.clone();
         let ended = Box::new(move |ending| {
             // Nobody listens any more when the machine is being taken down.
@@ -245,9 +273,93 @@ pub fn build(config: &VmConfig, around: &Surroundings) -> Result<Machine, BuildE
         exits,
         _io: io,
         _sockets: sockets,
-        _vm: vm,
-        _ram: ram,
+        serial,
+        features,
+        vm,
+        ram,
     })
+}
+
+/// A kernel in RAM, and what it is to find.
+struct Kernel {
+    image: KernelImage,
+    initramfs: Option<(GuestAddress, u64)>,
+}
+
+fn load(config: &VmConfig, around: &Surroundings, ram: &mut Ram) -> Result<Kernel, BuildError> {
+    let image = load_kernel(ram, &config.kernel.path)?;
+    let initramfs = match &config.kernel.initramfs {
+        None => None,
+        Some(path) => {
+            let appended = around
+                .command
+                .as_ref()
+                .map(Command::archive)
+                .unwrap_or_default();
+            Some(load_initramfs(ram, path, &appended, image.end)?)
+        }
+    };
+    mptable::write(ram.memory(), config.cpus.max().get())?;
+    Ok(Kernel { image, initramfs })
+}
+
+impl Kernel {
+    /// Tells it what there is, and says where it is entered.
+    fn prepare(
+        &self,
+        config: &VmConfig,
+        parameters: &[String],
+        ram: &Ram,
+    ) -> Result<Entry, BuildError> {
+        let cmdline = cmdline(config, parameters);
+        log::debug!("kernel command line: {cmdline}");
+        let ranges = ram::ranges(config.memory.size.bytes());
+        let info = BootInfo {
+            ram: &ranges,
+            cmdline: &cmdline,
+            initramfs: self.initramfs,
+        };
+        boot::write(ram.memory(), &self.image, info)?;
+        Ok(self.image.entry)
+    }
+}
+
+/// Devices first: they decide which RAM there is.
+fn restore(
+    config: &VmConfig,
+    loaded: &mut Loaded,
+    transports: &[(String, Arc<Mutex<MmioTransport>>)],
+    ram: &mut Ram,
+) -> Result<(), BuildError> {
+    let (layers, allowed) = loaded.memory(&config.memory)?;
+    let states = loaded.take_devices(transports.iter().map(|(id, _)| id.as_str()))?;
+    for ((id, transport), state) in transports.iter().zip(states) {
+        let mut transport = transport.lock().expect("nobody else has it yet");
+        transport
+            .restore(state)
+            .map_err(|source| BuildError::DeviceState {
+                device: id.clone(),
+                source,
+            })?;
+    }
+    ram.lay(&layers, &allowed, false)
+        .map_err(BuildError::SnapshotRam)
+}
+
+fn restore_cpus(
+    loaded: &Loaded,
+    vm: &VmFd,
+    fds: &[VcpuFd],
+    count: u8,
+    cpuid: &CpuId,
+) -> Result<(), BuildError> {
+    let states = loaded.vcpus(count)?;
+    for (index, (fd, state)) in (0..).zip(fds.iter().zip(states)) {
+        state
+            .restore(fd, index, count, cpuid)
+            .map_err(|source| BuildError::VcpuState { index, source })?;
+    }
+    loaded.board().restore(vm).map_err(BuildError::BoardState)
 }
 
 fn open_kvm() -> Result<Kvm, BuildError> {
@@ -266,201 +378,6 @@ fn open_kvm() -> Result<Kvm, BuildError> {
             format!("KVM API version {other} instead of {STABLE_API}"),
             kvm_ioctls::Error::new(libc::ENOSYS),
         )),
-    }
-}
-
-/// The serial port and the reset line. A socket of the former is added to `sockets`.
-fn port_devices(
-    config: &VmConfig,
-    around: &Surroundings,
-    vm: &VmFd,
-    sockets: &mut Vec<SocketConsole>,
-) -> Result<Bus, BuildError> {
-    let mut bus = Bus::new();
-    let inbox = around.inbox.clone();
-    let reset = Box::new(move || {
-        let _ = inbox.send(Event::Ended(Ending::Reset));
-    });
-    bus.insert(
-        I8042_BASE,
-        I8042_LEN,
-        Arc::new(Mutex::new(I8042::new(reset))),
-    )?;
-    let Some(mut end) = HostEnd::open(&config.serial)? else {
-        return Ok(bus);
-    };
-    let typed = end.input.take();
-    sockets.extend(end.socket.take());
-    let device = || "the serial port".to_string();
-    let line = irqfd(vm, SERIAL_GSI).map_err(|source| BuildError::Attach {
-        device: device(),
-        source,
-    })?;
-    let output = end.into_serial(&around.transcript);
-    let serial = Serial::new(line, output).map_err(|source| BuildError::Device {
-        device: device(),
-        source: source.into(),
-    })?;
-    let serial = Arc::new(Mutex::new(serial));
-    bus.insert(COM1_BASE, SERIAL_LEN, serial.clone())?;
-    if let Some(typed) = typed {
-        let inbox = around.inbox.clone();
-        let end = move || {
-            let _ = inbox.send(Event::Signal(libc::SIGINT));
-        };
-        let escapes = around.terminal && config.serial == Output::Tty;
-        keyboard::attach(File::from(typed), &serial, escapes, end)
-            .map_err(|source| BuildError::Thread("the keyboard".into(), source))?;
-    }
-    Ok(bus)
-}
-
-/// The devices in the order the guest finds them. A console's socket is added to `sockets`. Returns
-/// the agent's power button, if there is one.
-fn attach_devices(
-    config: &VmConfig,
-    around: &Surroundings,
-    attacher: &mut Attacher,
-    sockets: &mut Vec<SocketConsole>,
-) -> Result<Option<PowerButton>, BuildError> {
-    for (index, disk) in config.disks.iter().enumerate() {
-        let device = format!("disk {}", disk.path.display());
-        let blk = Blk::open(blk_config(index, disk)).map_err(|source| BuildError::Device {
-            device: device.clone(),
-            source: source.into(),
-        })?;
-        attach(attacher, &format!("disk{index}"), &device, Box::new(blk))?;
-    }
-    for (index, net) in config.nets.iter().enumerate() {
-        let device = format!("network device {index}");
-        let made = tap::device(net).map_err(|source| BuildError::Device {
-            device: device.clone(),
-            source: source.into(),
-        })?;
-        attach(attacher, &format!("net{index}"), &device, Box::new(made))?;
-    }
-    for (index, share) in config.shares.iter().enumerate() {
-        let device = format!("share '{}'", share.tag);
-        let made = share::device(share, index, config.shares.len());
-        let made = made.map_err(|source| BuildError::Device {
-            device: device.clone(),
-            source: source.into(),
-        })?;
-        attach(attacher, &format!("fs{index}"), &device, made)?;
-    }
-    if let Some(VsockConfig { cid, socket }) = &config.vsock {
-        let device = "vsock";
-        let vsock = Vsock::new(vsock::VsockConfig {
-            cid: *cid,
-            socket: socket.clone(),
-        });
-        let vsock = vsock.map_err(|source| BuildError::Device {
-            device: device.into(),
-            source: source.into(),
-        })?;
-        attach(attacher, "vsock", device, Box::new(vsock))?;
-    }
-    attach(attacher, "rng", "the entropy device", Box::new(Rng::new()))?;
-    let mut ports = Vec::new();
-    if let Some(mut end) = HostEnd::open(&config.console)? {
-        sockets.extend(end.socket.take());
-        ports.push(end.into_port(&around.transcript)?);
-    }
-    let mut button = None;
-    if around.command.is_some() {
-        let (of_command, its_button) = streams::command(around.inbox.clone())?;
-        ports.extend(of_command);
-        button = Some(its_button);
-    }
-    if !ports.is_empty() {
-        let device = "the console device";
-        let console = Console::new(ports).map_err(|source| BuildError::Device {
-            device: device.into(),
-            source: source.into(),
-        })?;
-        attach(attacher, "console", device, Box::new(console))?;
-    }
-    Ok(button)
-}
-
-/// Memory that can be plugged, and the balloon.
-fn attach_memory(config: &VmConfig, attacher: &mut Attacher) -> Result<MemoryHandles, BuildError> {
-    let mut handles = MemoryHandles::default();
-    let memory = &config.memory;
-    if memory.hotplug_size.0 > 0 {
-        let device = "the memory device";
-        let failed = |source: mem::MemError| BuildError::Device {
-            device: device.into(),
-            source: source.into(),
-        };
-        let start = ram::hotplug_start(memory.size.bytes());
-        let mem =
-            Mem::new(attacher.memory.clone(), start, memory.hotplug_size.0).map_err(failed)?;
-        let handle = handles.mem.insert(mem.handle());
-        handle.request(memory.hotplugged_size.0).map_err(failed)?;
-        attach(attacher, "mem", device, Box::new(mem))?;
-    }
-    if let Some(balloon) = config.balloon {
-        let device = "the balloon";
-        if memory.hugepages {
-            return Err(BuildError::Device {
-                device: device.into(),
-                source: "it gives back pages of 4K, and those of hugepages=on are of 2M".into(),
-            });
-        }
-        let made = Balloon::new(balloon::BalloonConfig {
-            size: balloon.size.0,
-            deflate_on_oom: balloon.deflate_on_oom,
-            free_page_reporting: balloon.free_page_reporting,
-        });
-        let made = made.map_err(|source| BuildError::Device {
-            device: device.into(),
-            source: source.into(),
-        })?;
-        handles.balloon = Some(made.handle());
-        attach(attacher, "balloon", device, Box::new(made))?;
-    }
-    Ok(handles)
-}
-
-fn attach(
-    attacher: &mut Attacher,
-    id: &str,
-    device: &str,
-    made: Box<dyn VirtioDevice>,
-) -> Result<(), BuildError> {
-    attacher
-        .attach(id.into(), made)
-        .map_err(|source| BuildError::Attach {
-            device: device.into(),
-            source,
-        })
-}
-
-fn blk_config(index: usize, disk: &DiskConfig) -> BlkConfig {
-    let name = format!("blk{index}");
-    BlkConfig {
-        path: disk.path.clone(),
-        readonly: disk.readonly,
-        direct: disk.direct,
-        queues: disk.queues,
-        queue_size: disk.queue_size,
-        serial: disk.id.clone().unwrap_or_else(|| name.clone()),
-        rates: rates(&disk.rates),
-        name,
-    }
-}
-
-/// What a device is held to.
-pub(crate) fn rates(config: &RateLimits) -> Limits {
-    let rate = |limit: RateLimit| Rate {
-        size: limit.size,
-        one_time_burst: limit.one_time_burst,
-        refill_time: Duration::from_millis(limit.refill_time_ms),
-    };
-    Limits {
-        bandwidth: config.bandwidth.map(rate),
-        operations: config.operations.map(rate),
     }
 }
 

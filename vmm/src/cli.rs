@@ -86,6 +86,8 @@ pub struct RunOptions {
     pub serial: Option<Output>,
     /// `--console`
     pub console: Option<Output>,
+    /// `--restore`
+    pub restore: Option<PathBuf>,
     /// `--api-socket`
     pub api_socket: Option<PathBuf>,
     /// `--event-monitor`
@@ -106,7 +108,20 @@ impl RunOptions {
         self.api_socket.is_some()
             && self.kernel.is_none()
             && self.rootfs.is_none()
+            && self.restore.is_none()
             && self.command.is_empty()
+    }
+
+    /// Whether they say anything that a snapshot says for good.
+    fn changes_the_guest(&self) -> bool {
+        self.kernel.is_some()
+            || self.rootfs.is_some()
+            || self.initramfs.is_some()
+            || !self.cmdline.is_empty()
+            || self.cpus != CpusConfig::default()
+            || self.memory != MemoryConfig::default()
+            || self.balloon.is_some()
+            || !self.command.is_empty()
     }
 
     /// Whether they say anything about a VM besides what to boot.
@@ -176,6 +191,7 @@ pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Action, Cl
             Arg::Long("vsock") => options.vsock = Some(value(&mut parser, "vsock")?),
             Arg::Long("serial") => options.serial = Some(value(&mut parser, "serial")?),
             Arg::Long("console") => options.console = Some(value(&mut parser, "console")?),
+            Arg::Long("restore") => options.restore = Some(parser.value()?.into()),
             Arg::Long("api-socket") => options.api_socket = Some(parser.value()?.into()),
             // What Kata says to have no filters. There are none yet.
             Arg::Long("seccomp") => seccomp(&parser.value()?)?,
@@ -254,6 +270,11 @@ fn check(options: &RunOptions) -> Result<(), CliError> {
             "--api-socket without --kernel, --rootfs or COMMAND: clients say what the VM gets, not options",
         ));
     }
+    if options.restore.is_some() && options.changes_the_guest() {
+        return Err(CliError::Contradiction(
+            "--restore: the snapshot says what the guest is; only --disk, --net, --fs, --vsock, --serial and --console can be others",
+        ));
+    }
     let has_command = !options.command.is_empty();
     if has_command && (options.serial.as_ref() == tty || options.console.as_ref() == tty) {
         return Err(CliError::Contradiction(
@@ -318,6 +339,26 @@ mod tests {
         let refused = refusal(&["--api-socket", "/s", "--disk", "path=/d"]);
         assert!(refused.starts_with("--api-socket without"), "{refused}");
         assert!(refusal(&["--seccomp", "true"]).starts_with("--seccomp: there are no"));
+    }
+
+    #[test]
+    fn a_snapshot_says_what_the_guest_is() {
+        let options = run(&[
+            "--restore",
+            "/s",
+            "--vsock",
+            "cid=3,socket=/v",
+            "--api-socket",
+            "/a",
+        ]);
+        assert!(!options.only_serves());
+        for more in [["--kernel", "k"], ["--cpus", "boot=2"], ["--", "true"]] {
+            let refused = refusal(&["--restore", "/s", more[0], more[1]]);
+            assert!(
+                refused.starts_with("--restore: the snapshot says"),
+                "{refused}"
+            );
+        }
     }
 
     #[test]

@@ -64,6 +64,16 @@ impl KvmKind {
             .map_or(Self::Unknown, |(_, kind)| *kind)
     }
 
+    /// Its name in a snapshot.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Intel => "intel",
+            Self::Amd => "amd",
+            Self::Emulating => "emulating",
+            Self::Unknown => "unknown",
+        }
+    }
+
     /// What a guest's kernel command line must say on this kind of host.
     pub fn kernel_parameters(self) -> impl Iterator<Item = &'static str> {
         let emulating = if self == Self::Emulating {

@@ -76,7 +76,7 @@ pub(crate) fn open(path: &Path) -> Result<File, LoadError> {
 }
 
 /// Loads the kernel at `path` where it wants to lie.
-pub(crate) fn load_kernel(ram: &Ram, path: &Path) -> Result<KernelImage, LoadError> {
+pub(crate) fn load_kernel(ram: &mut Ram, path: &Path) -> Result<KernelImage, LoadError> {
     let file = open(path)?;
     let mut image = KernelImage::read(&file).map_err(|source| LoadError::Image {
         path: path.into(),
@@ -105,7 +105,7 @@ pub(crate) fn load_kernel(ram: &Ram, path: &Path) -> Result<KernelImage, LoadErr
 /// upper end of RAM below the MMIO hole. Returns where it starts and how long
 /// it is.
 pub(crate) fn load_initramfs(
-    ram: &Ram,
+    ram: &mut Ram,
     path: &Path,
     appended: &[u8],
     kernel_end: GuestAddress,

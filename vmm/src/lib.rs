@@ -33,6 +33,7 @@ pub mod run;
 pub mod service;
 mod share;
 mod signals;
+pub mod snapshot;
 pub mod socket_console;
 pub mod streams;
 mod tap;

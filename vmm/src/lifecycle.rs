@@ -9,21 +9,24 @@
 //!     └──── delete ────┴──────── Shutdown ◀────────────┘
 //! ```
 //!
+//! A snapshot is taken of a paused VM; a restored one is paused, too.
+//!
 //! Owned by `control`, which carries out one request at a time. None of them
 //! waits for the guest.
 
 use api::{
-    Addition, Answer, ApiError, ConfigError, Definition, Ping, Request, Resize, State, VmInfo,
-    chain,
+    Addition, Answer, ApiError, ConfigError, Definition, Ping, Request, Resize, Restore, Snapshot,
+    State, VmInfo, chain,
 };
 use serde_json::{Value, json};
 
-use crate::builder::{BuildError, Surroundings, build};
+use crate::builder::{BuildError, Origin, Surroundings, build};
 use crate::command::Command;
 use crate::control::Inbox;
 use crate::events::Events;
 use crate::machine::Machine;
 use crate::metrics;
+use crate::snapshot::{self, Loaded, SaveError};
 use crate::transcript::Transcript;
 
 /// What outlives a machine.
@@ -123,6 +126,8 @@ impl Vm {
             Request::Pause => self.pause().map(done),
             Request::Resume => self.resume().map(done),
             Request::Resize(sizes) => self.resize(sizes).map(done),
+            Request::Snapshot(snapshot) => self.snapshot(&snapshot).map(done),
+            Request::Restore(restore) => self.restore(*restore).map(done),
             Request::PowerButton => self.press_power_button().map(done),
             Request::Remove(id) => self.remove(&id).map(done),
             Request::Shutdown => self.shutdown().map(done),
@@ -139,7 +144,7 @@ impl Vm {
     }
 
     /// Defines the VM.
-    pub fn create(&mut self, definition: Box<Definition>) -> Result<(), ApiError> {
+    fn create(&mut self, definition: Box<Definition>) -> Result<(), ApiError> {
         if !matches!(self.phase, Phase::None) {
             return Err(self.wrong("vm.create", "not created"));
         }
@@ -147,6 +152,20 @@ impl Vm {
         self.phase = Phase::Created(definition);
         self.around.events.vm("created", Value::Null);
         Ok(())
+    }
+
+    /// Has the VM run, where there is none yet.
+    pub fn start(&mut self, definition: Definition, origin: Origin) -> Result<(), ApiError> {
+        match origin {
+            Origin::Kernel => {
+                self.create(Box::new(definition))?;
+                self.boot()
+            }
+            Origin::Snapshot(loaded) => {
+                self.revive(Box::new(definition), *loaded)?;
+                self.resume()
+            }
+        }
     }
 
     /// Adds a device to the definition: the guest finds devices when it boots.
@@ -194,25 +213,71 @@ impl Vm {
 
     /// Builds the machine and lets it run. A VM that cannot be built stays what
     /// it was.
-    pub fn boot(&mut self) -> Result<(), ApiError> {
+    fn boot(&mut self) -> Result<(), ApiError> {
         let (Phase::Created(definition) | Phase::Shutdown(definition)) = &self.phase else {
             return Err(self.wrong("vm.boot", "Created or Shutdown"));
         };
         let definition = definition.clone();
-        let around = Surroundings {
-            command: self.around.command.clone(),
-            inbox: self.around.inbox.next_life(),
-            transcript: self.around.transcript.clone(),
-            terminal: self.around.terminal,
-        };
         self.around.events.vm("booting", Value::Null);
-        let machine = build(&definition.config, &around).map_err(refusal)?;
+        let around = self.surroundings();
+        let machine = build(&definition.config, &around, Origin::Kernel).map_err(refusal)?;
         log::info!("built; entering the guest");
         machine.start();
         let phases = machine.timeline.json();
         let events = &mut self.around.events;
         events.vm("booted", json!({ "phases_us": phases }));
         self.phase = Phase::Running(definition, Box::new(machine));
+        Ok(())
+    }
+
+    /// What the machine of the next life is given.
+    fn surroundings(&mut self) -> Surroundings {
+        Surroundings {
+            command: self.around.command.clone(),
+            inbox: self.around.inbox.next_life(),
+            transcript: self.around.transcript.clone(),
+            terminal: self.around.terminal,
+        }
+    }
+
+    /// Writes the VM down.
+    fn snapshot(&mut self, snapshot: &Snapshot) -> Result<(), ApiError> {
+        let Phase::Paused(definition, machine) = &mut self.phase else {
+            return Err(self.wrong("vm.snapshot", "Paused"));
+        };
+        let folder = json!({ "folder": snapshot.folder });
+        self.around.events.vm("snapshotting", folder.clone());
+        snapshot::save(machine, definition, &snapshot.folder, snapshot.incremental)
+            .map_err(not_saved)?;
+        self.around.events.vm("snapshotted", folder);
+        Ok(())
+    }
+
+    /// Makes a VM of a snapshot. If that fails there is none, as before.
+    fn restore(&mut self, restore: Restore) -> Result<(), ApiError> {
+        if !matches!(self.phase, Phase::None) {
+            return Err(self.wrong("vm.restore", "not created"));
+        }
+        let (prefetch, resume) = (restore.prefetch, restore.resume);
+        let opened = Loaded::open(restore);
+        let (loaded, definition) = opened.map_err(|error| ApiError::Impossible(chain(&error)))?;
+        self.revive(Box::new(definition), loaded)?;
+        if let (true, Some(machine)) = (prefetch, self.phase.machine()) {
+            machine.ram.prefetch();
+        }
+        if resume { self.resume() } else { Ok(()) }
+    }
+
+    fn revive(&mut self, definition: Box<Definition>, loaded: Loaded) -> Result<(), ApiError> {
+        definition.config.check().map_err(contradiction)?;
+        self.around.events.vm("restoring", Value::Null);
+        let around = self.surroundings();
+        let origin = Origin::Snapshot(Box::new(loaded));
+        let machine = build(&definition.config, &around, origin).map_err(refusal)?;
+        let phases = machine.timeline.json();
+        self.phase = Phase::Paused(definition, Box::new(machine));
+        let events = &mut self.around.events;
+        events.vm("restored", json!({ "phases_us": phases }));
         Ok(())
     }
 
@@ -410,6 +475,7 @@ fn refusal(error: BuildError) -> ApiError {
     let chain = chain(&error);
     match error {
         BuildError::Kvm(..)
+        | BuildError::SnapshotRam(_)
         | BuildError::Irqchip(_)
         | BuildError::Bus(_)
         | BuildError::CreateVcpu { .. }
@@ -422,6 +488,26 @@ fn refusal(error: BuildError) -> ApiError {
         | BuildError::Mptable(_)
         | BuildError::Device { .. }
         | BuildError::Attach { .. }
+        | BuildError::Snapshot(_)
+        | BuildError::DeviceState { .. }
+        | BuildError::VcpuState { .. }
+        | BuildError::BoardState(_)
         | BuildError::Stream(_) => ApiError::Impossible(chain),
+    }
+}
+
+/// Whether the client or the host is to blame.
+fn not_saved(error: SaveError) -> ApiError {
+    let chain = chain(&error);
+    match error {
+        SaveError::Command | SaveError::Share(_) | SaveError::Busy(_) => {
+            ApiError::Impossible(chain)
+        }
+        SaveError::File { .. }
+        | SaveError::Board(_)
+        | SaveError::Vcpu { .. }
+        | SaveError::NoVcpu(_)
+        | SaveError::Kvm(_)
+        | SaveError::Encode(_) => ApiError::Host(chain),
     }
 }

@@ -5,7 +5,9 @@ use std::io;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
-use devices::virtio::{Counters, MmioTransport};
+use arch::state::CpuFeatures;
+use devices::legacy::{Serial, SerialState};
+use devices::virtio::{Counters, MmioTransport, TransportState};
 use kvm_ioctls::VmFd;
 use thiserror::Error;
 
@@ -40,8 +42,11 @@ pub struct Machine {
     /// How it came to be.
     pub(crate) timeline: Timeline,
     pub(crate) exits: Arc<ExitCounters>,
-    pub(crate) _vm: VmFd,
-    pub(crate) _ram: Ram,
+    pub(crate) serial: Option<Arc<Mutex<Serial>>>,
+    /// What KVM could do for the vCPUs when the guest started.
+    pub(crate) features: CpuFeatures,
+    pub(crate) vm: VmFd,
+    pub(crate) ram: Ram,
 }
 
 impl Machine {
@@ -64,6 +69,20 @@ impl Machine {
         }
         self.start();
         Ok(())
+    }
+
+    /// What a snapshot keeps of each device, which is paused.
+    pub(crate) fn device_states(&self) -> Vec<(String, TransportState)> {
+        let transports = self.transports.iter();
+        let state = |(id, it): &(String, Arc<Mutex<MmioTransport>>)| (id.clone(), lock(it).state());
+        transports.map(state).collect()
+    }
+
+    /// What it keeps of the serial port.
+    pub(crate) fn serial_state(&self) -> Option<SerialState> {
+        let serial = self.serial.as_ref()?;
+        let serial = serial.lock().expect("no thread panics while it holds it");
+        Some(serial.state())
     }
 
     /// Ends the guest's life but keeps what is needed to talk about it. What the

@@ -11,9 +11,13 @@
 //! host's page cache. The file must not be truncated while the VM lives; the
 //! guest dies if it is.
 
+mod image;
+mod pages;
+
 use std::ffi::CString;
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::os::fd::{AsRawFd, FromRawFd};
 
 use api::{ByteSize, MemoryConfig};
@@ -26,6 +30,8 @@ use vm_memory::{
     Address, Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryError,
     GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap, MmapRegion,
 };
+
+pub(crate) use self::image::{Extent, Layer, LayerError};
 
 /// A page of zeros; host and guest agree on the size.
 const PAGE: [u8; 4096] = [0; 4096];
@@ -104,6 +110,11 @@ pub struct Ram {
     memory: GuestMemoryMmap,
     /// Files may be mapped over it.
     private: bool,
+    thp: bool,
+    /// Where files are mapped over it, in offsets ([`image`]).
+    mapped: Vec<Range<u64>>,
+    /// Which files of RAM those are.
+    layers: Vec<Layer>,
 }
 
 impl Ram {
@@ -129,6 +140,9 @@ impl Ram {
         Ok(Self {
             memory,
             private: !config.shared && !config.hugepages,
+            thp: config.thp,
+            mapped: Vec::new(),
+            layers: Vec::new(),
         })
     }
 
@@ -161,7 +175,7 @@ impl Ram {
     /// Puts `file_bytes` bytes of `file` from `file_offset` on at `start`,
     /// followed by zeros up to `memory_bytes`. RAM there must be untouched.
     pub fn place(
-        &self,
+        &mut self,
         file: &File,
         file_offset: u64,
         file_bytes: u64,
@@ -205,7 +219,7 @@ impl Ram {
     }
 
     fn map_file(
-        &self,
+        &mut self,
         file: &File,
         file_offset: u64,
         file_bytes: u64,
@@ -245,6 +259,7 @@ impl Ram {
         if address == libc::MAP_FAILED {
             return Err(failed(io::Error::last_os_error()));
         }
+        self.mapped.extend(self.offsets(start, mapped));
         // What follows in the file belongs to somebody else; here follow zeros.
         let tail = usize::try_from(mapped - file_bytes).expect("less than a page");
         self.memory
@@ -362,7 +377,7 @@ mod tests {
 
     #[test]
     fn a_mapped_segment_ends_in_zeros_not_in_the_rest_of_the_file() {
-        let ram = ram(false);
+        let mut ram = ram(false);
         ram.place(&file(), 0, 0x1800, START, 0x4000).unwrap();
         assert_eq!(bytes(&ram, 0x17ff, 1), [1]);
         assert_eq!(bytes(&ram, 0x1800, 0x2800), vec![0; 0x2800]);
@@ -370,7 +385,7 @@ mod tests {
 
     #[test]
     fn writes_to_a_mapped_segment_leave_the_file_alone() {
-        let (ram, file) = (ram(false), file());
+        let (mut ram, file) = (ram(false), file());
         ram.place(&file, 0, 0x3000, START, 0x3000).unwrap();
         ram.memory().write_slice(&[9; 16], START).unwrap();
         let mut first = [0; 1];
@@ -380,7 +395,7 @@ mod tests {
 
     #[test]
     fn unaligned_segments_and_shared_ram_are_copied() {
-        for (ram, offset, start) in [(ram(false), 0x1ff8, START), (ram(true), 0x2000, START)] {
+        for (mut ram, offset, start) in [(ram(false), 0x1ff8, START), (ram(true), 0x2000, START)] {
             ram.place(&file(), offset, 0x10, start, 0x10).unwrap();
             assert_eq!(bytes(&ram, 8, 8), [2; 8]);
         }
@@ -388,7 +403,7 @@ mod tests {
 
     #[test]
     fn what_does_not_fit_into_ram_is_refused() {
-        let ram = ram(false);
+        let mut ram = ram(false);
         let start = GuestAddress((32 << 20) - 0x1000);
         assert!(matches!(
             ram.place(&file(), 0, 0x3000, start, 0x3000),

@@ -4,16 +4,17 @@
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::unix::fs::OpenOptionsExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use api::{
     ApiError, Definition, DiskConfig, FolderConfig, FsCache, FsConfig, FsSource, KernelConfig,
-    Output, VmConfig,
+    Output, Restore, TapSource, VmConfig,
 };
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use serde_json::{Value, json};
 use thiserror::Error;
 
+use crate::builder::Origin;
 use crate::cli::{EventMonitor, RunOptions};
 use crate::command::Command;
 use crate::control::{self, Event, Inbox, Outcome};
@@ -23,6 +24,7 @@ use crate::guest::{GuestFolder, MissingPart};
 use crate::lifecycle::{Surround, Vm};
 use crate::service::{Service, ServiceError};
 use crate::signals;
+use crate::snapshot::{Loaded, RestoreError};
 use crate::terminal::{self, RawTerminal};
 use crate::transcript::Transcript;
 
@@ -46,6 +48,22 @@ pub enum RunError {
     /// It could not be built.
     #[error("{0}")]
     Build(ApiError),
+    /// There is no such snapshot.
+    #[error("--restore {}", .folder.display())]
+    Restore {
+        /// Where.
+        folder: PathBuf,
+        /// Why.
+        source: RestoreError,
+    },
+    /// A descriptor that should be a tap.
+    #[error("--net fd={fd}")]
+    Tap {
+        /// Its number.
+        fd: i32,
+        /// Why.
+        source: io::Error,
+    },
     /// There is no API.
     #[error(transparent)]
     Service(#[from] ServiceError),
@@ -93,9 +111,12 @@ pub fn run(options: &RunOptions) -> Result<u8, RunError> {
         return Ok(conclude(outcome, false, &mut vm, &transcript));
     }
 
-    let config = config(options)?;
+    let (definition, origin) = match &options.restore {
+        None => (Definition::of(config(options)?), Origin::Kernel),
+        Some(folder) => restored(options, folder)?,
+    };
     let command = command(options);
-    let terminal = terminal(&config, command.as_ref())?;
+    let terminal = terminal(&definition.config, command.as_ref())?;
     let service = service(&inbox)?;
     let mut vm = Vm::new(Surround {
         inbox,
@@ -104,9 +125,7 @@ pub fn run(options: &RunOptions) -> Result<u8, RunError> {
         terminal: terminal.is_some(),
         events: monitor,
     });
-    let definition = Definition::of(config.clone());
-    vm.create(Box::new(definition)).map_err(RunError::Build)?;
-    vm.boot().map_err(RunError::Build)?;
+    vm.start(definition, origin).map_err(RunError::Build)?;
     let outcome = control::serve(&mut vm, events);
     drop(service);
     drop(terminal);
@@ -217,6 +236,55 @@ fn config(options: &RunOptions) -> Result<VmConfig, RunError> {
         serial: serial(options),
         console: options.console.clone().unwrap_or(Output::Off),
     })
+}
+
+/// The VM of a snapshot, with what the options say is to be different.
+fn restored(options: &RunOptions, folder: &Path) -> Result<(Definition, Origin), RunError> {
+    let mut restore = Restore::new(folder.into());
+    let differs = VmConfig {
+        kernel: KernelConfig {
+            path: PathBuf::new(),
+            initramfs: None,
+            cmdline: String::new(),
+        },
+        cpus: options.cpus,
+        memory: options.memory,
+        balloon: None,
+        disks: options.disks.clone(),
+        nets: options.nets.clone(),
+        shares: options.shares.clone(),
+        vsock: options.vsock.clone(),
+        serial: options.serial.clone().unwrap_or(Output::Off),
+        console: options.console.clone().unwrap_or(Output::Off),
+    };
+    let given = [
+        ("disks", !options.disks.is_empty()),
+        ("net", !options.nets.is_empty()),
+        ("fs", !options.shares.is_empty()),
+        ("vsock", options.vsock.is_some()),
+        ("serial", options.serial.is_some()),
+        ("console", options.console.is_some()),
+    ];
+    let mut json = Definition::of(differs).json;
+    for (part, _) in given.iter().filter(|(_, given)| *given) {
+        restore.patch[part] = json[part].take();
+    }
+    for net in &options.nets {
+        if let TapSource::Numbers(numbers) = &net.tap {
+            for fd in numbers {
+                let tap = crate::tap::duplicate(*fd);
+                restore
+                    .fds
+                    .push(tap.map_err(|source| RunError::Tap { fd: *fd, source })?);
+            }
+        }
+    }
+    let opened = Loaded::open(restore);
+    let (loaded, definition) = opened.map_err(|source| RunError::Restore {
+        folder: folder.into(),
+        source,
+    })?;
+    Ok((definition, Origin::Snapshot(Box::new(loaded))))
 }
 
 /// The tag of the share that is the root file system.

@@ -21,6 +21,7 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread::{Builder, JoinHandle};
 
+use arch::state::{MsrIndices, VcpuState};
 use devices::bus::Bus;
 use devices::counter::Counter;
 use kvm_bindings::KVM_MP_STATE_HALTED;
@@ -62,6 +63,11 @@ enum Command {
     Park(Sender<()>),
     /// Say whether nothing will ever happen on this vCPU again by itself.
     IsHalted(Sender<bool>),
+    /// Say what KVM holds of the vCPU.
+    Save(
+        Arc<MsrIndices>,
+        Sender<Result<VcpuState, arch::state::StateError>>,
+    ),
     /// End the thread.
     Stop,
 }
@@ -124,6 +130,16 @@ impl Vcpu {
         halted.recv().unwrap_or(true)
     }
 
+    /// What KVM holds of the vCPU, which is parked. None if its thread has ended.
+    pub(crate) fn save(
+        &self,
+        indices: &Arc<MsrIndices>,
+    ) -> Option<Result<VcpuState, arch::state::StateError>> {
+        let (reply, state) = channel();
+        self.send(Command::Save(Arc::clone(indices), reply));
+        state.recv().ok()
+    }
+
     fn send(&self, command: Command) {
         // The receiver is gone only when the thread has ended; then there is
         // nobody to tell.
@@ -173,6 +189,12 @@ impl Thread {
                 }
                 Ok(Command::IsHalted(reply)) => {
                     let _ = reply.send(true);
+                    continue;
+                }
+                Ok(Command::Save(indices, reply)) => {
+                    // What the vCPU last left for was completed when the kick brought it out of
+                    // KVM_RUN (kvm/api.rst 4.10).
+                    let _ = reply.send(VcpuState::save(self.kick.vcpu(), &indices));
                     continue;
                 }
                 Ok(Command::Stop) | Err(_) => return,
@@ -259,6 +281,10 @@ impl Thread {
                 }
                 Command::IsHalted(reply) => {
                     let _ = reply.send(self.is_halted());
+                }
+                // Only a parked vCPU is asked; this one has its answer all the same.
+                Command::Save(indices, reply) => {
+                    let _ = reply.send(VcpuState::save(self.kick.vcpu(), &indices));
                 }
                 Command::Stop => return Step::Stop,
             }

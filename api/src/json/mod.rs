@@ -5,15 +5,14 @@
 
 mod parts;
 mod unsupported;
+mod written;
 
 use std::os::fd::OwnedFd;
 
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value, json};
 
-use crate::config::{
-    DiskConfig, FsConfig, FsSource, NetConfig, Output, TapSource, VmConfig, VsockConfig,
-};
+use crate::config::{DiskConfig, FsConfig, NetConfig, Output, VmConfig, VsockConfig};
 use crate::error::JsonError;
 
 use self::parts::{DiskJson, FsJson, NetJson, VmJson, VsockJson};
@@ -29,33 +28,7 @@ pub struct Definition {
 impl Definition {
     /// A VM that was not defined in JSON.
     pub fn of(config: VmConfig) -> Self {
-        let kernel = &config.kernel;
-        let mut vm = Map::new();
-        let payload = json!({
-            "kernel": kernel.path,
-            "initramfs": kernel.initramfs,
-            "cmdline": kernel.cmdline,
-        });
-        vm.insert("payload".into(), payload);
-        let disks = config
-            .disks
-            .iter()
-            .map(|disk| json!({"path": disk.path, "readonly": disk.readonly}));
-        vm.insert("disks".into(), disks.collect());
-        if let Some(vsock) = &config.vsock {
-            let vsock = json!({"cid": vsock.cid, "socket": vsock.socket});
-            vm.insert("vsock".into(), vsock);
-        }
-        let nets = config.nets.iter().map(|net| match &net.tap {
-            TapSource::Name(name) => json!({ "tap": name }),
-            TapSource::Numbers(_) | TapSource::Passed(_) => json!({}),
-        });
-        vm.insert("net".into(), nets.collect());
-        let shares = config.shares.iter().map(|share| match &share.source {
-            FsSource::Folder(folder) => json!({"tag": share.tag, "shared_dir": folder.path}),
-            FsSource::Socket(socket) => json!({"tag": share.tag, "socket": socket}),
-        });
-        vm.insert("fs".into(), shares.collect());
+        let mut vm = written::vm(&config);
         fill_in(&mut vm, &config);
         Self {
             config,
@@ -65,10 +38,21 @@ impl Definition {
 
     /// Understands the body of vm.create.
     pub fn parse(body: &[u8]) -> Result<Self, JsonError> {
-        let mut json: Value = parse(body)?;
+        Self::understand(parse(body)?, Vec::new())
+    }
+
+    /// Understands the config.json of a snapshot, with what `patch` changes in it (RFC 7396, JSON
+    /// Merge Patch). `fds` stand for the taps of networks without one, in their order.
+    pub fn restored(body: &[u8], patch: &Value, fds: Vec<OwnedFd>) -> Result<Self, JsonError> {
+        let mut json = parse(body)?;
+        merge(&mut json, patch);
+        Self::understand(json, fds)
+    }
+
+    fn understand(mut json: Value, fds: Vec<OwnedFd>) -> Result<Self, JsonError> {
         unsupported::refuse(&json)?;
         let vm: VmJson = from_value(json.clone())?;
-        let config = vm.config()?;
+        let config = vm.config(fds)?;
         if let Value::Object(object) = &mut json {
             fill_in(object, &config);
         }
@@ -217,6 +201,25 @@ fn located(error: serde_path_to_error::Error<serde_json::Error>) -> JsonError {
     JsonError::Value {
         path: error.path().to_string(),
         source: error.into_inner(),
+    }
+}
+
+/// RFC 7396: objects are merged, null takes away, and anything else replaces.
+fn merge(target: &mut Value, patch: &Value) {
+    let Value::Object(patch) = patch else {
+        target.clone_from(patch);
+        return;
+    };
+    if !target.is_object() {
+        *target = Value::Object(Map::new());
+    }
+    let target = target.as_object_mut().expect("just made one");
+    for (key, value) in patch {
+        if value.is_null() {
+            target.remove(key);
+        } else {
+            merge(target.entry(key).or_insert(Value::Null), value);
+        }
     }
 }
 

@@ -174,7 +174,9 @@ enum Mode {
 }
 
 impl VmJson {
-    pub(super) fn config(self) -> Result<VmConfig, JsonError> {
+    /// `fds` stand for the taps of networks without one.
+    pub(super) fn config(self, fds: Vec<OwnedFd>) -> Result<VmConfig, JsonError> {
+        let mut fds = fds.into_iter();
         let disks = self.disks.unwrap_or_default().into_iter();
         let nets = self.net.unwrap_or_default().into_iter();
         let shares = self.fs.unwrap_or_default().into_iter();
@@ -193,7 +195,10 @@ impl VmJson {
             balloon: self.balloon.map(BalloonJson::config),
             disks: disks.map(DiskJson::config).collect::<Result<_, _>>()?,
             nets: nets
-                .map(|net| net.config(Vec::new()))
+                .map(|net| {
+                    let own = net.descriptors();
+                    net.config(fds.by_ref().take(own).collect())
+                })
                 .collect::<Result<_, _>>()?,
             shares: shares.map(FsJson::config).collect::<Result<_, _>>()?,
             vsock: self.vsock.map(VsockJson::config).transpose()?,
@@ -267,6 +272,14 @@ impl DiskJson {
 }
 
 impl NetJson {
+    /// How many descriptors stand for its tap: one for each pair of queues.
+    fn descriptors(&self) -> usize {
+        match self.tap {
+            Some(_) => 0,
+            None => self.num_queues.map_or(1, |queues| queues / 2).into(),
+        }
+    }
+
     /// `fds` came with the request, and stand for the tap.
     pub(super) fn config(self, fds: Vec<OwnedFd>) -> Result<NetConfig, JsonError> {
         let tap = match (self.tap, fds.is_empty()) {

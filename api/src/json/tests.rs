@@ -144,3 +144,63 @@ fn devices_are_removed_by_their_clients_name_or_ours() {
     assert_eq!(vm.json["disks"][0]["path"], "/a");
     assert!(vm.config.vsock.is_none() && vm.config.shares.is_empty());
 }
+
+#[test]
+fn what_is_written_of_a_vm_is_the_same_vm() {
+    use crate::{KernelConfig, MemoryConfig};
+    let kernel = KernelConfig {
+        path: "/k".into(),
+        initramfs: Some("/i".into()),
+        cmdline: "quiet".into(),
+    };
+    let memory = "size=1G,hotplug_size=1G,hotplugged_size=128M,thp=off,shared=on";
+    let config = VmConfig {
+        kernel,
+        cpus: "boot=2,max=4".parse().unwrap(),
+        memory: memory.parse::<MemoryConfig>().unwrap(),
+        balloon: Some("size=64M,deflate_on_oom=on".parse().unwrap()),
+        disks: vec![
+            "path=/d,readonly=on,id=x,bw_size=5,bw_refill_time=7"
+                .parse()
+                .unwrap(),
+        ],
+        nets: vec![
+            "tap=t,mac=02:00:00:00:00:01,mtu=1400,offload_tso=off"
+                .parse()
+                .unwrap(),
+        ],
+        shares: vec![
+            "tag=a,shared_dir=/a,readonly=on,cache=always"
+                .parse()
+                .unwrap(),
+            "tag=b,socket=/s".parse().unwrap(),
+        ],
+        vsock: Some("cid=5,socket=/v".parse().unwrap()),
+        serial: Output::File("/log".into()),
+        console: Output::Socket("/c".into()),
+    };
+    let written = Definition::of(config.clone());
+    let read = Definition::parse(written.json.to_string().as_bytes()).unwrap();
+    assert_eq!(format!("{:?}", read.config), format!("{config:?}"));
+    assert_eq!(read.json, written.json);
+}
+
+#[test]
+fn a_snapshots_configuration_is_patched() {
+    let vm = json!({
+        "payload": {"kernel": "/k"},
+        "net": [{"mac": "02:00:00:00:00:01", "num_queues": 4}],
+        "vsock": {"cid": 3, "socket": "/old"},
+        "balloon": {"size": 0},
+    });
+    let patch = json!({"vsock": {"socket": "/new"}, "balloon": null});
+    let fds = || (0..2).map(|_| std::fs::File::open("/dev/null").unwrap().into());
+    let body = vm.to_string();
+    let read = Definition::restored(body.as_bytes(), &patch, fds().collect()).unwrap();
+    assert_eq!(read.config.vsock.unwrap().socket.to_str(), Some("/new"));
+    assert!(read.config.balloon.is_none());
+    assert_eq!(read.config.nets[0].pairs, 2);
+    let error = Definition::restored(body.as_bytes(), &patch, Vec::new()).unwrap_err();
+    let causes = crate::chain(&error).join(": ");
+    assert!(causes.contains("give either tap=NAME or fd=N"), "{causes}");
+}

@@ -1,0 +1,468 @@
+//! Snapshots of guests of a few instructions: what they take along, what they survive, and what is
+//! refused.
+
+use std::fs;
+use std::io::{Read, Write};
+use std::os::unix::fs::FileExt;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::thread;
+use std::time::Duration;
+
+use api::http::Client;
+use serde_json::{Value, json};
+use tempfile::TempDir;
+use tests::podvmm::kvm_is_here;
+use tests::service::{Service, get, put, refusal};
+use tests::{Podvmm, code};
+
+// Counts, in memory, what it is sent, and answers with the count, a letter from 'A' on. A 'q' ends
+// it. It has 8 MiB of memory that differ from zero, so that a snapshot takes its time.
+code!(
+    counter,
+    ".code32",
+    "mov edi, 0x1000000",
+    "mov eax, 0x5a5a5a5a",
+    "mov ecx, 0x200000",
+    "cld",
+    "rep stosd",
+    "mov dword ptr [0x200000], 'A'",
+    "1: mov dx, 0x3fd",
+    "in al, dx",
+    "test al, 1",
+    "jz 1b",
+    "mov dx, 0x3f8",
+    "in al, dx",
+    "cmp al, 'q'",
+    "je 2f",
+    "mov eax, [0x200000]",
+    "inc dword ptr [0x200000]",
+    "out dx, al",
+    "jmp 1b",
+    "2: mov al, 0xfe",
+    "out 0x64, al",
+    "3: hlt",
+    "jmp 3b",
+);
+
+/// A guest that counts.
+struct Counter {
+    service: Service,
+    client: Client,
+    console: UnixStream,
+}
+
+impl Counter {
+    fn boot() -> Self {
+        let service = Service::start(counter());
+        let mut client = service.client();
+        let mut vm = service.definition();
+        vm["serial"] = serial(&service);
+        vm["balloon"] = json!({"size": 0});
+        vm["memory"]["thp"] = false.into();
+        put(&mut client, "vm.create", Some(vm)).expect("podvmm and its files are there");
+        put(&mut client, "vm.boot", None).expect("podvmm and its files are there");
+        Self::of(service, client)
+    }
+
+    /// Another one of a snapshot.
+    fn restore(folder: &Path, more: &[(&str, Value)]) -> Self {
+        let service = Service::start(&[]);
+        let mut client = service.client();
+        let mut body = json!({
+            "source_url": url(folder),
+            "config": {"serial": serial(&service)},
+            "resume": true,
+        });
+        for (key, value) in more {
+            body[key] = value.clone();
+        }
+        put(&mut client, "vm.restore", Some(body)).expect("podvmm and its files are there");
+        Self::of(service, client)
+    }
+
+    fn of(service: Service, client: Client) -> Self {
+        let console = UnixStream::connect(service.folder.path().join("serial"))
+            .expect("podvmm and its files are there");
+        let patience = Some(Duration::from_secs(60));
+        console
+            .set_read_timeout(patience)
+            .expect("podvmm and its files are there");
+        Self {
+            service,
+            client,
+            console,
+        }
+    }
+
+    fn count(&mut self) -> char {
+        self.console
+            .write_all(b".")
+            .expect("podvmm and its files are there");
+        let mut said = [0];
+        self.console
+            .read_exact(&mut said)
+            .expect("podvmm and its files are there");
+        said[0].into()
+    }
+
+    fn snapshot(&mut self, folder: &Path, incremental: bool) {
+        put(&mut self.client, "vm.pause", None).expect("podvmm and its files are there");
+        let body = json!({"destination_url": url(folder), "incremental": incremental});
+        put(&mut self.client, "vm.snapshot", Some(body)).expect("podvmm and its files are there");
+        put(&mut self.client, "vm.resume", None).expect("podvmm and its files are there");
+    }
+
+    fn end(mut self) {
+        self.console
+            .write_all(b"q")
+            .expect("podvmm and its files are there");
+        let outcome = self.service.running.wait();
+        assert_eq!(outcome.code, Some(0), "{outcome:?}");
+    }
+}
+
+fn serial(service: &Service) -> Value {
+    json!({"mode": "Socket", "socket": service.folder.path().join("serial")})
+}
+
+fn url(folder: &Path) -> String {
+    format!("file://{}", folder.display())
+}
+
+/// The names of files in a folder, and how many bytes each takes.
+fn files(folder: &Path) -> Vec<(String, u64)> {
+    use std::os::unix::fs::MetadataExt;
+    let mut files: Vec<_> = fs::read_dir(folder)
+        .expect("podvmm and its files are there")
+        .map(|entry| {
+            let entry = entry.expect("podvmm and its files are there");
+            let name = entry
+                .file_name()
+                .into_string()
+                .expect("podvmm and its files are there");
+            (
+                name,
+                entry
+                    .metadata()
+                    .expect("podvmm and its files are there")
+                    .blocks()
+                    * 512,
+            )
+        })
+        .collect();
+    files.sort();
+    files
+}
+
+fn names(folder: &Path) -> Vec<String> {
+    files(folder).into_iter().map(|(name, _)| name).collect()
+}
+
+fn memory_files(folder: &Path) -> Vec<PathBuf> {
+    let named = |(name, _): &(String, u64)| name.starts_with("memory-");
+    let names = files(folder).into_iter().filter(named);
+    names.map(|(name, _)| folder.join(name)).collect()
+}
+
+#[test]
+fn guests_go_on_where_their_snapshot_was_taken_and_are_each_their_own() {
+    if !kvm_is_here() {
+        return;
+    }
+    let folder = TempDir::new().unwrap();
+    let (first, second) = (folder.path().join("first"), folder.path().join("second"));
+    let mut original = Counter::boot();
+    assert_eq!(original.count(), 'A');
+    original.snapshot(&first, false);
+    assert_eq!((original.count(), original.count()), ('B', 'C'));
+    original.snapshot(&second, true);
+    assert_eq!(original.count(), 'D');
+    original.end();
+
+    let mut clone = Counter::restore(&first, &[]);
+    let mut other = Counter::restore(&first, &[("verify", true.into())]);
+    let mut later = Counter::restore(&second, &[("prefetch", true.into())]);
+    assert_eq!(
+        (clone.count(), clone.count(), clone.count()),
+        ('B', 'C', 'D')
+    );
+    assert_eq!((other.count(), later.count()), ('B', 'D'));
+    // What changed is little, and what did not is shared.
+    let sizes: Vec<_> = files(&second).into_iter().map(|(_, bytes)| bytes).collect();
+    assert_eq!(sizes.len(), 4);
+    let written = sizes.iter().filter(|bytes| **bytes > 8 << 20).count();
+    assert_eq!(written, 1, "{sizes:?}");
+
+    // A snapshot of a clone, over the one it is from.
+    clone.snapshot(&first, true);
+    let mut again = Counter::restore(&first, &[]);
+    assert_eq!((clone.count(), again.count()), ('E', 'E'));
+    // And whole: what it does not need any more is gone.
+    clone.snapshot(&first, false);
+    assert_eq!(memory_files(&first).len(), 1);
+    let mut whole = Counter::restore(&first, &[("verify", true.into())]);
+    assert_eq!((whole.count(), other.count()), ('F', 'C'));
+    [clone, other, later, again, whole]
+        .into_iter()
+        .for_each(Counter::end);
+}
+
+#[test]
+fn the_command_line_restores_too() {
+    if !kvm_is_here() {
+        return;
+    }
+    let folder = TempDir::new().unwrap();
+    let mut original = Counter::boot();
+    original.count();
+    original.snapshot(folder.path(), false);
+    original.end();
+    let path = folder.path().to_str().unwrap();
+    let outcome = Podvmm::new(["--restore", path, "--serial", "tty"])
+        .input(b"..q")
+        .run();
+    assert_eq!(
+        (outcome.code, outcome.stdout.as_str()),
+        (Some(0), "BC"),
+        "{outcome:?}"
+    );
+    let outcome = Podvmm::new(["--restore", "/nowhere"]).run();
+    assert_eq!(outcome.code, Some(125), "{outcome:?}");
+    let why = "podvmm: --restore /nowhere: read /nowhere/state.json: No such file";
+    assert!(outcome.stderr.contains(why), "{outcome:?}");
+}
+
+#[test]
+fn what_does_not_fit_is_refused_with_the_reason() {
+    if !kvm_is_here() {
+        return;
+    }
+    let folder = TempDir::new().unwrap();
+    let mut original = Counter::boot();
+    let snapshot = json!({"destination_url": url(folder.path())});
+    let (status, why) = refusal(put(&mut original.client, "vm.snapshot", Some(snapshot)));
+    assert_eq!(
+        (status, why.as_str()),
+        (409, "vm.snapshot: the VM is Running, it must be Paused")
+    );
+    let (status, _) = refusal(put(
+        &mut original.client,
+        "vm.restore",
+        Some(json!({"source_url": url(folder.path())})),
+    ));
+    assert_eq!(status, 409);
+    original.count();
+    original.snapshot(folder.path(), false);
+    original.end();
+
+    let state = folder.path().join("state.json");
+    let memory = memory_files(folder.path()).remove(0);
+    let service = Service::start(&[]);
+    let mut client = service.client();
+    let mut refused = |more: Value| {
+        let mut body = json!({"source_url": url(folder.path()), "config": more});
+        body["config"]["serial"] = json!({"mode": "Null"});
+        body["verify"] = true.into();
+        let answer = put(&mut client, "vm.restore", Some(body.clone()));
+        assert!(answer.is_err(), "{body}");
+        let (status, why) = refusal(answer);
+        assert_eq!(status, 400, "{why}");
+        why
+    };
+    let cases = [
+        (
+            json!({"cpus": {"max_vcpus": 2}}),
+            "its guest has 3 vCPUs, the configuration 2",
+        ),
+        (
+            json!({"memory": {"size": 128 << 20}}),
+            "its guest has 67108864 bytes of memory at most, the configuration 134217728",
+        ),
+        (
+            json!({"balloon": null}),
+            "its guest has the devices rng, balloon, the configuration the devices rng",
+        ),
+        (
+            json!({"vsock": {"cid": 3, "socket": service.folder.path().join("v")}}),
+            "its guest has the devices rng, balloon, the configuration the devices vsock, rng, balloon",
+        ),
+        (
+            json!({"memory": {"shared": "x"}}),
+            "memory.shared: invalid type",
+        ),
+    ];
+    for (patch, why) in cases {
+        let found = refused(patch);
+        assert!(found.contains(why), "{found}");
+    }
+
+    let whole = fs::read(&state).unwrap();
+    let text = String::from_utf8(whole.clone()).unwrap();
+    let spoilt = [
+        (text[..text.len() / 2].into(), "it is truncated, or no JSON"),
+        (
+            text.replace("\"version\":1", "\"version\":9"),
+            "its format is version 9",
+        ),
+        (
+            text.replace("x86_64", "aarch64"),
+            "it is of a VM on aarch64",
+        ),
+        (
+            text.replace("\"devices\":", "\"devices\": "),
+            "its state is",
+        ),
+        (
+            text.replace("\"devices\":", "\"device5\":"),
+            "its checksum is another",
+        ),
+    ];
+    for (text, why) in spoilt {
+        fs::write(&state, text).unwrap();
+        let found = refused(json!({}));
+        assert!(found.contains(why), "{found}");
+    }
+    fs::write(&state, &whole).unwrap();
+
+    let file = fs::OpenOptions::new().write(true).open(&memory).unwrap();
+    file.write_all_at(b"!", 0x180_0000 - 0x1000).unwrap();
+    assert!(refused(json!({})).contains("is damaged: its checksum is another"));
+    file.set_len(1 << 20).unwrap();
+    assert!(refused(json!({})).contains("it is truncated: 1048576 bytes instead of"));
+    fs::remove_file(&memory).unwrap();
+    assert!(refused(json!({})).contains("No such file"));
+    fs::create_dir(&memory).unwrap();
+    assert!(refused(json!({})).contains("not a regular file"));
+    // It can still do something else.
+    assert!(get(&mut service.client(), "vmm.ping")["pid"].is_u64());
+    service.dismiss();
+}
+
+#[test]
+fn a_killed_podvmm_leaves_the_older_snapshot_or_the_newer_one() {
+    if !kvm_is_here() {
+        return;
+    }
+    let folder = TempDir::new().unwrap();
+    let mut newer = 0;
+    for round in 0..16 {
+        let mut original = Counter::boot();
+        original.count();
+        original.snapshot(folder.path(), false);
+        original.count();
+        put(&mut original.client, "vm.pause", None).unwrap();
+        let body = json!({"destination_url": url(folder.path()), "incremental": round % 2 == 1});
+        let mut client = original.service.client();
+        let writes = thread::spawn(move || put(&mut client, "vm.snapshot", Some(body)).is_ok());
+        thread::sleep(Duration::from_millis(3 * round));
+        original.service.running.signal(libc::SIGKILL);
+        let written = writes.join().unwrap();
+        drop(original);
+        let mut clone = Counter::restore(folder.path(), &[("verify", true.into())]);
+        let count = clone.count();
+        assert!(
+            count == 'C' || (count == 'B' && !written),
+            "{count} {written}"
+        );
+        newer += u32::from(count == 'C');
+        clone.snapshot(folder.path(), false);
+        // What others left half-written is gone.
+        assert_eq!(files(folder.path()).len(), 3);
+        clone.end();
+    }
+    eprintln!("{newer} of 16 times it was the newer one");
+}
+
+/// A file system with little room.
+struct Small(TempDir);
+
+impl Small {
+    fn new() -> Self {
+        let folder = TempDir::new().expect("there is a folder for temporary files");
+        let mount = Command::new("mount")
+            .args(["-t", "tmpfs", "-o", "size=14m", "podvmm-test"])
+            .arg(folder.path())
+            .status();
+        assert!(mount.expect("mount runs").success());
+        Self(folder)
+    }
+}
+
+impl Drop for Small {
+    fn drop(&mut self) {
+        let unmount = Command::new("umount").arg("-l").arg(self.0.path()).status();
+        assert!(unmount.expect("mount runs").success());
+    }
+}
+
+#[test]
+fn a_full_disk_leaves_the_older_snapshot_and_nothing_else() {
+    if !kvm_is_here() {
+        return;
+    }
+    let disk = Small::new();
+    let folder = disk.0.path().join("s");
+    let mut original = Counter::boot();
+    assert_eq!(original.count(), 'A');
+    original.snapshot(&folder, false);
+    let before = names(&folder);
+    original.count();
+    // Another one does not fit beside it.
+    put(&mut original.client, "vm.pause", None).unwrap();
+    let body = json!({"destination_url": url(&folder)});
+    let (status, why) = refusal(put(&mut original.client, "vm.snapshot", Some(body)));
+    assert_eq!(status, 500, "{why}");
+    assert!(why.contains("No space left on device"), "{why}");
+    assert_eq!(names(&folder), before);
+    let other = disk.0.path().join("t");
+    let body = json!({"destination_url": url(&other)});
+    refusal(put(&mut original.client, "vm.snapshot", Some(body)));
+    assert!(!other.exists());
+    put(&mut original.client, "vm.resume", None).unwrap();
+    assert_eq!(original.count(), 'C');
+    let mut clone = Counter::restore(&folder, &[("verify", true.into())]);
+    assert_eq!(clone.count(), 'B');
+    [original, clone].into_iter().for_each(Counter::end);
+}
+
+#[test]
+fn one_podvmm_at_a_time_writes_to_a_folder() {
+    if !kvm_is_here() {
+        return;
+    }
+    let folder = TempDir::new().unwrap();
+    let lock = fs::File::open(folder.path()).unwrap();
+    lock.lock().unwrap();
+    let mut original = Counter::boot();
+    put(&mut original.client, "vm.pause", None).unwrap();
+    let body = json!({"destination_url": url(folder.path())});
+    let (status, why) = refusal(put(&mut original.client, "vm.snapshot", Some(body)));
+    assert_eq!(status, 400);
+    assert!(
+        why.starts_with("another podvmm writes a snapshot to"),
+        "{why}"
+    );
+    put(&mut original.client, "vm.resume", None).unwrap();
+    original.end();
+}
+
+#[test]
+fn a_configuration_that_belongs_to_a_snapshot_never_completed_is_not_used() {
+    if !kvm_is_here() {
+        return;
+    }
+    let folder = TempDir::new().unwrap();
+    let mut original = Counter::boot();
+    original.snapshot(folder.path(), false);
+    original.end();
+    let path = folder.path().join("config.json");
+    let mut config: Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+    config["cpus"]["max_vcpus"] = 2.into();
+    config["snapshot"] = "another".into();
+    fs::write(&path, config.to_string()).unwrap();
+    let mut clone = Counter::restore(folder.path(), &[]);
+    assert_eq!(clone.count(), 'A');
+    clone.end();
+}

@@ -1,0 +1,87 @@
+//! A VM in a folder, from which any number of others can go on where it was.
+//!
+//! ```text
+//! config.json      the VM's configuration, for its user to edit
+//! state.json       CPUs, board and devices, under a header with a checksum, and which files are RAM
+//! memory-<id>      RAM, sparse; an incremental snapshot adds one that lies over the others
+//! ```
+//!
+//! A snapshot exists from the moment its `state.json` has that name: all it speaks of is written
+//! before, under names that no older snapshot uses, and what only an older one used is removed after.
+//!
+//! Everything read is distrusted: the header says whether it is whole, KVM and the devices check what
+//! they are given, and RAM is mapped only where the configuration has RAM.
+
+mod format;
+mod load;
+mod save;
+
+use std::ops::Range;
+
+use arch::state::{BoardState, CpuFeatures, VcpuState};
+use devices::legacy::SerialState;
+use devices::virtio::{DeviceState, TransportState};
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use crate::memory::Extent;
+
+pub use self::format::FormatError;
+pub use self::load::{Loaded, RestoreError};
+pub use self::save::SaveError;
+pub(crate) use self::save::save;
+
+const CONFIG: &str = "config.json";
+const STATE: &str = "state.json";
+const MEMORY: &str = "memory-";
+/// The member of config.json that says which snapshot it belongs to.
+const ID: &str = "snapshot";
+
+/// What a snapshot keeps besides RAM.
+#[derive(Debug, Serialize, Deserialize)]
+struct State {
+    /// Of this snapshot and no other.
+    id: String,
+    /// How the host ran the guest's kernel.
+    kvm: String,
+    features: CpuFeatures,
+    board: BoardState,
+    vcpus: Vec<VcpuState>,
+    serial: Option<SerialState>,
+    /// By the id that the metrics have, too.
+    devices: Vec<(String, TransportState)>,
+    memory: Memory,
+    /// What config.json was at first.
+    config: Value,
+}
+
+/// The files that are RAM, each over those before it.
+#[derive(Debug, Serialize, Deserialize)]
+struct Memory {
+    len: u64,
+    layers: Vec<LayerState>,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+struct LayerState {
+    file: String,
+    extents: Vec<Extent>,
+}
+
+/// How much of RAM may be saved and restored: all that is there from the start, and what of the rest
+/// is plugged.
+fn allowed(
+    memory: &api::MemoryConfig,
+    devices: &[(String, TransportState)],
+) -> Option<Vec<Range<u64>>> {
+    let size = memory.size.bytes();
+    let plugged = devices
+        .iter()
+        .find_map(|(_, device)| match device.device() {
+            DeviceState::Mem(state) => Some(state.plugged(memory.hotplug_size.0)),
+            _ => None,
+        });
+    let plugged = plugged.unwrap_or_else(|| Some(Vec::new()))?.into_iter();
+    let plugged = plugged.map(|run| size + run.start..size + run.end);
+    Some(std::iter::once(0..size).chain(plugged).collect())
+}

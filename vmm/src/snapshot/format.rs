@@ -1,0 +1,161 @@
+//! state.json: one JSON object, whose header says whether the rest can be understood and is whole.
+
+use serde::{Deserialize, Serialize};
+use serde_json::value::RawValue;
+use thiserror::Error;
+
+use super::State;
+
+const MAGIC: &str = "podvmm snapshot";
+/// Goes up with each change after which an older podvmm, or the same state, is misunderstood.
+const VERSION: u32 = 1;
+const ARCH: &str = std::env::consts::ARCH;
+
+#[derive(Serialize, Deserialize)]
+struct Envelope<'a> {
+    magic: String,
+    arch: String,
+    version: u32,
+    /// Of `state`, in bytes.
+    length: usize,
+    /// CRC-32 (IEEE) of `state`.
+    crc32: u32,
+    #[serde(borrow)]
+    state: &'a RawValue,
+}
+
+/// Why a state.json is none that can be used.
+#[derive(Debug, Error)]
+pub enum FormatError {
+    #[error("it is truncated, or no JSON")]
+    Json(#[source] serde_json::Error),
+    #[error("it is not the state of a snapshot of podvmm's")]
+    Magic,
+    #[error("it is of a VM on {0}, this is podvmm for {ARCH}")]
+    Arch(String),
+    #[error("its format is version {0}, this podvmm reads {VERSION}")]
+    Version(u32),
+    #[error("its state is {found} bytes long and should be {expected}")]
+    Length { expected: usize, found: usize },
+    #[error("it is damaged: its checksum is another")]
+    Checksum,
+    #[error("its state is not as podvmm writes it")]
+    State(#[source] serde_json::Error),
+}
+
+pub(super) fn encode(state: &State) -> Result<String, serde_json::Error> {
+    let state = serde_json::value::to_raw_value(state)?;
+    serde_json::to_string(&Envelope {
+        magic: MAGIC.into(),
+        arch: ARCH.into(),
+        version: VERSION,
+        length: state.get().len(),
+        crc32: crc32fast::hash(state.get().as_bytes()),
+        state: &state,
+    })
+}
+
+pub(super) fn decode(bytes: &[u8]) -> Result<State, FormatError> {
+    #[derive(Deserialize)]
+    struct Header {
+        magic: Option<String>,
+        arch: Option<String>,
+        version: Option<u32>,
+    }
+    // What another version has besides is its own affair, so first what never changes.
+    let header: Header = serde_json::from_slice(bytes).map_err(FormatError::Json)?;
+    match (header.magic, header.arch, header.version) {
+        (Some(magic), _, _) if magic != MAGIC => return Err(FormatError::Magic),
+        (Some(_), Some(arch), _) if arch != ARCH => return Err(FormatError::Arch(arch)),
+        (Some(_), Some(_), Some(version)) if version != VERSION => {
+            return Err(FormatError::Version(version));
+        }
+        (Some(_), Some(_), Some(_)) => {}
+        _ => return Err(FormatError::Magic),
+    }
+    let envelope: Envelope<'_> = serde_json::from_slice(bytes).map_err(FormatError::Json)?;
+    let state = envelope.state.get();
+    if state.len() != envelope.length {
+        return Err(FormatError::Length {
+            expected: envelope.length,
+            found: state.len(),
+        });
+    }
+    if crc32fast::hash(state.as_bytes()) != envelope.crc32 {
+        return Err(FormatError::Checksum);
+    }
+    serde_json::from_str(state).map_err(FormatError::State)
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+    use serde_json::{Value, json};
+
+    use super::*;
+
+    fn sealed(state: &str) -> Value {
+        json!({
+            "magic": MAGIC, "arch": ARCH, "version": VERSION,
+            "length": state.len(), "crc32": crc32fast::hash(state.as_bytes()),
+            "state": serde_json::from_str::<Value>(state).unwrap(),
+        })
+    }
+
+    fn refusal(envelope: &Value) -> String {
+        decode(envelope.to_string().as_bytes())
+            .unwrap_err()
+            .to_string()
+    }
+
+    #[test]
+    fn what_does_not_fit_is_refused_with_the_reason() {
+        let cases = [
+            (
+                "magic",
+                json!("firecracker"),
+                "it is not the state of a snapshot of podvmm's",
+            ),
+            (
+                "magic",
+                Value::Null,
+                "it is not the state of a snapshot of podvmm's",
+            ),
+            (
+                "arch",
+                json!("riscv64"),
+                "it is of a VM on riscv64, this is podvmm for x86_64",
+            ),
+            (
+                "version",
+                json!(2),
+                "its format is version 2, this podvmm reads 1",
+            ),
+            (
+                "length",
+                json!(3),
+                "its state is 2 bytes long and should be 3",
+            ),
+            ("crc32", json!(3), "it is damaged: its checksum is another"),
+        ];
+        for (field, value, why) in cases {
+            let mut envelope = sealed("{}");
+            envelope[field] = value;
+            assert_eq!(refusal(&envelope), why, "{field}");
+        }
+        assert_eq!(
+            refusal(&sealed("{}")),
+            "its state is not as podvmm writes it"
+        );
+        let text = sealed("{}").to_string();
+        let cut = decode(&text.as_bytes()[..text.len() - 1]).unwrap_err();
+        assert_eq!(cut.to_string(), "it is truncated, or no JSON");
+    }
+
+    proptest! {
+        #[test]
+        fn any_bytes_are_survived(bytes: Vec<u8>) {
+            prop_assert!(decode(&bytes).is_err());
+        }
+    }
+}
