@@ -215,6 +215,12 @@ impl Ring {
         None
     }
 
+    /// Chains that the driver has made available and nobody has taken.
+    pub fn offered(&self, ram: &GuestRam) -> u16 {
+        let available = self.queue.avail_idx(ram, Ordering::Acquire);
+        available.map_or(0, |index| index.0.wrapping_sub(self.queue.next_avail()))
+    }
+
     /// Returns a chain to the driver. `written` counts from the start of the writable part.
     pub fn complete(&mut self, ram: &GuestRam, chain: Chain, written: u32) {
         debug_assert!(written as usize <= chain.writable_len);
@@ -254,6 +260,20 @@ impl Ring {
                 self.fail();
                 false
             }
+        }
+    }
+
+    /// Ends a turn in which chains were left, and asks the driver to kick when it adds another.
+    pub fn rest_until_more(&mut self, ram: &GuestRam) {
+        self.signal(ram);
+        let next = self.queue.next_avail();
+        let all = next.wrapping_add(self.offered(ram));
+        // What is asked for is the chain that comes next, so all that are there count as taken.
+        self.queue.set_next_avail(all);
+        let asked = self.queue.enable_notification(ram);
+        self.queue.set_next_avail(next);
+        if asked.is_err() {
+            self.fail();
         }
     }
 

@@ -29,6 +29,17 @@ const FIRST_SLOT: u32 = 16;
 /// VIRTIO_VSOCK_EVENT_TRANSPORT_RESET (virtio 1.3 §5.10.6.7, Device Events).
 const TRANSPORT_RESET: [u8; 4] = 0_u32.to_le_bytes();
 
+/// What the driver of a restored device knows of its connections.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Reset {
+    /// It is to hear that all of them are gone.
+    Due,
+    /// It was told, and then had so many buffers for events. Until it has given back that of this
+    /// one, it may take a new connection for an old one, and end it.
+    Told(u16),
+    Over,
+}
+
 #[derive(Debug)]
 pub(super) struct VsockHandler {
     memory: Memory,
@@ -40,8 +51,7 @@ pub(super) struct VsockHandler {
     timer: TimerFd,
     /// When the timer goes off.
     alarm: Option<Instant>,
-    /// The guest is to hear that all its connections are gone.
-    reset_due: bool,
+    reset: Reset,
     /// Room for the header's place, kept for the next packet.
     front: Segments,
     counters: Arc<Counters>,
@@ -80,10 +90,10 @@ impl VsockHandler {
             transmit,
             event,
             host,
-            muxer: Muxer::new(guest_cid),
+            muxer: Muxer::new(guest_cid, reset_due),
             timer,
             alarm: None,
-            reset_due,
+            reset: if reset_due { Reset::Due } else { Reset::Over },
             front: Segments::default(),
             counters,
         }
@@ -94,6 +104,14 @@ impl VsockHandler {
         let memory = self.memory.clone();
         let ram = memory.memory();
         self.muxer.accept(&self.host, false);
+        if self.reset != Reset::Over && self.is_being_reset(&ram) {
+            self.hear(&ram);
+            if let Some(ring) = &mut self.receive {
+                // Its kick is taken; it has its turn when that is over.
+                ring.wake(&ram);
+            }
+            return;
+        }
         // Resets that the guest takes make room to hear more of it.
         while self.hear(&ram) | self.tell(&ram) && self.muxer.is_choked() {}
         self.tell(&ram);
@@ -168,23 +186,29 @@ impl VsockHandler {
     }
 
     /// "the device MUST send" a transport reset when connections cannot go on, as after a restore:
-    /// the driver then ends them all.
-    fn tell_reset(&mut self, ram: &GuestRam) {
+    /// the driver then ends them all. True while it is at that. One without buffers for events
+    /// wants to know of none.
+    fn is_being_reset(&mut self, ram: &GuestRam) -> bool {
         let Some(ring) = &mut self.event else {
-            return;
+            return false;
         };
         ring.wake(ram);
-        if self.reset_due
+        if self.reset == Reset::Due
             && let Some(mut chain) = ring.pop(ram)
         {
-            self.reset_due = false;
+            self.reset = Reset::Told(ring.offered(ram));
             let written = match chain.writable.write(ram, &TRANSPORT_RESET) {
                 Ok(()) => 4,
                 Err(_) => 0,
             };
             ring.complete(ram, chain, written);
         }
-        ring.rest(ram);
+        ring.rest_until_more(ram);
+        match self.reset {
+            Reset::Told(left) if ring.offered(ram) > left => self.reset = Reset::Over,
+            Reset::Due | Reset::Told(_) | Reset::Over => {}
+        }
+        matches!(self.reset, Reset::Told(_))
     }
 
     fn watch(&self, ops: &mut EventOps, slot: usize) {
@@ -272,7 +296,7 @@ impl MutEventSubscriber for VsockHandler {
             }
             data if data == u32::from(EVENT) => {
                 let memory = self.memory.clone();
-                self.tell_reset(&memory.memory());
+                self.is_being_reset(&memory.memory());
             }
             _ => {}
         }

@@ -1,8 +1,10 @@
 //! All connections: who they are, whose turn it is, and what the guest must be told of those that
 //! are gone. Knows packets and sockets, but no rings.
 
+use std::collections::hash_map::RandomState;
 use std::collections::{HashMap, VecDeque};
 use std::ffi::OsString;
+use std::hash::BuildHasher;
 use std::io;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
@@ -49,7 +51,15 @@ pub(super) struct Muxer {
 }
 
 impl Muxer {
-    pub(super) fn new(guest_cid: u64) -> Self {
+    /// `restored`: the guest may still know connections of another muxer's.
+    pub(super) fn new(guest_cid: u64, restored: bool) -> Self {
+        let first = if restored {
+            // Keyed anew by the system each time. Not where the other one is likely to be.
+            RandomState::new().hash_one(()).to_le_bytes()
+        } else {
+            [0; 8]
+        };
+        let [a, b, c, ..] = first;
         Self {
             guest_cid,
             slots: Vec::new(),
@@ -58,7 +68,7 @@ impl Muxer {
             turns: VecDeque::new(),
             resets: VecDeque::new(),
             of_guest: 0,
-            next_port: FIRST_HOST_PORT,
+            next_port: FIRST_HOST_PORT + u32::from_le_bytes([0, a, b, c & 0x1f]),
             callers: true,
             changes: Vec::new(),
         }
@@ -365,7 +375,7 @@ mod tests {
         let host = Listener::bind(&path).unwrap();
         let ram = GuestRam::from_ranges(&[(GuestAddress(0), 0x1000)]).unwrap();
         let counters = Counters::default();
-        let mut muxer = Muxer::new(3);
+        let mut muxer = Muxer::new(3, false);
         let say = |muxer: &mut Muxer, op: Op| {
             let header = Header {
                 src_cid: 3,

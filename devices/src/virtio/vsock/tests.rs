@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::thread;
 use std::time::Duration;
 
+use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::tempdir::TempDir;
 
 use super::connection::WINDOW;
@@ -495,6 +496,34 @@ fn a_restored_guest_is_told_that_its_connections_are_gone() {
     guest.transport.resume().unwrap();
     guest.settle();
     assert_eq!(guest.take(2), Some(vec![0; 4]));
+}
+
+#[test]
+fn new_connections_wait_until_the_guest_has_ended_the_old_ones() {
+    let mut bench = Bench::new();
+    let (_, old) = bench.connected();
+    let two = [0; 2].map(|_| bench.guest.add(2, &[Buffer::In(8)]).unwrap());
+    assert_eq!(two.len(), 2);
+    let Bench { folder, guest } = bench;
+    let guest = guest.move_to(|| device(&folder));
+    let mut bench = Bench { folder, guest };
+    let _stream = bench.caller("CONNECT 1024\n");
+    bench.guest.transport.resume().unwrap();
+    assert_eq!(bench.hear(), None);
+    assert_eq!(bench.guest.take(2), Some(vec![0; 4]));
+    assert_eq!(bench.hear(), None);
+    // A driver kicks only when asked to: by avail_event, at the end of the used ring.
+    let used = bench.guest.areas(2)[2];
+    let avail_event = GuestAddress(used + 4 + 8 * 16);
+    let asked: u16 = bench.guest.ram().read_obj(avail_event).unwrap();
+    assert_eq!(asked, 2, "a kick for the third buffer");
+    // Its buffer comes back when the driver has done as it was told.
+    bench.guest.add(2, &[Buffer::In(8)]).unwrap();
+    bench.guest.kick(2);
+    bench.guest.settle();
+    let (request, _) = bench.hear().unwrap();
+    assert_eq!(request.op, Op::Request as u16);
+    assert_ne!(request.src_port, old.dst_port);
 }
 
 #[test]
