@@ -44,7 +44,9 @@ const EMULATING: &[&str] = &[
     "kvm_emulated",    // our kernel patches, inert without it
     "mitigations=off", // verw is not emulated, and no CPU runs guest kernel code
     "rodata=off",      // changing page attributes takes a second and a half
-    "nokaslr",         // moving a bzImage's kernel takes long
+    // The TSC is the host's and cannot be set: by it no time would stand still for a snapshot.
+    "clocksource=kvm-clock",
+    "nokaslr", // moving a bzImage's kernel takes long
     // The kernel makes it the first process's environment. AVX registers are not preserved when
     // tasks switch, so glibc is to copy without them (gnu.org/s/libc, Hardware Capability Tunables).
     "GLIBC_TUNABLES=glibc.cpu.hwcaps=-AVX,-AVX2,-AVX512F,-AVX512BW,-AVX512VL,\
