@@ -8,10 +8,10 @@ use std::fs;
 use std::io::Write;
 use std::process::{Command, Stdio};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use serde_json::Value;
-use tests::containerd::{Containerd, Ran};
+use tests::containerd::{self, Containerd, Ran};
 use tests::ctr::{Container, Events};
 use tests::guest;
 use tests::node::{Node, eventually, step};
@@ -70,6 +70,54 @@ fn with_input(command: &mut Command, input: &[u8]) -> Ran {
     let mut child = command.stderr(Stdio::piped()).spawn().unwrap();
     child.stdin.take().unwrap().write_all(input).unwrap();
     child.wait_with_output().unwrap().into()
+}
+
+/// The first pod makes a template, the next goes on from it as a guest of its own, and one whose
+/// template is broken boots.
+#[test]
+fn pods_go_on_from_a_template_or_boot() {
+    on_a_node(|node| {
+        if !node.is_podvmm() {
+            return;
+        }
+        let templates = node.folder().join("templates");
+        let config = node.folder().join("templates.toml");
+        containerd::write_config(&config, &templates);
+        let run = |name: &str| {
+            let container = Container::new(node, name).with_config(&config);
+            let script = "cat /proc/sys/kernel/random/boot_id; date +%s; cut -d. -f1 /proc/uptime";
+            let mut command = container.run(&node.containerd, &["--rm"], &["sh", "-c", script]);
+            let ran: Ran = step(name, || command.output().unwrap().into());
+            assert_eq!(ran.code, Some(0), "{ran:?}");
+            let said: Vec<String> = ran.stdout.lines().map(Into::into).collect();
+            let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap();
+            let age = now.as_secs() - said[1].parse::<u64>().unwrap();
+            assert!(age < 15, "{name}: the guest's clock is {age} s late");
+            let uptime: u64 = said[2].parse().unwrap();
+            (said[0].clone(), uptime)
+        };
+        let log = |what: &str| node.containerd.log().matches(what).count();
+        let (first, booted) = run("the first");
+        assert_eq!((log("\\\"template\\\":"), log("\\\"renewal\\\":")), (1, 0));
+        // For a clone the time since is none.
+        thread::sleep(Duration::from_secs(5));
+        let (second, uptime) = run("the second");
+        assert_eq!((log("\\\"template\\\":"), log("\\\"renewal\\\":")), (1, 1));
+        assert_ne!(first, second);
+        assert!(uptime < booted + 5, "{booted} and {uptime}");
+
+        let made = fs::read_dir(&templates).unwrap().next().unwrap().unwrap();
+        for file in fs::read_dir(made.path()).unwrap() {
+            let file = file.unwrap();
+            if file.file_name().to_str().unwrap().starts_with("memory-") {
+                fs::write(file.path(), "short").unwrap();
+            }
+        }
+        let (third, _) = run("the third");
+        assert_ne!(third, second);
+        assert_eq!(log("the VM boots, for its template"), 1);
+        assert!(made.path().join("spoilt").exists());
+    });
 }
 
 /// A terminal, and the end by a signal that nothing can be done about.

@@ -4,11 +4,12 @@
 #![expect(clippy::unwrap_used, reason = "its steps are functions of their own")]
 
 use std::io::Read;
+use std::path::Path;
 use std::process::Stdio;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use tests::containerd::{Ran, handler};
+use tests::containerd::{self, Ran, handler};
 use tests::ctr::{Container, Events, signal};
 use tests::guest;
 use tests::host::Snapshot;
@@ -121,8 +122,10 @@ fn the_shim(node: &Node) {
 }
 
 fn while_it_boots(node: &Node) {
+    let boots = node.folder().join("boots.toml");
+    containerd::write_config(&boots, Path::new(""));
     for victim in ["vmm", "shim"] {
-        let container = Container::new(node, &format!("early-{victim}"));
+        let container = Container::new(node, &format!("early-{victim}")).with_config(&boots);
         let mut command = container.run(&node.containerd, &["--detach", "--null-io"], &["true"]);
         let run = command.stderr(Stdio::piped()).spawn().unwrap();
         eventually("there is a VMM", || !container.vmms().is_empty());

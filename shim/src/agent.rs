@@ -5,7 +5,7 @@ use std::io::{self, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use agent::protocol::agent as messages;
 use agent::protocol::agent::Empty;
@@ -84,6 +84,20 @@ impl Agent {
         let _: messages::HealthCheckResponse =
             self.0.call(HEALTH_SERVICE, "Check", &request, timeout)?;
         Ok(())
+    }
+
+    /// Makes the guest, which was written down and goes on, one of its own: its randomness, which
+    /// others went on from as well, and the time of day, which it slept over.
+    pub(crate) fn renew(&self, seed: Vec<u8>) -> Result<(), CallError> {
+        let reseed = messages::ReseedRandomDevRequest { data: seed };
+        self.tell("ReseedRandomDev", &reseed)?;
+        let now = SystemTime::now().duration_since(UNIX_EPOCH);
+        let now = now.unwrap_or_default();
+        let time = messages::SetGuestDateTimeRequest {
+            sec: i64::try_from(now.as_secs()).unwrap_or(i64::MAX),
+            usec: now.subsec_micros().into(),
+        };
+        self.tell("SetGuestDateTime", &time)
     }
 
     fn ask<A: Message + Default>(

@@ -14,6 +14,8 @@ pub(crate) enum Action {
     Serve,
     /// For people: print the RuntimeClass for this node's configuration.
     RuntimeClass,
+    /// For people: make a template.
+    Template,
     /// For people: check the configuration.
     Check,
     Help,
@@ -78,6 +80,7 @@ impl Arguments {
                         "start" => Action::Start,
                         "delete" => Action::Delete,
                         "runtime-class" => Action::RuntimeClass,
+                        "template" => Action::Template,
                         "check" => Action::Check,
                         _ => return Err(format!("there is no argument {word}")),
                     }

@@ -49,6 +49,9 @@ pub(crate) struct Config {
     /// What the guest's kernel and agent need besides the pod's limits.
     #[serde(default = "guest_overhead_mib")]
     pub(crate) guest_overhead_mib: u32,
+    /// Where VMs are kept that later pods go on from, instead of booting; empty for none.
+    #[serde(default = "templates", deserialize_with = "folder")]
+    pub(crate) templates: Option<PathBuf>,
     /// How long a guest may take to come up.
     #[serde(default = "agent_timeout_s")]
     agent_timeout_s: u32,
@@ -78,6 +81,16 @@ fn default_memory_mib() -> u32 {
 
 fn guest_overhead_mib() -> u32 {
     64
+}
+
+fn templates() -> Option<PathBuf> {
+    Some("/var/lib/podvmm/templates".into())
+}
+
+/// A path, or nothing for none.
+fn folder<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<Option<PathBuf>, D::Error> {
+    let path = PathBuf::deserialize(deserializer)?;
+    Ok(Some(path).filter(|path| !path.as_os_str().is_empty()))
 }
 
 fn agent_timeout_s() -> u32 {
@@ -143,6 +156,12 @@ impl Config {
             return Some(format!(
                 "default_memory_mib and guest_overhead_mib are {LEAST_MEMORY_MIB} to {} together",
                 size.memory_mib
+            ));
+        }
+        if let Some(templates) = self.templates.as_ref().filter(|path| path.is_relative()) {
+            return Some(format!(
+                "templates: {}: no absolute path",
+                templates.display()
             ));
         }
         if self.agent_timeout_s == 0 {
@@ -223,6 +242,8 @@ mod tests {
         let config = read("").unwrap();
         assert_eq!((config.default_vcpus, config.default_memory_mib), (1, 512));
         assert_eq!(config.podvmm, Path::new("podvmm"));
+        assert!(config.templates.is_some());
+        assert_eq!(read("templates = ''").unwrap().templates, None);
     }
 
     #[test]
@@ -237,6 +258,7 @@ mod tests {
         assert!(
             refused("annotations = ['io.podvmm.kernel']").contains("there is no io.podvmm.kernel")
         );
+        assert!(refused("templates = 'here'").contains("templates: here: no absolute path"));
         assert!(refused("log_level = 'loud'").contains("log_level"));
         let missing = Config::read(Path::new("/nowhere")).unwrap_err();
         assert_eq!(missing.to_string(), "read /nowhere");

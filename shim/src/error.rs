@@ -44,6 +44,14 @@ pub(crate) enum Error {
     },
     #[error("start a thread")]
     Thread(#[source] std::io::Error),
+    #[error("read random numbers")]
+    Random(#[source] std::io::Error),
+    #[error("make a folder for the VM")]
+    Folder(#[source] std::io::Error),
+    #[error(
+        "there can be no template: templates are off, or the pods' default is too small for one"
+    )]
+    NoTemplate,
 }
 
 impl From<Error> for Status {

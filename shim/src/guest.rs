@@ -1,8 +1,11 @@
 //! A pod's guest: its VM, the agent that speaks for it, and what it sees of the host.
 
+use std::fs::{self, File};
+use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use agent::protocol::agent::{CreateContainerRequest, CreateSandboxRequest, Storage};
 use agent::protocol::oci::Spec;
@@ -20,7 +23,14 @@ use crate::protocol::task;
 use crate::record::Record;
 use crate::size::{self, Limits, Size};
 use crate::spec::{self, GUEST_SANDBOX, GUEST_SHARED};
-use crate::vm::{self, Plan, Vm};
+use crate::teardown;
+use crate::template::Template;
+use crate::vm::{self, Plan, Start, Vm};
+
+/// How long a guest that goes on from a template may take to answer.
+const CLONE_PATIENCE: Duration = Duration::from_secs(20);
+/// For a guest's randomness.
+const SEED_BYTES: usize = 64;
 
 /// What a guest is made for.
 #[derive(Clone, Copy)]
@@ -40,8 +50,6 @@ pub(crate) struct Guest {
     pub(crate) config: Config,
     shared: Shared,
     pub(crate) cgroup: Option<Cgroup>,
-    /// It cannot become smaller.
-    booted: Size,
     size: Mutex<Size>,
     /// Whether the first container is a sandbox, which uses next to nothing whatever it may.
     has_sandbox: bool,
@@ -71,8 +79,38 @@ impl Guest {
         Ok(Guest { cgroup, ..guest })
     }
 
-    /// Makes the VM, with its agent ready for containers.
-    fn reach(birth: &Birth<'_>, config: Config, mut record: Record) -> Result<Self, Error> {
+    /// Makes the VM, with its agent ready for containers: from a template if there is one, and by
+    /// booting if that fails.
+    fn reach(birth: &Birth<'_>, config: Config, record: Record) -> Result<Self, Error> {
+        let foretold = foretold(birth.spec);
+        let size = size::size(&config, [foretold].into_iter());
+        let Some(template) = Template::of(&config, size) else {
+            return Self::start(birth, config, record, size, None).map_err(Failure::into_error);
+        };
+        let started = Self::start(birth, config.clone(), record.clone(), size, Some(&template));
+        let failure = match started {
+            Err(failure) if failure.of_template => failure.error,
+            other => return other.map_err(Failure::into_error),
+        };
+        let why = api::chain(&failure).join(": ");
+        log::warn!(
+            "the VM boots, for its template {} fails: {why}",
+            template.folder().display()
+        );
+        teardown::vm(birth.place, &Record::read(birth.place));
+        let booted = Self::start(birth, config, record, size, None);
+        let guest = booted.map_err(Failure::into_error)?;
+        template.spoil(&why);
+        Ok(guest)
+    }
+
+    fn start(
+        birth: &Birth<'_>,
+        config: Config,
+        mut record: Record,
+        size: Size,
+        template: Option<&Template>,
+    ) -> Result<Self, Failure> {
         let Birth {
             pod,
             place,
@@ -80,48 +118,82 @@ impl Guest {
             phases,
         } = *birth;
         let note = |phase| phases.lock().expect("a panic ends the process").note(phase);
-        let foretold = foretold(spec);
-        let size = size::size(&config, [foretold].into_iter());
-        let shared = Shared::make(place.shared())?;
+        let shared = Shared::make(place.shared()).map_err(Error::from)?;
         let plan = Plan {
             config: &config,
             place,
             size,
+            template,
             network: spec::network_namespace(spec),
         };
         note("prepare");
-        let (vm, settings) = Vm::boot(&plan, &mut record)?;
+        let started = Vm::boot(&plan, &mut record);
+        let (vm, settings) = started.map_err(|error| Failure {
+            // A VM that could not be started by booting fails again.
+            of_template: template.is_some_and(Template::is_ready),
+            error: error.into(),
+        })?;
         note("vmm");
         let lives = || !vm.life.has_ended();
-        let reach = || {
-            let agent = Agent::reach(&place.vsock(), config.agent_timeout(), &lives)?;
+        let timeout = match vm.start {
+            Start::Clone => config.agent_timeout().min(CLONE_PATIENCE),
+            Start::Booted | Start::Model(_) => config.agent_timeout(),
+        };
+        let meet = || {
+            let agent = Agent::reach(&place.vsock(), timeout, &lives)?;
             note("guest");
+            match &vm.start {
+                Start::Booted => {}
+                Start::Model(claim) => {
+                    if let Err(error) = claim.make(&vm) {
+                        log::warn!("there is no template: {}", api::chain(&error).join(": "));
+                    }
+                    note("template");
+                }
+                Start::Clone => {
+                    let seed = random(SEED_BYTES).map_err(Error::Random)?;
+                    agent.renew(seed).map_err(asked("become another guest"))?;
+                    note("renewal");
+                }
+            }
             agent
                 .network(settings)
                 .map_err(asked("set up the network"))?;
             note("network");
+            Ok(agent)
+        };
+        let agent = meet().map_err(|error: Error| {
+            vm.kill();
+            Failure {
+                of_template: matches!(vm.start, Start::Clone),
+                error,
+            }
+        })?;
+        let prepare = || {
             let request = sandbox(pod, spec);
             agent
                 .create_sandbox(&request)
                 .map_err(asked("create the sandbox"))?;
             let seccomp = agent.knows_seccomp().map_err(asked("tell its details"))?;
             note("sandbox");
-            Ok((agent, seccomp))
+            Ok(seccomp)
         };
-        let (agent, seccomp) = reach().inspect_err(|_: &Error| vm.kill())?;
-        Ok(Guest {
+        let seccomp = prepare().inspect_err(|_: &Error| vm.kill())?;
+        let guest = Guest {
             waits_for_network: AtomicBool::new(vm.spare.is_some()),
+            size: Mutex::new(vm.size),
             vm,
             agent: Arc::new(agent),
             config,
             shared,
             cgroup: None,
-            booted: size,
-            size: Mutex::new(size),
             has_sandbox: spec::is_sandbox(spec),
-            foretold,
+            foretold: foretold(spec),
             seccomp,
-        })
+        };
+        let resized = guest.resize(size, false);
+        resized.inspect_err(|_| guest.vm.kill())?;
+        Ok(guest)
     }
 
     /// Ends the VM, after the guest has written its files.
@@ -204,7 +276,8 @@ impl Guest {
     /// Gives the VM that size, as far as it can have it; a smaller one only if it may shrink.
     pub(crate) fn resize(&self, wanted: Size, may_shrink: bool) -> Result<(), Error> {
         let mut size = self.size.lock().expect("a panic ends the process");
-        let least = if may_shrink { self.booted } else { *size };
+        // It cannot become smaller than it was at first.
+        let least = if may_shrink { self.vm.size } else { *size };
         // vCPUs stay: the protocol has no way to have the guest give one back first.
         let wanted = Size {
             vcpus: wanted.vcpus.max(size.vcpus),
@@ -225,6 +298,71 @@ impl Guest {
         }
         Ok(())
     }
+}
+
+/// A pod that does not start.
+struct Failure {
+    /// Without its template it may.
+    of_template: bool,
+    error: Error,
+}
+
+impl Failure {
+    fn into_error(self) -> Error {
+        self.error
+    }
+}
+
+impl From<Error> for Failure {
+    fn from(error: Error) -> Self {
+        Self {
+            of_template: false,
+            error,
+        }
+    }
+}
+
+/// Makes the template of pods without limits, if it is not there, and says where it is.
+pub(crate) fn template(config: &Config) -> Result<PathBuf, Error> {
+    let size = size::size(config, std::iter::empty());
+    let template = Template::of(config, size).ok_or(Error::NoTemplate)?;
+    if template.is_ready() {
+        return Ok(template.folder().into());
+    }
+    let folder = PathBuf::from(format!("/run/podvmm/template-{}", std::process::id()));
+    fs::create_dir_all(&folder).map_err(Error::Folder)?;
+    let place = Place::at(&folder);
+    let make = || {
+        let plan = Plan {
+            config,
+            place: &place,
+            size,
+            template: Some(&template),
+            network: None,
+        };
+        let (vm, _) = Vm::boot(&plan, &mut Record::default())?;
+        let lives = || !vm.life.has_ended();
+        let made = Agent::reach(&place.vsock(), config.agent_timeout(), &lives)
+            .map_err(Error::from)
+            .and_then(|_| match &vm.start {
+                Start::Model(claim) => Ok(claim.make(&vm)?),
+                // Somebody else is at it, or done.
+                Start::Booted | Start::Clone => Ok(()),
+            });
+        vm.kill();
+        made
+    };
+    let made = Shared::make(place.shared())
+        .map_err(Error::from)
+        .and_then(|_| make());
+    teardown::pod(&place);
+    made.map(|()| template.folder().into())
+}
+
+fn random(len: usize) -> io::Result<Vec<u8>> {
+    let mut bytes = vec![0; len];
+    File::open("/dev/urandom")?.read_exact(&mut bytes)?;
+    Ok(bytes)
 }
 
 /// Or it could not be taken away.

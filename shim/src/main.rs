@@ -26,6 +26,7 @@ mod start;
 mod stdio;
 mod task;
 mod teardown;
+mod template;
 mod vm;
 
 use std::error::Error;
@@ -56,6 +57,7 @@ containerd-shim-podvmm-v2: runs pods in VMs for containerd, which starts it by i
 for the runtime io.containerd.podvmm.v2
 
   check [-config FILE]          say whether the configuration can be used
+  template [-config FILE]       make the template that pods without limits start from
   runtime-class [-config FILE]  print the RuntimeClass for it, overhead included
   -version                      print the version
 
@@ -97,6 +99,10 @@ fn run(arguments: &Arguments) -> Result<(), Box<dyn Error>> {
         Action::Help => print!("{HELP}"),
         Action::Version => println!("containerd-shim-podvmm-v2 {}", env!("CARGO_PKG_VERSION")),
         Action::Check => println!("{:#?}", config()?),
+        Action::Template => {
+            logging::start(None, "template", level(arguments));
+            println!("{}", guest::template(&config()?)?.display());
+        }
         Action::RuntimeClass => print!("{}", runtime_class::yaml(&config()?)),
         Action::Start => print!("{}", start::start(arguments, &bundle(arguments)?)?),
         Action::Delete => delete(arguments)?,

@@ -16,7 +16,6 @@ impl Place {
         Self(Path::new(ROOT).join(format!("{owner:08x}")).join(id))
     }
 
-    #[cfg(test)]
     pub(crate) fn at(path: &Path) -> Self {
         Self(path.into())
     }
@@ -52,7 +51,7 @@ impl Place {
 }
 
 /// FNV-1a, folded: short, and the same in every version of the shim.
-fn fnv1a(bytes: &[u8]) -> u32 {
+pub(crate) fn fnv1a(bytes: &[u8]) -> u32 {
     bytes.iter().fold(0x811c_9dc5, |hash, byte| {
         (hash ^ u32::from(*byte)).wrapping_mul(0x0100_0193)
     })

@@ -15,12 +15,8 @@ const PATIENCE: Duration = Duration::from_secs(2);
 /// All of a pod. Its socket goes as well, so that nobody comes any more.
 pub(crate) fn pod(place: &Place) {
     let record = Record::read(place);
-    complain(&place.api(), kill(&record));
-    if let Some(path) = &record.network {
-        disconnect(path);
-    }
-    complain(&place.shared(), mounts::clear(&place.shared()));
-    for file in [place.api(), place.vsock(), place.record(), place.shim()] {
+    vm(place, &record);
+    for file in [place.record(), place.shim()] {
         // Whoever made them may have taken them away.
         let _ = fs::remove_file(file);
     }
@@ -29,6 +25,19 @@ pub(crate) fn pod(place: &Place) {
     let above = place.path().ancestors().skip(1).take(2);
     above.for_each(|folder| drop(fs::remove_dir(folder)));
     cgroup::remove(&record.cgroups);
+}
+
+/// The pod's VM and what was made for it, so that another can take its place.
+pub(crate) fn vm(place: &Place, record: &Record) {
+    complain(&place.api(), kill(record));
+    if let Some(path) = &record.network {
+        disconnect(path);
+    }
+    complain(&place.shared(), mounts::clear(&place.shared()));
+    for socket in [place.api(), place.vsock()] {
+        // podvmm takes them away itself, unless it was killed.
+        let _ = fs::remove_file(socket);
+    }
 }
 
 /// The VMM, if it lives, and waits for its end.

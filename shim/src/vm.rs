@@ -22,6 +22,7 @@ use crate::network::{self, Link, Settings};
 use crate::place::Place;
 use crate::record::{Record, start_of};
 use crate::size::Size;
+use crate::template::{Claim, Template};
 
 const MIB: u64 = 1 << 20;
 /// How long podvmm may take to open its socket.
@@ -78,9 +79,23 @@ impl Life {
     }
 }
 
+/// How a VM came to run.
+#[derive(Debug)]
+pub(crate) enum Start {
+    /// It booted.
+    Booted,
+    /// It boots, and is to become a template.
+    Model(Claim),
+    /// It goes on from a template.
+    Clone,
+}
+
 /// A running VM. Dropping it does not end it: [`Vm::kill`] does.
 #[derive(Debug)]
 pub(crate) struct Vm {
+    pub(crate) start: Start,
+    /// How large it was at first.
+    pub(crate) size: Size,
     pid: u32,
     process: Process,
     api: PathBuf,
@@ -95,6 +110,8 @@ pub(crate) struct Plan<'a> {
     pub(crate) config: &'a Config,
     pub(crate) place: &'a Place,
     pub(crate) size: Size,
+    /// What it can go on from, or become, if it has one network.
+    pub(crate) template: Option<&'a Template>,
     /// The pod's; without one a new one is made.
     pub(crate) network: Option<&'a Path>,
 }
@@ -141,7 +158,9 @@ impl Vm {
         let (pid, process, links, settings) = birth.recv().map_err(|_| Error::Ended)??;
         record.vmm = start_of(pid).map(|started| (pid, started));
         let spare = links.first().map(|link| link.mac.clone());
-        let vm = Self {
+        let mut vm = Self {
+            start: Start::Booted,
+            size: plan.size,
             pid,
             process,
             api: plan.place.api(),
@@ -161,22 +180,66 @@ impl Vm {
         }
     }
 
-    fn make(&self, plan: &Plan<'_>, links: &[Link]) -> Result<(), Error> {
+    fn make(&mut self, plan: &Plan<'_>, links: &[Link]) -> Result<(), Error> {
         let mut client = self.client()?;
-        let mut put =
-            |act: &'static str, path: &str, body: Option<Value>, fds: &[BorrowedFd<'_>]| {
-                let body = body.map(|body| body.to_string());
-                let path = format!("{PREFIX}{path}");
-                let answer = client.call("PUT", &path, body.as_deref(), fds);
-                answer.map_err(|source| Error::Api { act, source })
-            };
-        put("make the VM", "vm.create", Some(definition(plan)), &[])?;
-        for Link { mac, tap } in links {
-            let net = json!({ "mac": mac });
-            put("add a network", "vm.add-net", Some(net), &[tap.as_fd()])?;
+        let net = |link: &Link| json!({ "mac": link.mac });
+        let pods = pods_part(plan.place);
+        // A template's guest has one network, whatever its address is to be.
+        let template = plan.template.filter(|_| links.len() == 1);
+        if let Some(template) = template.filter(|template| template.is_ready()) {
+            (self.start, self.size) = (Start::Clone, template.size);
+            let mut config = pods;
+            config["net"] = links.iter().map(net).collect();
+            let body = json!({
+                "source_url": format!("file://{}", template.folder().display()),
+                "config": config,
+                "resume": true,
+            });
+            let taps: Vec<_> = links.iter().map(|link| link.tap.as_fd()).collect();
+            return put(
+                &mut client,
+                "restore the VM",
+                "vm.restore",
+                Some(body),
+                &taps,
+            );
         }
-        put("boot the VM", "vm.boot", None, &[])?;
-        Ok(())
+        if let Some((template, claim)) = template.and_then(|it| Some((it, it.claim()?))) {
+            (self.start, self.size) = (Start::Model(claim), template.size);
+        }
+        let mut vm = definition(plan.config, self.size);
+        for (part, value) in pods.as_object().into_iter().flatten() {
+            vm[part] = value.clone();
+        }
+        put(&mut client, "make the VM", "vm.create", Some(vm), &[])?;
+        for link in links {
+            let tap = [link.tap.as_fd()];
+            put(
+                &mut client,
+                "add a network",
+                "vm.add-net",
+                Some(net(link)),
+                &tap,
+            )?;
+        }
+        put(&mut client, "boot the VM", "vm.boot", None, &[])
+    }
+
+    /// Writes it to a folder, from which others can go on. It goes on itself, too.
+    pub(crate) fn write_down(&self, folder: &Path) -> Result<(), Error> {
+        let mut client = self.client()?;
+        let url = format!("file://{}", folder.display());
+        let body = json!({ "destination_url": url });
+        put(&mut client, "pause the VM", "vm.pause", None, &[])?;
+        let written = put(
+            &mut client,
+            "write the VM down",
+            "vm.snapshot",
+            Some(body),
+            &[],
+        );
+        put(&mut client, "resume the VM", "vm.resume", None, &[])?;
+        written
     }
 
     /// Connects to podvmm, which may still be starting.
@@ -201,13 +264,13 @@ impl Vm {
             "desired_vcpus": size.vcpus,
             "desired_ram": size.memory_mib * MIB,
         });
-        let act = "resize the VM";
-        let mut client = self.client()?;
-        let path = format!("{PREFIX}vm.resize");
-        let answer = client.call("PUT", &path, Some(&body.to_string()), &[]);
-        answer
-            .map(drop)
-            .map_err(|source| Error::Api { act, source })
+        put(
+            &mut self.client()?,
+            "resize the VM",
+            "vm.resize",
+            Some(body),
+            &[],
+        )
     }
 
     pub(crate) fn pid(&self) -> u32 {
@@ -254,8 +317,31 @@ impl Process {
     }
 }
 
-fn definition(plan: &Plan<'_>) -> Value {
-    let config = plan.config;
+fn put(
+    client: &mut Client,
+    act: &'static str,
+    path: &str,
+    body: Option<Value>,
+    fds: &[BorrowedFd<'_>],
+) -> Result<(), Error> {
+    let body = body.map(|body| body.to_string());
+    let path = format!("{PREFIX}{path}");
+    let answer = client.call("PUT", &path, body.as_deref(), fds);
+    answer
+        .map(drop)
+        .map_err(|source| Error::Api { act, source })
+}
+
+/// What of a VM is one pod's.
+fn pods_part(place: &Place) -> Value {
+    json!({
+        "fs": [{ "tag": TAG, "shared_dir": place.shared() }],
+        "vsock": { "cid": CID, "socket": place.vsock() },
+    })
+}
+
+/// What all pods' VMs of a size have in common.
+pub(crate) fn definition(config: &Config, size: Size) -> Value {
     let most = config.most();
     let mut cmdline = "podvmm.pod quiet panic=1 reboot=k console=ttyS0".to_owned();
     let mut disks = Vec::new();
@@ -274,18 +360,16 @@ fn definition(plan: &Plan<'_>) -> Value {
             "cmdline": cmdline,
         },
         "cpus": {
-            "boot_vcpus": plan.size.vcpus,
-            "max_vcpus": most.vcpus.max(plan.size.vcpus),
+            "boot_vcpus": size.vcpus,
+            "max_vcpus": most.vcpus.max(size.vcpus),
         },
         "memory": {
-            "size": plan.size.memory_mib * MIB,
-            "hotplug_size": most.memory_mib.saturating_sub(plan.size.memory_mib)
+            "size": size.memory_mib * MIB,
+            "hotplug_size": most.memory_mib.saturating_sub(size.memory_mib)
                 .next_multiple_of(128) * MIB,
         },
         "balloon": { "size": 0, "deflate_on_oom": true, "free_page_reporting": true },
         "disks": disks,
-        "fs": [{ "tag": TAG, "shared_dir": plan.place.shared() }],
-        "vsock": { "cid": CID, "socket": plan.place.vsock() },
         "serial": { "mode": "Tty" },
         "console": { "mode": "Off" },
     })

@@ -65,7 +65,7 @@ impl Containerd {
         let folder = folder.expect("there is a temporary folder");
         let log = NamedTempFile::new().expect("there is a temporary folder");
         if handler() == "podvmm" {
-            write_config(&folder.path().join("podvmm.toml"));
+            write_config(&folder.path().join("podvmm.toml"), &templates());
         }
         let child = spawn(folder.path(), log.as_file());
         let mut containerd = Self { child, folder, log };
@@ -223,16 +223,31 @@ fn spawn(folder: &Path, log: &File) -> Child {
     command.spawn().expect("resources/containerd is there")
 }
 
-/// What the shim is told of: the monitor and the guest.
-fn write_config(path: &Path) {
+/// What the shim is told of: the monitor, the guest, and where its templates are.
+pub fn write_config(path: &Path, templates: &Path) {
     let guest = guest::folder();
     let text = format!(
-        "podvmm = {:?}\nkernel = {:?}\ninitramfs = {:?}\n",
+        "podvmm = {:?}\nkernel = {:?}\ninitramfs = {:?}\ntemplates = {:?}\n",
         podvmm::binary(),
         guest.join("vmlinux"),
         guest.join("initramfs.cpio"),
+        templates,
     );
     fs::write(path, text).expect("the folder is writable");
+}
+
+/// Where the templates of all nodes are, so that one boot serves all tests. `PODVMM_TEST_TEMPLATES`
+/// names another folder; empty, every pod boots.
+pub fn templates() -> PathBuf {
+    match std::env::var_os("PODVMM_TEST_TEMPLATES") {
+        Some(folder) => folder.into(),
+        None => {
+            let tests = std::env::current_exe().expect("a test knows its own path");
+            let target = tests.ancestors().nth(3);
+            let target = target.expect("a test lies in target/<profile>/deps");
+            target.join("tmp/podvmm-templates")
+        }
+    }
 }
 
 /// The shim under test: `PODVMM_SHIM`, or the one cargo builds.

@@ -2,6 +2,7 @@
 
 use std::cell::Cell;
 use std::fs;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -18,6 +19,8 @@ pub struct Container {
     cgroup: String,
     runtime: String,
     execs: Cell<u32>,
+    /// Instead of the node's.
+    config: Option<PathBuf>,
 }
 
 impl Container {
@@ -28,7 +31,15 @@ impl Container {
             runtime: containerd::runtime(&node.handler),
             id,
             execs: Cell::new(0),
+            config: None,
         }
+    }
+
+    /// Made with another configuration of the runtime's.
+    #[must_use]
+    pub fn with_config(mut self, config: &Path) -> Self {
+        self.config = Some(config.into());
+        self
     }
 
     pub fn id(&self) -> &str {
@@ -38,7 +49,8 @@ impl Container {
     /// `ctr run` with options, in the foreground unless they say otherwise.
     pub fn run(&self, containerd: &Containerd, options: &[&str], words: &[&str]) -> Command {
         let mut command = containerd.ctr_command(&["run", "--runtime", &self.runtime]);
-        if let Some(config) = containerd.runtime_config() {
+        let config = self.config.clone();
+        if let Some(config) = config.or_else(|| containerd.runtime_config()) {
             command.arg("--runtime-config-path").arg(config);
         }
         command.args(["--cgroup", &self.cgroup]).args(options);

@@ -1,0 +1,315 @@
+//! Templates: VMs written down as soon as their agents answered, from which later pods go on instead
+//! of booting.
+//!
+//! A template is a snapshot in a folder of its own, named after what it was made of: the guest's
+//! files, podvmm, the configuration, and the host since it was booted. A pod's VM that has to boot
+//! anyway is written down on the way, before anything of the pod is in it. Whatever is wrong with a
+//! template, the pod boots.
+//!
+//! There is one for each size that is a power of two of memory, besides what the guest itself needs;
+//! pods in between are made larger afterwards.
+
+use std::fs::{self, File};
+use std::io;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt};
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{FlockOperation, flock};
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use crate::config::Config;
+use crate::place::fnv1a;
+use crate::size::Size;
+use crate::vm::{self, Vm};
+
+/// Pods whose limits are below have no template.
+const LEAST_MIB: u64 = 16;
+const MOST_MIB: u64 = 4096;
+/// What a folder was made of.
+const INPUTS: &str = "inputs.json";
+/// Why it must not be used.
+const SPOILT: &str = "spoilt";
+/// What a snapshot is not without.
+const STATE: &str = "state.json";
+
+/// A VM to go on from, whether it is there already or not.
+#[derive(Debug)]
+pub(crate) struct Template {
+    folder: PathBuf,
+    /// Of the VM.
+    pub(crate) size: Size,
+    inputs: Inputs,
+}
+
+/// All that a template depends on.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+struct Inputs {
+    /// Different after each boot of the host: its kernel, its KVM and its CPU are the same since.
+    host: String,
+    shim: String,
+    files: Vec<Stamp>,
+    /// What all VMs of the size have in common.
+    vm: Value,
+}
+
+/// A file as it was.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+struct Stamp {
+    path: PathBuf,
+    inode: u64,
+    len: u64,
+    changed_s: i64,
+    changed_ns: i64,
+}
+
+impl Stamp {
+    fn of(path: &Path) -> io::Result<Self> {
+        let metadata = fs::metadata(path)?;
+        Ok(Self {
+            path: path.into(),
+            inode: metadata.ino(),
+            len: metadata.len(),
+            changed_s: metadata.ctime(),
+            changed_ns: metadata.ctime_nsec(),
+        })
+    }
+
+    fn holds(&self) -> bool {
+        Self::of(&self.path).is_ok_and(|now| now == *self)
+    }
+}
+
+impl Template {
+    /// The one for VMs of `size`. None if there is not to be one.
+    pub(crate) fn of(config: &Config, size: Size) -> Option<Self> {
+        let templates = config.templates.as_ref()?;
+        let overhead = u64::from(config.guest_overhead_mib);
+        let limits = size.memory_mib.checked_sub(overhead)?;
+        if limits < LEAST_MIB {
+            return None;
+        }
+        let memory_mib = overhead + (1 << limits.min(MOST_MIB).ilog2());
+        let size = Size {
+            vcpus: 1,
+            memory_mib: memory_mib.next_multiple_of(2),
+        };
+        let inputs = Inputs::of(config, size)
+            .inspect_err(|error| log::warn!("there can be no template: {error}"))
+            .ok()?;
+        let name = format!("{}M-{:08x}", size.memory_mib, fnv1a(&inputs.text()));
+        let template = Self {
+            folder: templates.join(name),
+            size,
+            inputs,
+        };
+        (!template.folder.join(SPOILT).exists()).then_some(template)
+    }
+
+    pub(crate) fn folder(&self) -> &Path {
+        &self.folder
+    }
+
+    /// Whether pods can go on from it.
+    pub(crate) fn is_ready(&self) -> bool {
+        self.folder.join(STATE).exists() && inputs_in(&self.folder).as_ref() == Some(&self.inputs)
+    }
+
+    /// The right to make it. None if somebody else has that, or it cannot be.
+    pub(crate) fn claim(&self) -> Option<Claim> {
+        let claim = || {
+            let mut builder = fs::DirBuilder::new();
+            builder.recursive(true).mode(0o700).create(&self.folder)?;
+            let mut options = File::options();
+            let options = options.create(true).write(true).truncate(false);
+            let file = options.open(self.folder.join(INPUTS))?;
+            flock(&file, FlockOperation::NonBlockingLockExclusive)?;
+            fs::write(self.folder.join(INPUTS), self.inputs.text())?;
+            Ok(file)
+        };
+        let claimed: io::Result<File> = claim();
+        match claimed {
+            Ok(file) => Some(Claim {
+                folder: self.folder.clone(),
+                _lock: file,
+            }),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => None,
+            Err(error) => {
+                log::warn!("make template {}: {error}", self.folder.display());
+                None
+            }
+        }
+    }
+
+    /// Nobody is to use it any more, until what it is made of changes.
+    pub(crate) fn spoil(&self, why: &str) {
+        // Both may fail on a full disk, and then the next pod finds the same.
+        let _ = fs::remove_file(self.folder.join(STATE));
+        let _ = fs::write(self.folder.join(SPOILT), why);
+    }
+}
+
+/// The right to make a template, until it is dropped.
+#[derive(Debug)]
+pub(crate) struct Claim {
+    folder: PathBuf,
+    _lock: File,
+}
+
+impl Claim {
+    /// Makes the template of a VM whose agent has just answered, which then goes on.
+    pub(crate) fn make(&self, vm: &Vm) -> Result<(), vm::Error> {
+        vm.write_down(&self.folder)?;
+        if let Some(templates) = self.folder.parent() {
+            remove_stale(templates);
+        }
+        Ok(())
+    }
+}
+
+impl Inputs {
+    fn of(config: &Config, size: Size) -> io::Result<Self> {
+        let podvmm = which(&config.podvmm);
+        let files = [
+            Some(&config.kernel),
+            config.initramfs.as_ref(),
+            config.image.as_ref(),
+        ];
+        let files = files.into_iter().flatten().chain([&podvmm]);
+        Ok(Self {
+            host: fs::read_to_string("/proc/sys/kernel/random/boot_id")?,
+            shim: env!("CARGO_PKG_VERSION").into(),
+            files: files
+                .map(|file| Stamp::of(file))
+                .collect::<Result<_, _>>()?,
+            vm: vm::definition(config, size),
+        })
+    }
+
+    fn text(&self) -> Vec<u8> {
+        serde_json::to_vec(self).expect("paths and numbers are JSON")
+    }
+
+    /// Whether anybody could still ask for what was made of them.
+    fn hold(&self, host: &str) -> bool {
+        self.host == host && self.files.iter().all(Stamp::holds)
+    }
+}
+
+fn inputs_in(folder: &Path) -> Option<Inputs> {
+    let text = fs::read(folder.join(INPUTS)).ok()?;
+    serde_json::from_slice(&text).ok()
+}
+
+/// Where a program is found, as a shell would.
+fn which(program: &Path) -> PathBuf {
+    if program.components().count() > 1 {
+        return program.into();
+    }
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let found = std::env::split_paths(&path)
+        .map(|folder| folder.join(program))
+        .find(|file| file.is_file());
+    found.unwrap_or_else(|| program.into())
+}
+
+/// Removes templates that nothing will be made of any more. Pods that were go on: their memory is a
+/// file of no name.
+fn remove_stale(templates: &Path) {
+    let Ok(host) = fs::read_to_string("/proc/sys/kernel/random/boot_id") else {
+        return;
+    };
+    for entry in fs::read_dir(templates).into_iter().flatten().flatten() {
+        let folder = entry.path();
+        if let Some(inputs) = inputs_in(&folder)
+            && !inputs.hold(&host)
+        {
+            log::info!("remove stale template {}", folder.display());
+            if let Err(error) = fs::remove_dir_all(&folder) {
+                log::warn!("remove {}: {error}", folder.display());
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tempfile::TempDir;
+
+    use super::*;
+
+    /// A node with a guest, and 64 MiB for it.
+    fn node() -> (TempDir, Config) {
+        let folder = tempfile::tempdir().unwrap();
+        for name in ["podvmm", "kernel", "initramfs"] {
+            fs::write(folder.path().join(name), name).unwrap();
+        }
+        let at = |name: &str| folder.path().join(name).display().to_string();
+        let text = format!(
+            "podvmm = '{}'\nkernel = '{}'\ninitramfs = '{}'\ntemplates = '{}'\nmax_memory_mib = 16384",
+            at("podvmm"),
+            at("kernel"),
+            at("initramfs"),
+            at("templates"),
+        );
+        let config = toml::from_str(&text).unwrap();
+        (folder, config)
+    }
+
+    fn sized(memory_mib: u64) -> Size {
+        Size {
+            vcpus: 2,
+            memory_mib,
+        }
+    }
+
+    fn made(template: &Template) {
+        template.claim().unwrap();
+        fs::write(template.folder().join(STATE), "").unwrap();
+    }
+
+    #[test]
+    fn a_pod_goes_on_from_the_largest_vm_that_is_not_larger() {
+        let (_folder, config) = node();
+        let memory = |mib| Template::of(&config, sized(mib)).map(|it| it.size.memory_mib);
+        let sizes = [79, 80, 576, 1000, 8192].map(memory);
+        assert_eq!(sizes, [None, Some(80), Some(576), Some(576), Some(4160)]);
+        assert_eq!(Template::of(&config, sized(576)).unwrap().size.vcpus, 1);
+        let mut without = config.clone();
+        without.templates = None;
+        assert!(Template::of(&without, sized(576)).is_none());
+    }
+
+    #[test]
+    fn one_shim_makes_it_and_the_others_use_it() {
+        let (_folder, config) = node();
+        let [one, other] = [0; 2].map(|_| Template::of(&config, sized(576)).unwrap());
+        let claim = one.claim().unwrap();
+        assert!(other.claim().is_none());
+        drop(claim);
+        assert!(!other.is_ready());
+        made(&one);
+        assert!(other.is_ready());
+        other.spoil("it is bad");
+        assert!(!one.is_ready());
+        assert!(Template::of(&config, sized(576)).is_none());
+    }
+
+    #[test]
+    fn it_is_another_when_what_it_is_made_of_changes_and_stale_ones_go() {
+        let (_folder, config) = node();
+        let before = Template::of(&config, sized(576)).unwrap();
+        made(&before);
+        let mut params = config.clone();
+        params.kernel_params = "debug".into();
+        assert!(!Template::of(&params, sized(576)).unwrap().is_ready());
+        fs::write(&config.kernel, "another kernel").unwrap();
+        let after = Template::of(&config, sized(576)).unwrap();
+        assert_ne!(after.folder(), before.folder());
+        assert!(!after.is_ready());
+        made(&after);
+        remove_stale(after.folder().parent().unwrap());
+        assert!(!before.folder().exists());
+        assert!(after.is_ready());
+    }
+}
