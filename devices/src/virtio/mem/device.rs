@@ -210,6 +210,10 @@ impl VirtioDevice for Mem {
         let plugged = blocks.map().plugged() as u64 * target.block_len;
         target.plugged.store(plugged, Ordering::SeqCst);
         target.requested.store(requested, Ordering::SeqCst);
+        if requested == plugged {
+            // The driver has nothing to follow, so it need not be told.
+            let _ = target.changed.read();
+        }
         Ok(())
     }
 

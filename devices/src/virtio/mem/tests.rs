@@ -1,6 +1,8 @@
 use proptest::prelude::*;
 use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
 
+use virtio_bindings::virtio_mmio::VIRTIO_MMIO_INTERRUPT_ACK;
+
 use super::{Mem, MemHandle, MemorySizes};
 use crate::virtio::testing::{Buffer, Guest, lifecycle};
 use crate::virtio::{DeviceState, GuestRam, Memory};
@@ -176,6 +178,25 @@ fn what_is_plugged_survives_a_move_and_a_reset() {
     guest.start(u64::MAX, 16);
     assert_eq!(ask(&mut guest, STATE, 3, 2), (0, 0));
     assert_eq!(ask(&mut guest, STATE, 2, 1), (0, 1));
+}
+
+#[test]
+fn a_restored_guest_hears_of_a_size_only_if_it_has_another() {
+    for (requested, interrupts) in [(2, 0), (3, 1)] {
+        let (mut guest, handle, _) = live();
+        handle.request(requested * BLOCK).unwrap();
+        guest.settle();
+        assert_eq!(ask(&mut guest, PLUG, 3, 2), (0, 0));
+        guest.write(VIRTIO_MMIO_INTERRUPT_ACK, u32::MAX);
+        let mut guest = guest.move_to(|| {
+            let device = mem();
+            device.handle().request(requested * BLOCK).unwrap();
+            device
+        });
+        guest.transport.resume().unwrap();
+        guest.settle();
+        assert_eq!(guest.interrupts(), interrupts, "{requested}");
+    }
 }
 
 proptest! {
