@@ -97,11 +97,11 @@ fn pods_go_on_from_a_template_or_boot() {
             (said[0].clone(), uptime)
         };
         let log = |what: &str| node.containerd.log().matches(what).count();
-        let (first, booted) = run("the first");
+        let (first, booted) = run("first");
         assert_eq!((log("\\\"template\\\":"), log("\\\"renewal\\\":")), (1, 0));
         // For a clone the time since is none.
         thread::sleep(Duration::from_secs(5));
-        let (second, uptime) = run("the second");
+        let (second, uptime) = run("second");
         assert_eq!((log("\\\"template\\\":"), log("\\\"renewal\\\":")), (1, 1));
         assert_ne!(first, second);
         assert!(uptime < booted + 5, "{booted} and {uptime}");
@@ -113,7 +113,7 @@ fn pods_go_on_from_a_template_or_boot() {
                 fs::write(file.path(), "short").unwrap();
             }
         }
-        let (third, _) = run("the third");
+        let (third, _) = run("third");
         assert_ne!(third, second);
         assert_eq!(log("the VM boots, for its template"), 1);
         assert!(made.path().join("spoilt").exists());

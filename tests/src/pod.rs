@@ -8,14 +8,15 @@ use std::thread;
 use std::time::Duration;
 
 use agent::protocol::agent::{
-    CreateContainerRequest, Empty, ExecProcessRequest, GetMetricsRequest, Metrics,
-    ReadStreamRequest, ReadStreamResponse, RemoveContainerRequest, SignalProcessRequest,
-    StartContainerRequest, UpdateContainerRequest, WaitProcessRequest, WaitProcessResponse,
+    CheckRequest, CreateContainerRequest, Empty, ExecProcessRequest, GetMetricsRequest,
+    HealthCheckResponse, Metrics, ReadStreamRequest, ReadStreamResponse, RemoveContainerRequest,
+    SignalProcessRequest, StartContainerRequest, UpdateContainerRequest, WaitProcessRequest,
+    WaitProcessResponse,
 };
 use agent::protocol::oci::{
     Linux, LinuxCapabilities, LinuxNamespace, LinuxResources, Mount, Process, Root, Spec,
 };
-use agent::protocol::{AGENT_SERVICE, PORT};
+use agent::protocol::{AGENT_SERVICE, HEALTH_SERVICE, PORT};
 use agent::ttrpc::{CallError, Client, Code};
 use prost::Message;
 
@@ -38,6 +39,15 @@ impl Agent {
                 Err(_) => thread::sleep(Duration::from_millis(200)),
             }
         }
+    }
+
+    /// Has it answer.
+    pub fn check(&self) {
+        let request = CheckRequest::default();
+        let answer = self
+            .0
+            .call(HEALTH_SERVICE, "Check", &request, Some(PATIENCE));
+        let _: HealthCheckResponse = answer.expect("it serves");
     }
 
     /// Calls a method of the agent's.
