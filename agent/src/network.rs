@@ -81,9 +81,11 @@ fn narrow<T: TryFrom<i64>>(what: &'static str, value: i64) -> Result<T> {
     T::try_from(value).map_err(|_| Error::Range { what, value })
 }
 
-/// Makes an interface, found by its hardware address, what `wanted` says.
-pub(crate) fn update_interface(wanted: Interface) -> Result<Interface> {
-    if address::hardware(&wanted.hw_addr).is_none() && !wanted.hw_addr.is_empty() {
+/// Makes an interface, found by its hardware address, what `wanted` says. While the guest `is_new`
+/// an interface may take that address.
+pub(crate) fn update_interface(wanted: Interface, is_new: bool) -> Result<Interface> {
+    let hardware = address::hardware(&wanted.hw_addr);
+    if hardware.is_none() && !wanted.hw_addr.is_empty() {
         return Err(Error::Hardware(wanted.hw_addr));
     }
     if !wanted.name.is_empty() && !is_name(&wanted.name) {
@@ -95,8 +97,28 @@ pub(crate) fn update_interface(wanted: Interface) -> Result<Interface> {
     let netlink = &mut open()?;
     let links = links(netlink)?;
     let link = link::find(&links, &wanted.hw_addr, &wanted.device);
-    let link = link.ok_or_else(|| Error::NoLink(format!("Address: {}", wanted.hw_addr)))?;
+    // The kernel read the device's address when it found the device. In a clone that was in the
+    // template, so its interface has the template's, and takes its own when the host first speaks
+    // of it.
+    let unnamed = || {
+        let hardware = hardware.as_deref().filter(|_| is_new)?;
+        Some((link::unnamed(&links, hardware)?, Some(hardware)))
+    };
+    let found = link.map(|link| (link, None)).or_else(unnamed);
+    let no_link = || Error::NoLink(format!("Address: {}", wanted.hw_addr));
+    let (link, hardware) = found.ok_or_else(no_link)?;
     let act = |what: &str| format!("{what} {}", link.name);
+    if hardware.is_some() {
+        // Before it is up: nobody is to hear of it by the template's.
+        let change = Change {
+            hardware,
+            ..Change::default()
+        };
+        let what = format!("give {} the address {}", link.name, wanted.hw_addr);
+        change
+            .apply(netlink, link.index)
+            .map_err(Error::kernel(what))?;
+    }
     if !wanted.name.is_empty() && wanted.name != link.name {
         link::rename(netlink, link, &wanted.name).map_err(Error::kernel(act("rename")))?;
     }

@@ -15,6 +15,8 @@ const MTU: u16 = 4;
 const DETAILS: u16 = 18;
 /// Within [`DETAILS`].
 const KIND: u16 = 1;
+/// Of the device behind the interface (IFLA_PARENT_DEV_BUS_NAME, Linux 5.14).
+const BUS: u16 = 57;
 
 pub(super) const UP: u32 = 1;
 pub(super) const NO_ARP: u32 = 0x80;
@@ -29,6 +31,8 @@ pub(super) struct Link {
     pub(super) hardware: Vec<u8>,
     /// Such as `bridge`; empty for a real one.
     pub(super) kind: String,
+    /// Such as `virtio`; empty without a device.
+    pub(super) bus: String,
 }
 
 /// All interfaces.
@@ -53,6 +57,7 @@ fn parse(payload: &[u8]) -> Option<Link> {
                 let kind = attributes(value).find(|(kind, _)| *kind == KIND);
                 link.kind = kind.map(|(_, value)| text(value)).unwrap_or_default();
             }
+            BUS => link.bus = text(value),
             _ => {}
         }
     }
@@ -64,6 +69,7 @@ fn parse(payload: &[u8]) -> Option<Link> {
 pub(super) struct Change<'a> {
     pub(super) name: Option<&'a str>,
     pub(super) mtu: Option<u32>,
+    pub(super) hardware: Option<&'a [u8]>,
     /// Flags, of those in the mask.
     pub(super) flags: u32,
     pub(super) mask: u32,
@@ -82,6 +88,9 @@ impl Change<'_> {
         let mut message = Message::new(NEW_LINK, &fixed);
         if let Some(mtu) = self.mtu {
             message = message.with(MTU, &mtu.to_ne_bytes());
+        }
+        if let Some(hardware) = self.hardware {
+            message = message.with(ADDRESS, hardware);
         }
         if let Some(name) = self.name {
             message = message.with(NAME, &[name.as_bytes(), b"\0"].concat());
@@ -138,6 +147,15 @@ pub(super) fn find<'a>(links: &'a [Link], hardware: &str, name: &str) -> Option<
     }
 }
 
+/// The first of the VMM's interfaces that the host has not spoken of, which would be up, and that may
+/// have an address such as this.
+pub(super) fn unnamed<'a>(links: &'a [Link], hardware: &[u8]) -> Option<&'a Link> {
+    let unnamed = links.iter().filter(|link| {
+        link.bus == "virtio" && link.flags & UP == 0 && link.hardware.len() == hardware.len()
+    });
+    unnamed.min_by_key(|link| link.index)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -159,19 +177,41 @@ mod tests {
     }
 
     #[test]
+    fn the_first_virtio_interface_that_is_down_is_unnamed() {
+        let link = |index, flags, bus: &str| Link {
+            index,
+            flags,
+            bus: bus.into(),
+            hardware: vec![2; 6],
+            ..Link::default()
+        };
+        let index = |links: &[Link]| unnamed(links, &[4; 6]).map(|link| link.index);
+        let named = link(2, UP, "virtio");
+        let bridge = link(3, 0, "");
+        let (late, early) = (link(9, NO_ARP, "virtio"), link(4, 0, "virtio"));
+        assert_eq!(
+            index(&[late.clone(), bridge.clone(), early, named.clone()]),
+            Some(4)
+        );
+        assert_eq!(index(&[bridge, named]), None);
+        assert_eq!(unnamed(&[late], &[4; 8]), None);
+    }
+
+    #[test]
     fn the_kernel_has_a_loopback_interface() {
         let links = list(&mut Netlink::open().unwrap()).unwrap();
         let lo = find(&links, "", "lo").unwrap();
-        assert_eq!((lo.index, lo.kind.as_str()), (1, ""));
+        assert_eq!((lo.index, lo.kind.as_str(), lo.bus.as_str()), (1, "", ""));
         assert!(lo.mtu > 0);
     }
 
     proptest! {
         #[test]
-        fn a_change_reads_as_the_link_it_makes(index: u32, mtu: u32, flags: u32, name in "[a-z0-9]{1,15}") {
-            let change = Change { name: Some(&name), mtu: Some(mtu), flags, mask: 0 };
+        fn a_change_reads_as_the_link_it_makes(index: u32, mtu: u32, flags: u32, name in "[a-z0-9]{1,15}", hardware: [u8; 6]) {
+            let change = Change { name: Some(&name), mtu: Some(mtu), hardware: Some(&hardware), flags, mask: 0 };
             let link = parse(&change.message(index).payload()).unwrap();
-            let expected = Link { index, flags, name, mtu, ..Link::default() };
+            let hardware = hardware.to_vec();
+            let expected = Link { index, flags, name, mtu, hardware, ..Link::default() };
             prop_assert_eq!(link, expected);
         }
 

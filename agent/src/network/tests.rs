@@ -118,7 +118,7 @@ fn become_what_the_host_says() {
         ..Interface::default()
     };
     for _ in 0..2 {
-        assert_eq!(update_interface(wanted.clone()).unwrap(), wanted);
+        assert_eq!(update_interface(wanted.clone(), false).unwrap(), wanted);
     }
     let listed = list_interfaces().unwrap();
     let now = listed.iter().find(|it| it.name == "veth0").unwrap();
@@ -162,16 +162,27 @@ fn become_what_the_host_says() {
     }
 
     wanted.addresses = vec![ip("10.9.0.3", "24")];
-    update_interface(wanted.clone()).unwrap();
+    update_interface(wanted.clone(), false).unwrap();
     let listed = list_interfaces().unwrap();
     let now = listed.iter().find(|it| it.name == "veth0").unwrap();
     let has = |address: &str| now.addresses.iter().any(|it| it.address == address);
     assert!(has("10.9.0.3") && !has("10.9.0.2"), "{now:?}");
 
-    wanted.hw_addr = "02:ff:ff:ff:ff:ff".into();
-    let status = Status::from(update_interface(wanted).unwrap_err());
-    assert_eq!(status.code, Code::NotFound);
-    assert!(status.message.contains("Link not found"), "{status}");
+    let hardware = [2, 0xff, 0xff, 0xff, 0xff, 0xff];
+    wanted.hw_addr = address::hardware_text(&hardware);
+    for is_new in [true, false] {
+        // Neither end is the VMM's, so none takes it.
+        let status = Status::from(update_interface(wanted.clone(), is_new).unwrap_err());
+        assert_eq!(status.code, Code::NotFound);
+        assert!(status.message.contains("Link not found"), "{status}");
+    }
+    let change = Change {
+        hardware: Some(&hardware),
+        ..Change::default()
+    };
+    change.apply(netlink, other.index).unwrap();
+    let listed = list_interfaces().unwrap();
+    assert!(listed.iter().any(|it| it.hw_addr == wanted.hw_addr));
 }
 
 proptest! {
