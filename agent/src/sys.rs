@@ -263,14 +263,26 @@ pub(crate) fn set_time(seconds: i64, microseconds: i64) -> io::Result<()> {
     check(unsafe { libc::settimeofday(&raw const time, ptr::null()) }).map(drop)
 }
 
-/// Mixes `bytes` into the kernel's entropy and has it used from now on.
+/// Gives the kernel entropy, and has all that is random from now on follow from it: what CPUs and
+/// programs have drawn ahead is thrown away with the old seed (Linux 4.14).
 pub(crate) fn add_entropy(bytes: &[u8]) -> io::Result<()> {
-    /// From linux/random.h.
+    // From linux/random.h.
+    const RNDADDENTROPY: libc::Ioctl = 0x4008_5203;
     const RNDRESEEDCRNG: libc::Ioctl = 0x5207;
     let device = File::options().write(true).open("/dev/urandom")?;
-    std::io::Write::write_all(&mut &device, bytes)?;
+    let info = pool_info(bytes).ok_or(io::ErrorKind::InvalidInput)?;
+    // SAFETY: RNDADDENTROPY reads as many bytes behind the two numbers as the second says, which
+    // `info` has.
+    check(unsafe { libc::ioctl(device.as_raw_fd(), RNDADDENTROPY, info.as_ptr()) })?;
     // SAFETY: takes no argument.
     check(unsafe { libc::ioctl(device.as_raw_fd(), RNDRESEEDCRNG) }).map(drop)
+}
+
+/// A `rand_pool_info`: how many bits of entropy, how many bytes, and these.
+fn pool_info(bytes: &[u8]) -> Option<Vec<u8>> {
+    let len = c_int::try_from(bytes.len()).ok()?;
+    let bits = len.checked_mul(8)?;
+    Some([&bits.to_ne_bytes(), &len.to_ne_bytes(), bytes].concat())
 }
 
 /// Holds this process, which has one thread, to a seccomp filter.
@@ -468,6 +480,12 @@ mod tests {
         assert_eq!(shell_status(255 << 8), 255);
         assert_eq!(shell_status(libc::SIGKILL), 137);
         assert_eq!(shell_status(libc::SIGSEGV | 0x80), 139);
+    }
+
+    #[test]
+    fn entropy_is_given_all_its_worth() {
+        let info = [24_i32.to_ne_bytes(), 3_i32.to_ne_bytes()].concat();
+        assert_eq!(pool_info(b"abc").unwrap(), [&info, &b"abc"[..]].concat());
     }
 
     #[test]
