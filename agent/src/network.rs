@@ -81,9 +81,9 @@ fn narrow<T: TryFrom<i64>>(what: &'static str, value: i64) -> Result<T> {
     T::try_from(value).map_err(|_| Error::Range { what, value })
 }
 
-/// Makes an interface, found by its hardware address, what `wanted` says. While the guest `is_new`
-/// an interface may take that address.
-pub(crate) fn update_interface(wanted: Interface, is_new: bool) -> Result<Interface> {
+/// Makes an interface, found by its hardware address, what `wanted` says. One that the host has not
+/// spoken of yet may take that address.
+pub(crate) fn update_interface(wanted: Interface) -> Result<Interface> {
     let hardware = address::hardware(&wanted.hw_addr);
     if hardware.is_none() && !wanted.hw_addr.is_empty() {
         return Err(Error::Hardware(wanted.hw_addr));
@@ -101,7 +101,7 @@ pub(crate) fn update_interface(wanted: Interface, is_new: bool) -> Result<Interf
     // template, so its interface has the template's, and takes its own when the host first speaks
     // of it.
     let unnamed = || {
-        let hardware = hardware.as_deref().filter(|_| is_new)?;
+        let hardware = hardware.as_deref()?;
         Some((link::unnamed(&links, hardware)?, Some(hardware)))
     };
     let found = link.map(|link| (link, None)).or_else(unnamed);

@@ -37,7 +37,6 @@ pub(crate) struct Sandbox {
     /// Says that a container's count of kills for want of memory may have changed.
     kills: OwnedFd,
     ooms: Mutex<Receiver<String>>,
-    prepared: AtomicBool,
     destroyed: AtomicBool,
     ended: Sender<()>,
 }
@@ -61,7 +60,6 @@ impl Sandbox {
             pid_namespace: Mutex::default(),
             kills: inotify::init(inotify::CreateFlags::CLOEXEC)?,
             ooms: Mutex::new(ooms),
-            prepared: AtomicBool::new(false),
             destroyed: AtomicBool::new(false),
             ended,
         });
@@ -94,17 +92,11 @@ impl Sandbox {
         })
     }
 
-    /// Whether the host has not said yet what pod this is.
-    pub(crate) fn is_new(&self) -> bool {
-        !self.prepared.load(Ordering::Relaxed)
-    }
-
     pub(crate) fn prepare(&self, request: &CreateSandboxRequest) -> Result<(), Status> {
         if let Some(module) = request.kernel_modules.first() {
             let why = format!("kernel module {}: the guest's kernel has none", module.name);
             return Err(Status::new(Code::InvalidArgument, why));
         }
-        self.prepared.store(true, Ordering::Relaxed);
         if !request.hostname.is_empty() {
             sys::set_hostname(&request.hostname).map_err(internal)?;
         }

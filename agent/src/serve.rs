@@ -194,7 +194,7 @@ impl Sandbox {
             }),
             "UpdateInterface" => call.answer(|request: UpdateInterfaceRequest| {
                 let interface = request.interface.ok_or_else(|| missing("interface"))?;
-                Ok(network::update_interface(interface, self.is_new())?)
+                Ok(network::update_interface(interface)?)
             }),
             "UpdateRoutes" => call.answer(|request: UpdateRoutesRequest| {
                 let routes = request.routes.unwrap_or_default().routes;

@@ -118,7 +118,7 @@ fn become_what_the_host_says() {
         ..Interface::default()
     };
     for _ in 0..2 {
-        assert_eq!(update_interface(wanted.clone(), false).unwrap(), wanted);
+        assert_eq!(update_interface(wanted.clone()).unwrap(), wanted);
     }
     let listed = list_interfaces().unwrap();
     let now = listed.iter().find(|it| it.name == "veth0").unwrap();
@@ -162,7 +162,7 @@ fn become_what_the_host_says() {
     }
 
     wanted.addresses = vec![ip("10.9.0.3", "24")];
-    update_interface(wanted.clone(), false).unwrap();
+    update_interface(wanted.clone()).unwrap();
     let listed = list_interfaces().unwrap();
     let now = listed.iter().find(|it| it.name == "veth0").unwrap();
     let has = |address: &str| now.addresses.iter().any(|it| it.address == address);
@@ -170,12 +170,10 @@ fn become_what_the_host_says() {
 
     let hardware = [2, 0xff, 0xff, 0xff, 0xff, 0xff];
     wanted.hw_addr = address::hardware_text(&hardware);
-    for is_new in [true, false] {
-        // Neither end is the VMM's, so none takes it.
-        let status = Status::from(update_interface(wanted.clone(), is_new).unwrap_err());
-        assert_eq!(status.code, Code::NotFound);
-        assert!(status.message.contains("Link not found"), "{status}");
-    }
+    // Neither end is the VMM's, so none takes it.
+    let status = Status::from(update_interface(wanted.clone()).unwrap_err());
+    assert_eq!(status.code, Code::NotFound);
+    assert!(status.message.contains("Link not found"), "{status}");
     let change = Change {
         hardware: Some(&hardware),
         ..Change::default()
