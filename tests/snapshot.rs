@@ -2,169 +2,17 @@
 //! refused.
 
 use std::fs;
-use std::io::{Read, Write};
 use std::os::unix::fs::FileExt;
-use std::os::unix::net::UnixStream;
-use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::thread;
 use std::time::Duration;
 
-use api::http::Client;
 use serde_json::{Value, json};
 use tempfile::TempDir;
+use tests::Podvmm;
+use tests::counter::{Counter, files, memory_files, names, url};
 use tests::podvmm::kvm_is_here;
 use tests::service::{Service, get, put, refusal};
-use tests::{Podvmm, code};
-
-// Counts, in memory, what it is sent, and answers with the count, a letter from 'A' on. A 'q' ends
-// it. It has 8 MiB of memory that differ from zero, so that a snapshot takes its time.
-code!(
-    counter,
-    ".code32",
-    "mov edi, 0x1000000",
-    "mov eax, 0x5a5a5a5a",
-    "mov ecx, 0x200000",
-    "cld",
-    "rep stosd",
-    "mov dword ptr [0x200000], 'A'",
-    "1: mov dx, 0x3fd",
-    "in al, dx",
-    "test al, 1",
-    "jz 1b",
-    "mov dx, 0x3f8",
-    "in al, dx",
-    "cmp al, 'q'",
-    "je 2f",
-    "mov eax, [0x200000]",
-    "inc dword ptr [0x200000]",
-    "out dx, al",
-    "jmp 1b",
-    "2: mov al, 0xfe",
-    "out 0x64, al",
-    "3: hlt",
-    "jmp 3b",
-);
-
-/// A guest that counts.
-struct Counter {
-    service: Service,
-    client: Client,
-    console: UnixStream,
-}
-
-impl Counter {
-    fn boot() -> Self {
-        let service = Service::start(counter());
-        let mut client = service.client();
-        let mut vm = service.definition();
-        vm["serial"] = serial(&service);
-        vm["balloon"] = json!({"size": 0});
-        vm["memory"]["thp"] = false.into();
-        put(&mut client, "vm.create", Some(vm)).expect("podvmm and its files are there");
-        put(&mut client, "vm.boot", None).expect("podvmm and its files are there");
-        Self::of(service, client)
-    }
-
-    /// Another one of a snapshot.
-    fn restore(folder: &Path, more: &[(&str, Value)]) -> Self {
-        let service = Service::start(&[]);
-        let mut client = service.client();
-        let mut body = json!({
-            "source_url": url(folder),
-            "config": {"serial": serial(&service)},
-            "resume": true,
-        });
-        for (key, value) in more {
-            body[key] = value.clone();
-        }
-        put(&mut client, "vm.restore", Some(body)).expect("podvmm and its files are there");
-        Self::of(service, client)
-    }
-
-    fn of(service: Service, client: Client) -> Self {
-        let console = UnixStream::connect(service.folder.path().join("serial"))
-            .expect("podvmm and its files are there");
-        let patience = Some(Duration::from_secs(60));
-        console
-            .set_read_timeout(patience)
-            .expect("podvmm and its files are there");
-        Self {
-            service,
-            client,
-            console,
-        }
-    }
-
-    fn count(&mut self) -> char {
-        self.console
-            .write_all(b".")
-            .expect("podvmm and its files are there");
-        let mut said = [0];
-        self.console
-            .read_exact(&mut said)
-            .expect("podvmm and its files are there");
-        said[0].into()
-    }
-
-    fn snapshot(&mut self, folder: &Path, incremental: bool) {
-        put(&mut self.client, "vm.pause", None).expect("podvmm and its files are there");
-        let body = json!({"destination_url": url(folder), "incremental": incremental});
-        put(&mut self.client, "vm.snapshot", Some(body)).expect("podvmm and its files are there");
-        put(&mut self.client, "vm.resume", None).expect("podvmm and its files are there");
-    }
-
-    fn end(mut self) {
-        self.console
-            .write_all(b"q")
-            .expect("podvmm and its files are there");
-        let outcome = self.service.running.wait();
-        assert_eq!(outcome.code, Some(0), "{outcome:?}");
-    }
-}
-
-fn serial(service: &Service) -> Value {
-    json!({"mode": "Socket", "socket": service.folder.path().join("serial")})
-}
-
-fn url(folder: &Path) -> String {
-    format!("file://{}", folder.display())
-}
-
-/// The names of files in a folder, and how many bytes each takes.
-fn files(folder: &Path) -> Vec<(String, u64)> {
-    use std::os::unix::fs::MetadataExt;
-    let mut files: Vec<_> = fs::read_dir(folder)
-        .expect("podvmm and its files are there")
-        .map(|entry| {
-            let entry = entry.expect("podvmm and its files are there");
-            let name = entry
-                .file_name()
-                .into_string()
-                .expect("podvmm and its files are there");
-            (
-                name,
-                entry
-                    .metadata()
-                    .expect("podvmm and its files are there")
-                    .blocks()
-                    * 512,
-            )
-        })
-        .collect();
-    files.sort();
-    files
-}
-
-fn names(folder: &Path) -> Vec<String> {
-    files(folder).into_iter().map(|(name, _)| name).collect()
-}
-
-fn memory_files(folder: &Path) -> Vec<PathBuf> {
-    let named = |(name, _): &(String, u64)| name.starts_with("memory-");
-    let names = files(folder).into_iter().filter(named);
-    names.map(|(name, _)| folder.join(name)).collect()
-}
 
 #[test]
 fn guests_go_on_where_their_snapshot_was_taken_and_are_each_their_own() {
@@ -220,7 +68,7 @@ fn the_command_line_restores_too() {
     original.snapshot(folder.path(), false);
     original.end();
     let path = folder.path().to_str().unwrap();
-    let outcome = Podvmm::new(["--restore", path, "--serial", "tty"])
+    let outcome = Podvmm::new(["--restore", path, "--prefetch", "--serial", "tty"])
         .input(b"..q")
         .run();
     assert_eq!(

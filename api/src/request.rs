@@ -27,6 +27,8 @@ pub enum Request {
     Resume,
     Resize(Resize),
     Snapshot(Snapshot),
+    /// Notes beside a VM's snapshot which of its RAM the VM has touched.
+    RecordWorkingSet,
     Restore(Box<Restore>),
     /// Asks the guest to end.
     PowerButton,
@@ -66,7 +68,8 @@ pub struct Restore {
     pub patch: Value,
     /// Stand for the taps of networks without one, in their order.
     pub fds: Vec<OwnedFd>,
-    /// Read memory now rather than when the guest needs it.
+    /// Read memory ahead of the guest: what a recorded working set names, before the VM is there, or
+    /// else all, meanwhile.
     pub prefetch: bool,
     /// Read memory and compare its checksums first.
     pub verify: bool,

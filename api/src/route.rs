@@ -91,6 +91,9 @@ pub const ROUTES: &[Route] = &[
             incremental: incremental.unwrap_or(false),
         }))
     }),
+    put("/api/v1/vm.record-working-set", |_, _| {
+        Ok(Request::RecordWorkingSet)
+    }),
     put("/api/v1/vm.restore", |_, request| {
         let restore: RestoreJson = json("vm.restore", &request.body)?;
         let folder = folder("vm.restore", "source_url", &restore.source_url)?;

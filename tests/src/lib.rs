@@ -5,6 +5,7 @@
 //! `PODVMM_TESTS_WITHOUT_KVM=skip` is set.
 
 pub mod containerd;
+pub mod counter;
 pub mod cri;
 pub mod ctr;
 pub mod guest;

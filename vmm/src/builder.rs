@@ -262,6 +262,10 @@ pub fn build(
         vcpus.push(vcpu);
     }
     timeline.mark("vcpus");
+    let source = match &origin {
+        Origin::Kernel => None,
+        Origin::Snapshot(loaded) => Some(loaded.source().clone()),
+    };
     Ok(Machine {
         timeline,
         button,
@@ -275,6 +279,7 @@ pub fn build(
         _sockets: sockets,
         serial,
         features,
+        source,
         vm,
         ram,
     })
@@ -343,7 +348,9 @@ fn restore(
             })?;
     }
     ram.lay(&layers, &allowed, false)
-        .map_err(BuildError::SnapshotRam)
+        .map_err(BuildError::SnapshotRam)?;
+    loaded.prefetch(ram);
+    Ok(())
 }
 
 fn restore_cpus(

@@ -88,6 +88,8 @@ pub struct RunOptions {
     pub console: Option<Output>,
     /// `--restore`
     pub restore: Option<PathBuf>,
+    /// `--prefetch`
+    pub prefetch: bool,
     /// `--api-socket`
     pub api_socket: Option<PathBuf>,
     /// `--event-monitor`
@@ -192,6 +194,7 @@ pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Action, Cl
             Arg::Long("serial") => options.serial = Some(value(&mut parser, "serial")?),
             Arg::Long("console") => options.console = Some(value(&mut parser, "console")?),
             Arg::Long("restore") => options.restore = Some(parser.value()?.into()),
+            Arg::Long("prefetch") => options.prefetch = true,
             Arg::Long("api-socket") => options.api_socket = Some(parser.value()?.into()),
             // What Kata says to have no filters. There are none yet.
             Arg::Long("seccomp") => seccomp(&parser.value()?)?,
@@ -273,6 +276,11 @@ fn check(options: &RunOptions) -> Result<(), CliError> {
     if options.restore.is_some() && options.changes_the_guest() {
         return Err(CliError::Contradiction(
             "--restore: the snapshot says what the guest is; only --disk, --net, --fs, --vsock, --serial and --console can be others",
+        ));
+    }
+    if options.prefetch && options.restore.is_none() {
+        return Err(CliError::Contradiction(
+            "--prefetch: it goes with --restore: there is nothing to read ahead of a guest that boots",
         ));
     }
     let has_command = !options.command.is_empty();
@@ -359,6 +367,8 @@ mod tests {
                 "{refused}"
             );
         }
+        assert!(run(&["--restore", "/s", "--prefetch"]).prefetch);
+        assert!(refusal(&["--prefetch"]).starts_with("--prefetch: it goes with --restore"));
     }
 
     #[test]

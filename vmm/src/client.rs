@@ -123,6 +123,7 @@ pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Option<Cal
         "resume" => ("PUT", "/api/v1/vm.resume", None),
         "resize" => ("PUT", "/api/v1/vm.resize", Some(Body::Value(sizes))),
         "power-button" => ("PUT", "/api/v1/vm.power-button", None),
+        "record-working-set" => ("PUT", "/api/v1/vm.record-working-set", None),
         "shutdown" => ("PUT", "/api/v1/vm.shutdown", None),
         "reboot" => ("PUT", "/api/v1/vm.reboot", None),
         "delete" => ("PUT", "/api/v1/vm.delete", None),

@@ -26,7 +26,7 @@ use crate::control::Inbox;
 use crate::events::Events;
 use crate::machine::Machine;
 use crate::metrics;
-use crate::snapshot::{self, Loaded, SaveError};
+use crate::snapshot::{self, Loaded, RecordError, SaveError};
 use crate::transcript::Transcript;
 
 /// What outlives a machine.
@@ -127,6 +127,7 @@ impl Vm {
             Request::Resume => self.resume().map(done),
             Request::Resize(sizes) => self.resize(sizes).map(done),
             Request::Snapshot(snapshot) => self.snapshot(&snapshot).map(done),
+            Request::RecordWorkingSet => self.record_working_set().map(done),
             Request::Restore(restore) => self.restore(*restore).map(done),
             Request::PowerButton => self.press_power_button().map(done),
             Request::Remove(id) => self.remove(&id).map(done),
@@ -253,18 +254,26 @@ impl Vm {
         Ok(())
     }
 
+    /// Notes beside the snapshot which of its RAM the VM has touched.
+    fn record_working_set(&mut self) -> Result<(), ApiError> {
+        let Some(machine) = self.phase.machine() else {
+            return Err(self.wrong("vm.record-working-set", "Running or Paused"));
+        };
+        let bytes = snapshot::record(machine).map_err(not_recorded)?;
+        let properties = json!({ "bytes": bytes });
+        self.around.events.vm("working-set-recorded", properties);
+        Ok(())
+    }
+
     /// Makes a VM of a snapshot. If that fails there is none, as before.
     fn restore(&mut self, restore: Restore) -> Result<(), ApiError> {
         if !matches!(self.phase, Phase::None) {
             return Err(self.wrong("vm.restore", "not created"));
         }
-        let (prefetch, resume) = (restore.prefetch, restore.resume);
+        let resume = restore.resume;
         let opened = Loaded::open(restore);
         let (loaded, definition) = opened.map_err(|error| ApiError::Impossible(chain(&error)))?;
         self.revive(Box::new(definition), loaded)?;
-        if let (true, Some(machine)) = (prefetch, self.phase.machine()) {
-            machine.ram.prefetch();
-        }
         if resume { self.resume() } else { Ok(()) }
     }
 
@@ -509,5 +518,19 @@ fn not_saved(error: SaveError) -> ApiError {
         | SaveError::NoVcpu(_)
         | SaveError::Kvm(_)
         | SaveError::Encode(_) => ApiError::Host(chain),
+    }
+}
+
+/// Whether the client or the host is to blame.
+fn not_recorded(error: RecordError) -> ApiError {
+    let chain = chain(&error);
+    match error {
+        RecordError::Booted
+        | RecordError::Copied
+        | RecordError::Replaced(_)
+        | RecordError::Busy(_) => ApiError::Impossible(chain),
+        RecordError::Pages(_) | RecordError::File { .. } | RecordError::Encode(_) => {
+            ApiError::Host(chain)
+        }
     }
 }

@@ -15,6 +15,7 @@ use crate::events::Timeline;
 use crate::io::IoThreads;
 use crate::memory::Ram;
 use crate::resize::MemoryHandles;
+use crate::snapshot::Source;
 use crate::socket_console::SocketConsole;
 use crate::streams::PowerButton;
 use crate::vcpu::{ExitCounters, Vcpu};
@@ -45,6 +46,8 @@ pub struct Machine {
     pub(crate) serial: Option<Arc<Mutex<Serial>>>,
     /// What KVM could do for the vCPUs when the guest started.
     pub(crate) features: CpuFeatures,
+    /// Which snapshot RAM is of, if it is of one.
+    pub(crate) source: Option<Source>,
     pub(crate) vm: VmFd,
     pub(crate) ram: Ram,
 }

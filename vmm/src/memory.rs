@@ -32,6 +32,7 @@ use vm_memory::{
 };
 
 pub(crate) use self::image::{Extent, Layer, LayerError};
+pub(crate) use self::pages::are_pages;
 
 /// A page of zeros; host and guest agree on the size.
 const PAGE: [u8; 4096] = [0; 4096];

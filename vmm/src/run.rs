@@ -241,6 +241,7 @@ fn config(options: &RunOptions) -> Result<VmConfig, RunError> {
 /// The VM of a snapshot, with what the options say is to be different.
 fn restored(options: &RunOptions, folder: &Path) -> Result<(Definition, Origin), RunError> {
     let mut restore = Restore::new(folder.into());
+    restore.prefetch = options.prefetch;
     let differs = VmConfig {
         kernel: KernelConfig {
             path: PathBuf::new(),

@@ -4,6 +4,7 @@
 //! config.json      the VM's configuration, for its user to edit
 //! state.json       CPUs, board and devices, under a header with a checksum, and which files are RAM
 //! memory-<id>      RAM, sparse; an incremental snapshot adds one that lies over the others
+//! working-set-<id> which pages of it a VM has touched: only a hint
 //! ```
 //!
 //! A snapshot exists from the moment its `state.json` has that name: all it speaks of is written
@@ -15,8 +16,10 @@
 mod format;
 mod load;
 mod save;
+mod working_set;
 
 use std::ops::Range;
+use std::path::PathBuf;
 
 use arch::state::{BoardState, CpuFeatures, VcpuState};
 use devices::legacy::SerialState;
@@ -24,18 +27,28 @@ use devices::virtio::{DeviceState, TransportState};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use self::format::Document;
 use crate::memory::Extent;
 
 pub use self::format::FormatError;
 pub use self::load::{Loaded, RestoreError};
 pub use self::save::SaveError;
 pub(crate) use self::save::save;
+pub(crate) use self::working_set::{RecordError, record};
 
 const CONFIG: &str = "config.json";
 const STATE: &str = "state.json";
 const MEMORY: &str = "memory-";
+const WORKING_SET: &str = "working-set-";
 /// The member of config.json that says which snapshot it belongs to.
 const ID: &str = "snapshot";
+
+/// Which snapshot the RAM of a machine is of.
+#[derive(Clone, Debug)]
+pub(crate) struct Source {
+    folder: PathBuf,
+    id: String,
+}
 
 /// What a snapshot keeps besides RAM.
 #[derive(Debug, Serialize, Deserialize)]
@@ -53,6 +66,11 @@ struct State {
     memory: Memory,
     /// What config.json was at first.
     config: Value,
+}
+
+impl Document for State {
+    const MAGIC: &'static str = "podvmm snapshot";
+    const VERSION: u32 = 1;
 }
 
 /// The files that are RAM, each over those before it.

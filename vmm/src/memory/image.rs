@@ -20,7 +20,7 @@ use vm_memory::{
 };
 
 use super::pages::{self, Pages};
-use super::{PAGE, PAGE_BYTES, Ram};
+use super::{PAGE, Ram};
 
 const CHUNK: usize = 256 << 10;
 /// Zeros of so many bytes do not end an extent: each is a mapping of its own.
@@ -67,19 +67,15 @@ pub(crate) enum LayerError {
 impl Layer {
     /// Whether it can be mapped as RAM of `ram_len` bytes. Looks at no byte of RAM.
     pub(crate) fn check(&self, ram_len: u64) -> Result<(), LayerError> {
-        let mut end = 0;
-        let mut fits = self.extents.len() <= 2 * MOST_EXTENTS;
-        for extent in self.extents.iter() {
-            let pages = extent.offset.is_multiple_of(PAGE_BYTES)
-                && extent.len.is_multiple_of(PAGE_BYTES)
-                && extent.len > 0;
-            let next = extent.offset.checked_add(extent.len);
-            fits &= pages && extent.offset >= end && next.is_some_and(|next| next <= ram_len);
-            end = next.unwrap_or(u64::MAX);
-        }
-        if !fits {
-            return Err(LayerError::Extents(ram_len));
-        }
+        let range = |extent: &Extent| {
+            let end = extent.offset.checked_add(extent.len)?;
+            Some(extent.offset..end)
+        };
+        let ranges: Option<Vec<_>> = self.extents.iter().map(range).collect();
+        let fits =
+            |ranges: &Vec<_>| ranges.len() <= 2 * MOST_EXTENTS && pages::are_pages(ranges, ram_len);
+        let ranges = ranges.filter(fits).ok_or(LayerError::Extents(ram_len))?;
+        let end = ranges.last().map_or(0, |range| range.end);
         match self.file.metadata().map_err(LayerError::Read)?.len() {
             // A page beyond the end of a file cannot be touched.
             found if found < end => Err(LayerError::Truncated {
@@ -88,6 +84,11 @@ impl Layer {
             }),
             _ => Ok(()),
         }
+    }
+
+    /// What of it counts.
+    fn ranges(&self) -> Vec<Range<u64>> {
+        self.extents.iter().map(Extent::range).collect()
     }
 
     /// Whether every byte is as it was written. Reads all of it.
@@ -275,15 +276,14 @@ impl Ram {
         allowed: &[Range<u64>],
         touched: bool,
     ) -> io::Result<()> {
-        let extents = |layer: &Layer| layer.extents.iter().map(Extent::range).collect::<Vec<_>>();
-        let covered = pages::union(layers.iter().flat_map(extents).collect());
+        let covered = pages::union(layers.iter().flat_map(Layer::ranges).collect());
         if self.private && touched {
             for hole in pages::without(allowed, &covered) {
                 self.replace(None, hole)?;
             }
         }
         for layer in layers {
-            for run in pages::within(&extents(layer), allowed) {
+            for run in pages::within(&layer.ranges(), allowed) {
                 if self.private {
                     self.replace(Some(&layer.file), run)?;
                 } else {
@@ -303,18 +303,58 @@ impl Ram {
         &self.layers
     }
 
-    /// Has the host read the files that RAM is mapped from, ahead of the guest. It does so by itself;
-    /// nobody waits.
-    pub(crate) fn prefetch(&self) {
+    /// What was touched of RAM since it was mapped from files, and a little around it: the host maps
+    /// what it has of a file by 64 KiB. None if it is not mapped from files.
+    pub(crate) fn touched(&self) -> io::Result<Option<Vec<Range<u64>>>> {
+        if !self.private {
+            return Ok(None);
+        }
+        let touched = pages::within(&self.pages(Pages::Used)?, &self.mapped);
+        Ok(Some(pages::at_most(touched, MOST_EXTENTS)))
+    }
+
+    /// Has the host read the files that RAM is mapped from, ahead of the guest: all of them, for which
+    /// nobody waits, or the pages that are known to be needed, which then are there.
+    pub(crate) fn prefetch(&self, needed: Option<&[Range<u64>]>) {
+        let Some(needed) = needed else {
+            return self.read_ahead(&self.mapped);
+        };
+        let needed = pages::within(needed, &self.mapped);
+        self.read_ahead(&needed);
+        if let Err(error) = self.populate(&needed) {
+            log::debug!("have pages of RAM at once: {error}");
+        }
+    }
+
+    fn read_ahead(&self, runs: &[Range<u64>]) {
         for layer in &self.layers {
-            for extent in layer.extents.iter() {
-                let len = NonZeroU64::new(extent.len);
-                let advised = fadvise(&layer.file, extent.offset, len, Advice::WillNeed);
+            for run in pages::within(&layer.ranges(), runs) {
+                let len = NonZeroU64::new(run.end - run.start);
+                let advised = fadvise(&layer.file, run.start, len, Advice::WillNeed);
                 if let Err(error) = advised {
                     log::debug!("read {} ahead: {error}", layer.name);
                 }
             }
         }
+    }
+
+    /// Maps pages as if they were read. Hosts can since Linux 5.14.
+    fn populate(&self, runs: &[Range<u64>]) -> io::Result<()> {
+        for (range, region) in self.regions() {
+            for run in pages::within(runs, std::slice::from_ref(&range)) {
+                let len = usize::try_from(run.end - run.start).map_err(io::Error::other)?;
+                let start = MemoryRegionAddress(run.start - range.start);
+                let slice = region.get_slice(start, len).map_err(io::Error::other)?;
+                let host = slice.ptr_guard_mut().as_ptr();
+                // SAFETY: the range lies within one RAM mapping of ours (`get_slice` checked it), and
+                // the advice does not change what it holds.
+                let done = unsafe { libc::madvise(host.cast(), len, libc::MADV_POPULATE_READ) };
+                if done != 0 {
+                    return Err(io::Error::last_os_error());
+                }
+            }
+        }
+        Ok(())
     }
 
     fn copy(&self, file: &File, run: Range<u64>) -> io::Result<()> {

@@ -85,6 +85,17 @@ pub(super) fn data(file: &File, len: u64) -> io::Result<Vec<Range<u64>>> {
     Ok(runs)
 }
 
+/// Whether `runs`, which somebody else made, are whole pages within `len` bytes, in order.
+pub(crate) fn are_pages(runs: &[Range<u64>], len: u64) -> bool {
+    let whole = |run: &Range<u64>| {
+        run.start < run.end
+            && run.end <= len
+            && run.start.is_multiple_of(PAGE_BYTES)
+            && run.end.is_multiple_of(PAGE_BYTES)
+    };
+    runs.iter().all(whole) && runs.is_sorted_by(|run, next| run.end <= next.start)
+}
+
 /// Appends `run`, to the last one if no more than `gap` bytes lie between.
 pub(super) fn push(runs: &mut Vec<Range<u64>>, run: Range<u64>, gap: u64) {
     match runs.last_mut() {

@@ -1,14 +1,19 @@
-//! state.json: one JSON object, whose header says whether the rest can be understood and is whole.
+//! What is written down: one JSON object, whose header says whether the rest can be understood and is
+//! whole.
 
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 use thiserror::Error;
 
-use super::State;
+/// What a file of ours holds.
+pub(super) trait Document: Serialize + DeserializeOwned {
+    /// What it calls itself.
+    const MAGIC: &'static str;
+    /// Goes up with each change after which an older podvmm, or the same document, is misunderstood.
+    const VERSION: u32;
+}
 
-const MAGIC: &str = "podvmm snapshot";
-/// Goes up with each change after which an older podvmm, or the same state, is misunderstood.
-const VERSION: u32 = 1;
 const ARCH: &str = std::env::consts::ARCH;
 
 #[derive(Serialize, Deserialize)]
@@ -24,17 +29,17 @@ struct Envelope<'a> {
     state: &'a RawValue,
 }
 
-/// Why a state.json is none that can be used.
+/// Why a file is none that can be used.
 #[derive(Debug, Error)]
 pub enum FormatError {
     #[error("it is truncated, or no JSON")]
     Json(#[source] serde_json::Error),
-    #[error("it is not the state of a snapshot of podvmm's")]
-    Magic,
+    #[error("it is no {0}")]
+    Magic(&'static str),
     #[error("it is of a VM on {0}, this is podvmm for {ARCH}")]
     Arch(String),
-    #[error("its format is version {0}, this podvmm reads {VERSION}")]
-    Version(u32),
+    #[error("its format is version {found}, this podvmm reads {expected}")]
+    Version { expected: u32, found: u32 },
     #[error("its state is {found} bytes long and should be {expected}")]
     Length { expected: usize, found: usize },
     #[error("it is damaged: its checksum is another")]
@@ -43,19 +48,19 @@ pub enum FormatError {
     State(#[source] serde_json::Error),
 }
 
-pub(super) fn encode(state: &State) -> Result<String, serde_json::Error> {
-    let state = serde_json::value::to_raw_value(state)?;
+pub(super) fn encode<D: Document>(document: &D) -> Result<String, serde_json::Error> {
+    let state = serde_json::value::to_raw_value(document)?;
     serde_json::to_string(&Envelope {
-        magic: MAGIC.into(),
+        magic: D::MAGIC.into(),
         arch: ARCH.into(),
-        version: VERSION,
+        version: D::VERSION,
         length: state.get().len(),
         crc32: crc32fast::hash(state.get().as_bytes()),
         state: &state,
     })
 }
 
-pub(super) fn decode(bytes: &[u8]) -> Result<State, FormatError> {
+pub(super) fn decode<D: Document>(bytes: &[u8]) -> Result<D, FormatError> {
     #[derive(Deserialize)]
     struct Header {
         magic: Option<String>,
@@ -65,13 +70,14 @@ pub(super) fn decode(bytes: &[u8]) -> Result<State, FormatError> {
     // What another version has besides is its own affair, so first what never changes.
     let header: Header = serde_json::from_slice(bytes).map_err(FormatError::Json)?;
     match (header.magic, header.arch, header.version) {
-        (Some(magic), _, _) if magic != MAGIC => return Err(FormatError::Magic),
+        (Some(magic), _, _) if magic != D::MAGIC => return Err(FormatError::Magic(D::MAGIC)),
         (Some(_), Some(arch), _) if arch != ARCH => return Err(FormatError::Arch(arch)),
-        (Some(_), Some(_), Some(version)) if version != VERSION => {
-            return Err(FormatError::Version(version));
+        (Some(_), Some(_), Some(found)) if found != D::VERSION => {
+            let expected = D::VERSION;
+            return Err(FormatError::Version { expected, found });
         }
         (Some(_), Some(_), Some(_)) => {}
-        _ => return Err(FormatError::Magic),
+        _ => return Err(FormatError::Magic(D::MAGIC)),
     }
     let envelope: Envelope<'_> = serde_json::from_slice(bytes).map_err(FormatError::Json)?;
     let state = envelope.state.get();
@@ -92,18 +98,19 @@ mod tests {
     use proptest::prelude::*;
     use serde_json::{Value, json};
 
+    use super::super::State;
     use super::*;
 
     fn sealed(state: &str) -> Value {
         json!({
-            "magic": MAGIC, "arch": ARCH, "version": VERSION,
+            "magic": State::MAGIC, "arch": ARCH, "version": State::VERSION,
             "length": state.len(), "crc32": crc32fast::hash(state.as_bytes()),
             "state": serde_json::from_str::<Value>(state).unwrap(),
         })
     }
 
     fn refusal(envelope: &Value) -> String {
-        decode(envelope.to_string().as_bytes())
+        decode::<State>(envelope.to_string().as_bytes())
             .unwrap_err()
             .to_string()
     }
@@ -111,16 +118,8 @@ mod tests {
     #[test]
     fn what_does_not_fit_is_refused_with_the_reason() {
         let cases = [
-            (
-                "magic",
-                json!("firecracker"),
-                "it is not the state of a snapshot of podvmm's",
-            ),
-            (
-                "magic",
-                Value::Null,
-                "it is not the state of a snapshot of podvmm's",
-            ),
+            ("magic", json!("firecracker"), "it is no podvmm snapshot"),
+            ("magic", Value::Null, "it is no podvmm snapshot"),
             (
                 "arch",
                 json!("riscv64"),
@@ -148,14 +147,14 @@ mod tests {
             "its state is not as podvmm writes it"
         );
         let text = sealed("{}").to_string();
-        let cut = decode(&text.as_bytes()[..text.len() - 1]).unwrap_err();
+        let cut = decode::<State>(&text.as_bytes()[..text.len() - 1]).unwrap_err();
         assert_eq!(cut.to_string(), "it is truncated, or no JSON");
     }
 
     proptest! {
         #[test]
         fn any_bytes_are_survived(bytes: Vec<u8>) {
-            prop_assert!(decode(&bytes).is_err());
+            prop_assert!(decode::<State>(&bytes).is_err());
         }
     }
 }

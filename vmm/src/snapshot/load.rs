@@ -14,9 +14,10 @@ use devices::virtio::TransportState;
 use kvm_bindings::CpuId;
 use thiserror::Error;
 
-use super::{CONFIG, FormatError, LayerState, MEMORY, STATE, State, allowed, format};
+use super::{CONFIG, FormatError, LayerState, MEMORY, STATE, Source, State};
+use super::{allowed, format, working_set};
 use crate::host::KvmKind;
-use crate::memory::{Layer, LayerError};
+use crate::memory::{Layer, LayerError, Ram};
 
 /// Far more than the largest VM's.
 const MOST_STATE_BYTES: u64 = 256 << 20;
@@ -47,8 +48,10 @@ pub enum RestoreError {
 /// A snapshot that is whole. Its parts fit the configuration as far as it has been asked.
 #[derive(Debug)]
 pub struct Loaded {
+    source: Source,
     state: State,
     layers: Vec<Layer>,
+    prefetch: bool,
 }
 
 impl Loaded {
@@ -58,11 +61,12 @@ impl Loaded {
             folder,
             patch,
             fds,
+            prefetch,
             verify,
-            ..
+            resume: _,
         } = restore;
         let path = folder.join(STATE);
-        let state = format::decode(&read(&path)?)
+        let state: State = format::decode(&read(&path)?)
             .map_err(|source| RestoreError::Format { path, source })?;
         let path = folder.join(CONFIG);
         let config = config(&path, &state)?;
@@ -79,7 +83,27 @@ impl Loaded {
             .iter()
             .map(open)
             .collect::<Result<_, _>>()?;
-        Ok((Self { state, layers }, definition))
+        let id = state.id.clone();
+        let loaded = Self {
+            source: Source { folder, id },
+            state,
+            layers,
+            prefetch,
+        };
+        Ok((loaded, definition))
+    }
+
+    /// Which snapshot it is.
+    pub(crate) fn source(&self) -> &Source {
+        &self.source
+    }
+
+    /// Has what is wanted of RAM, in which `layers` are mapped, read ahead of the guest.
+    pub(crate) fn prefetch(&self, ram: &Ram) {
+        if self.prefetch {
+            let recorded = working_set::read(&self.source, ram.len());
+            ram.prefetch(recorded.as_deref());
+        }
     }
 
     /// The CPU features of the guest, if this host has them: `here` is what its KVM supports.
@@ -167,14 +191,15 @@ fn differs(found: String, expected: String) -> RestoreError {
 }
 
 fn read(path: &Path) -> Result<Vec<u8>, RestoreError> {
-    let failed = |source| RestoreError::Read {
+    read_file(path).map_err(|source| RestoreError::Read {
         path: path.into(),
         source,
-    };
-    let file = open(path).map_err(failed)?;
+    })
+}
+
+pub(super) fn read_file(path: &Path) -> io::Result<Vec<u8>> {
     let mut bytes = Vec::new();
-    let read = file.take(MOST_STATE_BYTES).read_to_end(&mut bytes);
-    read.map_err(failed)?;
+    open(path)?.take(MOST_STATE_BYTES).read_to_end(&mut bytes)?;
     Ok(bytes)
 }
 

@@ -14,7 +14,8 @@ use rustix::fs::{AtFlags, CWD, FlockOperation, flock, linkat};
 use serde_json::Value;
 use thiserror::Error;
 
-use super::{CONFIG, ID, LayerState, MEMORY, Memory, STATE, State, allowed, format};
+use super::{CONFIG, ID, LayerState, MEMORY, Memory, STATE, Source, State, WORKING_SET};
+use super::{allowed, format};
 use crate::host::KvmKind;
 use crate::machine::Machine;
 use crate::memory::Layer;
@@ -95,9 +96,15 @@ pub(crate) fn save(
         config,
     };
     draft.commit(&state, &layers)?;
-    if let Err(error) = machine.ram.lay(&layers, &allowed, true) {
+    match machine.ram.lay(&layers, &allowed, true) {
+        Ok(()) => {
+            machine.source = Some(Source {
+                folder: folder.into(),
+                id: state.id,
+            });
+        }
         // It holds the same either way.
-        log::warn!("map RAM from its snapshot: {error}");
+        Err(error) => log::warn!("map RAM from its snapshot: {error}"),
     }
     Ok(())
 }
@@ -120,6 +127,13 @@ fn vcpus(machine: &Machine) -> Result<Vec<VcpuState>, SaveError> {
     states.collect()
 }
 
+/// A folder that nobody else writes to while it is held. None if somebody does.
+pub(super) fn lock(folder: &Path) -> io::Result<Option<File>> {
+    let file = File::open(folder)?;
+    let locked = flock(&file, FlockOperation::NonBlockingLockExclusive);
+    Ok(locked.is_ok().then_some(file))
+}
+
 /// A snapshot in the making. Dropping it removes what was written of it.
 struct Draft<'a> {
     folder: &'a Path,
@@ -138,9 +152,9 @@ impl<'a> Draft<'a> {
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => false,
             Err(error) => return Err(failed("make the folder", folder)(error)),
         };
-        let lock = File::open(folder).map_err(failed("open", folder))?;
-        flock(&lock, FlockOperation::NonBlockingLockExclusive)
-            .map_err(|_| SaveError::Busy(folder.into()))?;
+        let lock = lock(folder)
+            .map_err(failed("open", folder))?
+            .ok_or_else(|| SaveError::Busy(folder.into()))?;
         let id = fs::read_to_string("/proc/sys/kernel/random/uuid")
             .map_err(failed("read", Path::new("/proc/sys/kernel/random/uuid")))?;
         Ok(Self {
@@ -270,10 +284,14 @@ impl<'a> Draft<'a> {
     }
 }
 
-/// Whether a file is RAM, or a draft that nobody completed.
+/// Whether a file is RAM, what was touched of it, or a draft that nobody completed.
 fn is_ours(name: &str) -> bool {
-    let drafts = [CONFIG, STATE].map(|of| format!(".{of}-"));
-    name.starts_with(MEMORY) || drafts.iter().any(|draft| name.starts_with(draft.as_str()))
+    let drafts = [CONFIG, STATE, WORKING_SET].map(|of| format!(".{of}"));
+    let is_draft = |draft: &String| name.starts_with(draft.as_str());
+    [MEMORY, WORKING_SET]
+        .iter()
+        .any(|kind| name.starts_with(*kind))
+        || drafts.iter().any(is_draft)
 }
 
 impl Drop for Draft<'_> {
