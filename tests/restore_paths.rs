@@ -1,14 +1,20 @@
-//! The ways of RAM into a restored VM besides mapping its files: a working set that was recorded.
+//! The ways of RAM into a restored VM besides mapping its files as it touches them: a working set that
+//! was recorded, and another process that gives it page by page.
 
 use std::fs;
+use std::io::Write;
 use std::os::unix::fs::FileExt;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 use tempfile::TempDir;
-use tests::counter::{Counter, names, restore_body};
-use tests::podvmm::kvm_is_here;
-use tests::service::{Service, put, refusal};
+use tests::Podvmm;
+use tests::counter::{Counter, memory_files, names, restore_body};
+use tests::podvmm::{Running, kvm_is_here};
+use tests::service::{Service, get, put, refusal};
 
 const MIB: u64 = 1 << 20;
 
@@ -130,4 +136,244 @@ fn only_of_what_is_mapped_from_a_snapshot_is_a_working_set_known() {
     assert_eq!(status, 409);
     assert!(why.ends_with("it must be Running or Paused"), "{why}");
     original.service.dismiss();
+}
+
+/// A process that gives the RAM of a snapshot.
+struct Handler {
+    folder: TempDir,
+    running: Running,
+}
+
+impl Handler {
+    fn start(snapshot: &Path) -> Self {
+        let folder = TempDir::new().expect("there is a folder for temporary files");
+        let socket = folder.path().join("pages");
+        let arguments = ["pages", "-v", "--socket"].map(PathBuf::from);
+        let more = [socket.clone(), "--snapshot".into(), snapshot.into()];
+        let running = Podvmm::new(arguments.iter().chain(&more)).spawn();
+        while !socket.exists() {
+            thread::sleep(Duration::from_millis(1));
+        }
+        Self { folder, running }
+    }
+
+    fn socket(&self) -> (&'static str, Value) {
+        socket(&self.folder.path().join("pages"))
+    }
+
+    fn restore(&self, folder: &Path) -> Counter {
+        Counter::restore(folder, &[self.socket()])
+    }
+
+    /// Ends it as its user would. What it said.
+    fn end(self) -> String {
+        self.running.signal(libc::SIGTERM);
+        let outcome = self.running.wait();
+        assert_eq!(outcome.code, Some(0), "{outcome:?}");
+        assert!(!self.folder.path().join("pages").exists());
+        outcome.stderr
+    }
+}
+
+fn socket(path: &Path) -> (&'static str, Value) {
+    ("memory_socket", json!(path))
+}
+
+/// What VMs need of a snapshot whose RAM is elsewhere.
+fn without_memory(folder: &Path) -> TempDir {
+    let bare = TempDir::new().expect("there is a folder for temporary files");
+    for name in ["config.json", "state.json"] {
+        fs::copy(folder.join(name), bare.path().join(name)).expect("podvmm wrote them");
+    }
+    bare
+}
+
+/// Where podvmm itself waits for no page. Where it does, it is given some time.
+const PROMPT: Duration = Duration::from_millis(1500);
+const SOON: Duration = Duration::from_secs(4);
+
+/// Waits for the end of a VM that has lost its memory.
+fn ends_without_memory(guest: Counter, since: Instant, most: Duration) {
+    let outcome = guest.service.running.wait();
+    let took = since.elapsed();
+    assert_eq!(outcome.code, Some(119), "{outcome:?}");
+    let why = "the VM cannot go on: the process at ";
+    assert_eq!(outcome.stderr.matches(why).count(), 1, "{outcome:?}");
+    assert!(
+        outcome.stderr.contains("gives it memory is gone"),
+        "{outcome:?}"
+    );
+    assert!(took < most, "{took:?}");
+    eprintln!("ended after {took:?}");
+}
+
+#[test]
+fn a_process_gives_vms_the_memory_of_a_snapshot() {
+    if !kvm_is_here() {
+        return;
+    }
+    let folder = snapshot();
+    let bare = without_memory(folder.path());
+    let handler = Handler::start(folder.path());
+    let mut clone = handler.restore(bare.path());
+    let mut other = handler.restore(bare.path());
+    assert_eq!((clone.count(), clone.count()), ('B', 'C'));
+    assert_eq!((other.count(), other.read_all()), ('B', 'r'));
+    assert_eq!((clone.read_all(), clone.count()), ('r', 'D'));
+
+    // A snapshot has what was never touched, too, and needs nobody any more: nor does who wrote it.
+    let whole = TempDir::new().unwrap();
+    let mut third = handler.restore(bare.path());
+    assert_eq!(third.count(), 'B');
+    third.snapshot(whole.path(), true);
+    let mut plain = Counter::restore(whole.path(), &[("verify", true.into())]);
+    assert_eq!((plain.count(), plain.read_all()), ('C', 'r'));
+    [clone, other].into_iter().for_each(Counter::end);
+    let said = handler.end();
+    assert_eq!(said.matches("is gone: ").count(), 3, "{said}");
+    assert_eq!((third.count(), third.read_all()), ('C', 'r'));
+    [third, plain].into_iter().for_each(Counter::end);
+}
+
+#[test]
+fn layers_lie_over_one_another_in_what_a_process_gives() {
+    if !kvm_is_here() {
+        return;
+    }
+    let folder = TempDir::new().unwrap();
+    let (first, second) = (folder.path().join("first"), folder.path().join("second"));
+    let mut original = Counter::boot();
+    assert_eq!(original.count(), 'A');
+    original.snapshot(&first, false);
+    assert_eq!(original.count(), 'B');
+    original.snapshot(&second, true);
+    original.end();
+    assert_eq!(memory_files(&second).len(), 2);
+    let handler = Handler::start(&second);
+    let mut clone = handler.restore(&second);
+    assert_eq!((clone.count(), clone.read_all()), ('C', 'r'));
+    clone.end();
+    handler.end();
+}
+
+#[test]
+fn a_vm_ends_with_the_process_that_gives_it_memory() {
+    if !kvm_is_here() {
+        return;
+    }
+    let folder = snapshot();
+    // It has nothing to wait for.
+    let handler = Handler::start(folder.path());
+    let mut idle = handler.restore(folder.path());
+    assert_eq!(idle.count(), 'B');
+    // And it waits for a page: no more come.
+    let mut waits = handler.restore(folder.path());
+    assert_eq!(waits.count(), 'B');
+    handler.running.signal(libc::SIGSTOP);
+    waits.console.write_all(b"r").unwrap();
+    thread::sleep(Duration::from_millis(300));
+    assert_eq!(get(&mut waits.client, "vm.info")["state"], "Running");
+    handler.running.signal(libc::SIGKILL);
+    let since = Instant::now();
+    ends_without_memory(waits, since, PROMPT);
+    ends_without_memory(idle, since, PROMPT);
+}
+
+#[test]
+fn a_vm_whose_snapshot_is_being_written_ends_with_that_process_too() {
+    if !kvm_is_here() {
+        return;
+    }
+    let folder = snapshot();
+    let handler = Handler::start(folder.path());
+    let mut guest = handler.restore(folder.path());
+    assert_eq!(guest.count(), 'B');
+    put(&mut guest.client, "vm.pause", None).unwrap();
+    handler.running.signal(libc::SIGSTOP);
+    let mut client = guest.service.client();
+    let body = json!({"destination_url": format!("file://{}", folder.path().display())});
+    let writes = thread::spawn(move || put(&mut client, "vm.snapshot", Some(body)));
+    thread::sleep(Duration::from_millis(300));
+    handler.running.signal(libc::SIGKILL);
+    ends_without_memory(guest, Instant::now(), SOON);
+    assert!(writes.join().unwrap().is_err());
+    // The older one is still there.
+    let mut clone = Counter::restore(folder.path(), &[("verify", true.into())]);
+    assert_eq!(clone.count(), 'B');
+    clone.end();
+}
+
+/// A process that takes what it is handed, if that, and gives nothing.
+fn silent_handler() -> (TempDir, UnixListener, (&'static str, Value)) {
+    let folder = TempDir::new().expect("there is a folder for temporary files");
+    let path = folder.path().join("pages");
+    let listener = UnixListener::bind(&path).expect("it is new");
+    (folder, listener, socket(&path))
+}
+
+#[test]
+fn a_process_that_gives_nothing_keeps_a_vm_but_not_podvmm() {
+    if !kvm_is_here() {
+        return;
+    }
+    let folder = snapshot();
+    let (_folder, listener, socket) = silent_handler();
+    let restore = || {
+        let guest = Counter::restore(folder.path(), std::slice::from_ref(&socket));
+        let (stream, _) = listener.accept().unwrap();
+        (guest, stream)
+    };
+    let (mut guest, stream): (Counter, UnixStream) = restore();
+    thread::sleep(Duration::from_millis(1500));
+    assert_eq!(get(&mut guest.client, "vm.info")["state"], "Running");
+    drop(stream);
+    ends_without_memory(guest, Instant::now(), PROMPT);
+
+    let (guest, _stream) = restore();
+    let since = Instant::now();
+    guest.service.running.signal(libc::SIGTERM);
+    let outcome = guest.service.running.wait();
+    let took = since.elapsed();
+    eprintln!("ended by a signal after {took:?}");
+    assert!(took < Duration::from_secs(15), "{took:?}");
+    assert!(matches!(outcome.code, Some(119 | 143)), "{outcome:?}");
+}
+
+#[test]
+fn memory_that_cannot_come_is_refused_with_the_reason() {
+    if !kvm_is_here() {
+        return;
+    }
+    let folder = snapshot();
+    let service = Service::start(&[]);
+    let mut client = service.client();
+    let mut refused = |more: &[(&str, Value)], why: &str| {
+        let answer = put(
+            &mut client,
+            "vm.restore",
+            Some(restore_body(&service, folder.path(), more)),
+        );
+        let (status, found) = refusal(answer);
+        assert_eq!(status, 400, "{found}");
+        assert!(found.starts_with(why), "{found}");
+    };
+    let nowhere = [socket(Path::new("/nowhere"))];
+    refused(&nowhere, "memory_socket /nowhere: No such file");
+    let (_folder, listener, socket) = silent_handler();
+    let why = "memory_socket: RAM is elsewhere, so here it can be neither prefetched nor verified";
+    refused(&[socket.clone(), ("prefetch", true.into())], why);
+    refused(&[socket.clone(), ("verify", true.into())], why);
+    let shared = json!({"memory": {"shared": true}, "serial": {"mode": "Null"}});
+    let why = "RAM that is shared or of huge pages cannot come";
+    refused(&[socket.clone(), ("config", shared)], why);
+    drop(listener);
+    refused(&[socket], "memory_socket ");
+    // It can still do something else.
+    put(
+        &mut service.client(),
+        "vm.restore",
+        Some(restore_body(&service, folder.path(), &[])),
+    )
+    .unwrap();
+    service.dismiss();
 }

@@ -73,6 +73,8 @@ pub struct Restore {
     pub prefetch: bool,
     /// Read memory and compare its checksums first.
     pub verify: bool,
+    /// Where another process listens that has its memory, and gives it page by page.
+    pub memory_socket: Option<PathBuf>,
     /// Let it run.
     pub resume: bool,
 }
@@ -86,6 +88,7 @@ impl Restore {
             fds: Vec::new(),
             prefetch: false,
             verify: false,
+            memory_socket: None,
             resume: false,
         }
     }

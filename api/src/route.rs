@@ -103,6 +103,7 @@ pub const ROUTES: &[Route] = &[
             fds: request.fds,
             prefetch: restore.prefetch.unwrap_or(false),
             verify: restore.verify.unwrap_or(false),
+            memory_socket: restore.memory_socket,
             resume: restore.resume.unwrap_or(false),
             ..default
         })))
@@ -137,6 +138,7 @@ struct RestoreJson {
     resume: Option<bool>,
     /// From here on podvmm's own.
     verify: Option<bool>,
+    memory_socket: Option<PathBuf>,
     config: Option<Value>,
 }
 
@@ -266,6 +268,7 @@ mod tests {
             panic!("refused");
         };
         assert!(restore.prefetch && !restore.resume && !restore.verify);
+        assert_eq!(restore.memory_socket, None);
         for url in ["/run/s", "file://run/s", "http:///s"] {
             let body = format!(r#"{{"source_url":"{url}"}}"#);
             let (status, why) = refusal("PUT", "/api/v1/vm.restore", &body);

@@ -30,7 +30,8 @@ use crate::image::{LoadError, load_initramfs, load_kernel};
 use crate::io::IoThreads;
 use crate::machine::Machine;
 use crate::memory::{Ram, RamError};
-use crate::snapshot::{Loaded, RestoreError};
+use crate::remote_ram::{RemoteRam, RemoteRamError};
+use crate::snapshot::{Loaded, Pages, RestoreError};
 use crate::streams::StreamError;
 use crate::transcript::Transcript;
 use crate::vcpu::{Buses, Vcpu};
@@ -111,6 +112,9 @@ pub enum BuildError {
     /// The snapshot's RAM.
     #[error("map the snapshot's RAM")]
     SnapshotRam(#[source] io::Error),
+    /// The process that is to give its RAM.
+    #[error(transparent)]
+    RemoteRam(#[from] RemoteRamError),
     /// A device's state in the snapshot.
     #[error("the state of {device} in the snapshot")]
     DeviceState {
@@ -214,10 +218,12 @@ pub fn build(
     } = attacher;
     timeline.mark("devices");
 
-    match &mut origin {
-        Origin::Kernel => {}
-        Origin::Snapshot(loaded) => restore(config, loaded, &transports, &mut ram)?,
-    }
+    let remote = match &mut origin {
+        Origin::Kernel => None,
+        Origin::Snapshot(loaded) => restore(config, loaded, around, &transports, &mut ram)?,
+    };
+    // KVM may look into RAM when it is given a vCPU's state.
+    let patience = remote.as_ref().map(RemoteRam::patience);
     let entry = match &kernel {
         Some(kernel) => Some(kernel.prepare(config, &parameters, &ram)?),
         None => None,
@@ -243,6 +249,7 @@ pub fn build(
     if let Origin::Snapshot(loaded) = &origin {
         restore_cpus(loaded, &vm, &fds, count, &cpuid)?;
     }
+    drop(patience);
     let mut vcpus = Vec::with_capacity(count.into());
     for (index, fd) in (0..).zip(fds) {
         let inbox = around.inbox.clone();
@@ -279,6 +286,7 @@ pub fn build(
         _sockets: sockets,
         serial,
         features,
+        remote,
         source,
         vm,
         ram,
@@ -329,14 +337,15 @@ impl Kernel {
     }
 }
 
-/// Devices first: they decide which RAM there is.
+/// Devices first: they decide which RAM there is. Returns who else gives RAM, if somebody does.
 fn restore(
     config: &VmConfig,
     loaded: &mut Loaded,
+    around: &Surroundings,
     transports: &[(String, Arc<Mutex<MmioTransport>>)],
     ram: &mut Ram,
-) -> Result<(), BuildError> {
-    let (layers, allowed) = loaded.memory(&config.memory)?;
+) -> Result<Option<RemoteRam>, BuildError> {
+    let allowed = loaded.memory(&config.memory)?;
     let states = loaded.take_devices(transports.iter().map(|(id, _)| id.as_str()))?;
     for ((id, transport), state) in transports.iter().zip(states) {
         let mut transport = transport.lock().expect("nobody else has it yet");
@@ -347,10 +356,24 @@ fn restore(
                 source,
             })?;
     }
-    ram.lay(&layers, &allowed, false)
-        .map_err(BuildError::SnapshotRam)?;
-    loaded.prefetch(ram);
-    Ok(())
+    match loaded.pages() {
+        Pages::Files { layers, prefetch } => {
+            ram.lay(layers, &allowed, false)
+                .map_err(BuildError::SnapshotRam)?;
+            if *prefetch {
+                ram.prefetch(loaded.working_set().as_deref());
+            }
+            Ok(None)
+        }
+        Pages::Socket { .. } if !ram.is_private() => Err(RemoteRamError::NotPrivate.into()),
+        Pages::Socket { path, covered } => {
+            let inbox = around.inbox.clone();
+            let remote = RemoteRam::hand_over(path, inbox, |userfault| {
+                ram.expect(covered, &allowed, userfault)
+            })?;
+            Ok(Some(remote))
+        }
+    }
 }
 
 fn restore_cpus(

@@ -143,12 +143,17 @@ impl RunOptions {
 
     /// How much to log.
     pub fn log_level(&self) -> LevelFilter {
-        match self.verbosity {
-            0 => LevelFilter::Warn,
-            1 => LevelFilter::Info,
-            2 => LevelFilter::Debug,
-            _ => LevelFilter::Trace,
-        }
+        log_level(self.verbosity)
+    }
+}
+
+/// How much to log for so many `-v`.
+pub fn log_level(verbosity: u8) -> LevelFilter {
+    match verbosity {
+        0 => LevelFilter::Warn,
+        1 => LevelFilter::Info,
+        2 => LevelFilter::Debug,
+        _ => LevelFilter::Trace,
     }
 }
 

@@ -69,7 +69,7 @@ pub enum Outcome {
     Dismissed,
 }
 
-/// Serves the inbox until podvmm is done. The VM is stopped by then, and who
+/// Serves the inbox until podvmm is done. The VM is stopped by then, if it can be, and who
 /// still waits for an answer learns that there will be none.
 pub fn serve(vm: &mut Vm, events: Receiver<(u32, Event)>) -> Outcome {
     let outcome = loop {
@@ -111,6 +111,9 @@ pub fn serve(vm: &mut Vm, events: Receiver<(u32, Event)>) -> Outcome {
         }
     };
     drop(events);
-    vm.stop();
+    match outcome {
+        Outcome::Ended(Ending::Memory(_)) => vm.abandon(),
+        _ => vm.stop(),
+    }
     outcome
 }

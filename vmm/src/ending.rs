@@ -21,6 +21,8 @@ pub enum Ending {
     TripleFault(Site),
     /// KVM could not go on with the guest.
     Kvm(String),
+    /// RAM does not come any more.
+    Memory(String),
     /// podvmm was asked to end by this signal.
     Signal(i32),
 }
@@ -40,6 +42,7 @@ impl Ending {
             Self::Panic(_) => 122,
             Self::TripleFault(_) => 121,
             Self::Kvm(_) => 120,
+            Self::Memory(_) => 119,
             Self::Signal(signal) => 128_u8.saturating_add(u8::try_from(*signal).unwrap_or(127)),
         }
     }
@@ -59,6 +62,7 @@ impl Ending {
             Self::Panic(_) => "panic",
             Self::TripleFault(_) => "triple-fault",
             Self::Kvm(_) => "kvm",
+            Self::Memory(_) => "memory",
             Self::Signal(_) => "signal",
         }
     }
@@ -68,7 +72,11 @@ impl Ending {
         match self {
             Self::Command(_) | Self::Signal(_) => true,
             Self::Reset | Self::Halted => !had_command,
-            Self::Agent(_) | Self::Panic(_) | Self::TripleFault(_) | Self::Kvm(_) => false,
+            Self::Agent(_)
+            | Self::Panic(_)
+            | Self::TripleFault(_)
+            | Self::Kvm(_)
+            | Self::Memory(_) => false,
         }
     }
 }
@@ -83,6 +91,7 @@ impl fmt::Display for Ending {
             Self::Panic(line) => write!(f, "the guest kernel panicked: {line}"),
             Self::TripleFault(site) => write!(f, "the guest triple-faulted {site}"),
             Self::Kvm(why) => f.write_str(why),
+            Self::Memory(why) => write!(f, "the VM cannot go on: {why}"),
             Self::Signal(signal) => write!(f, "ended by signal {signal}"),
         }
     }

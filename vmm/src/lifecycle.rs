@@ -26,6 +26,7 @@ use crate::control::Inbox;
 use crate::events::Events;
 use crate::machine::Machine;
 use crate::metrics;
+use crate::remote_ram::RemoteRamError;
 use crate::snapshot::{self, Loaded, RecordError, SaveError};
 use crate::transcript::Transcript;
 
@@ -293,6 +294,7 @@ impl Vm {
     fn pause(&mut self) -> Result<(), ApiError> {
         match std::mem::replace(&mut self.phase, Phase::None) {
             Phase::Running(definition, machine) => {
+                let _patience = machine.patience();
                 machine.pause();
                 self.phase = Phase::Paused(definition, machine);
                 self.around.events.vm("paused", Value::Null);
@@ -308,6 +310,7 @@ impl Vm {
     fn resume(&mut self) -> Result<(), ApiError> {
         match std::mem::replace(&mut self.phase, Phase::None) {
             Phase::Paused(definition, machine) => {
+                let _patience = machine.patience();
                 let resumed = machine.resume();
                 self.phase = if resumed.is_ok() {
                     self.around.events.vm("resumed", Value::Null);
@@ -328,7 +331,7 @@ impl Vm {
     fn shutdown(&mut self) -> Result<(), ApiError> {
         match std::mem::replace(&mut self.phase, Phase::None) {
             Phase::Running(definition, machine) | Phase::Paused(definition, machine) => {
-                end(&machine);
+                end(machine);
                 // Whatever the machine still had to say is of an earlier life.
                 self.around.inbox.next_life();
                 self.phase = Phase::Shutdown(definition);
@@ -357,6 +360,18 @@ impl Vm {
         if self.phase.machine().is_some() {
             // It is running or paused, so it can be shut down.
             let _ = self.shutdown();
+        }
+    }
+
+    /// Leaves the guest as it is, for the end of the process: threads that wait for RAM which does not
+    /// come cannot be ended otherwise.
+    pub(crate) fn abandon(&mut self) {
+        match std::mem::replace(&mut self.phase, Phase::None) {
+            Phase::Running(definition, machine) | Phase::Paused(definition, machine) => {
+                std::mem::forget(machine);
+                self.phase = Phase::Shutdown(definition);
+            }
+            other => self.phase = other,
         }
     }
 
@@ -466,7 +481,8 @@ fn ping() -> Ping {
     }
 }
 
-fn end(machine: &Machine) {
+fn end(machine: Box<Machine>) {
+    let _patience = machine.patience();
     machine.stop();
     let exits = machine.exits();
     log::info!(
@@ -477,6 +493,7 @@ fn end(machine: &Machine) {
         exits.mmio_write.get(),
         exits.kicks.get(),
     );
+    drop(machine);
 }
 
 /// Whether the client or the host is to blame.
@@ -487,6 +504,11 @@ fn refusal(error: BuildError) -> ApiError {
         | BuildError::SnapshotRam(_)
         | BuildError::Irqchip(_)
         | BuildError::Bus(_)
+        | BuildError::RemoteRam(
+            RemoteRamError::Userfault(_)
+            | RemoteRamError::Register(_)
+            | RemoteRamError::Watch { .. },
+        )
         | BuildError::CreateVcpu { .. }
         | BuildError::ConfigureVcpu { .. }
         | BuildError::Thread(..) => ApiError::Host(chain),
@@ -498,6 +520,11 @@ fn refusal(error: BuildError) -> ApiError {
         | BuildError::Device { .. }
         | BuildError::Attach { .. }
         | BuildError::Snapshot(_)
+        | BuildError::RemoteRam(
+            RemoteRamError::NotPrivate
+            | RemoteRamError::Connect { .. }
+            | RemoteRamError::HandOver { .. },
+        )
         | BuildError::DeviceState { .. }
         | BuildError::VcpuState { .. }
         | BuildError::BoardState(_)

@@ -14,6 +14,7 @@ use thiserror::Error;
 use crate::events::Timeline;
 use crate::io::IoThreads;
 use crate::memory::Ram;
+use crate::remote_ram::{Patience, RemoteRam};
 use crate::resize::MemoryHandles;
 use crate::snapshot::Source;
 use crate::socket_console::SocketConsole;
@@ -46,6 +47,8 @@ pub struct Machine {
     pub(crate) serial: Option<Arc<Mutex<Serial>>>,
     /// What KVM could do for the vCPUs when the guest started.
     pub(crate) features: CpuFeatures,
+    /// Who gives RAM, page by page.
+    pub(crate) remote: Option<RemoteRam>,
     /// Which snapshot RAM is of, if it is of one.
     pub(crate) source: Option<Source>,
     pub(crate) vm: VmFd,
@@ -86,6 +89,11 @@ impl Machine {
         let serial = self.serial.as_ref()?;
         let serial = serial.lock().expect("no thread panics while it holds it");
         Some(serial.state())
+    }
+
+    /// To be held while the machine is told to do something.
+    pub(crate) fn patience(&self) -> Option<Patience> {
+        self.remote.as_ref().map(RemoteRam::patience)
     }
 
     /// Ends the guest's life but keeps what is needed to talk about it. What the

@@ -11,12 +11,16 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use env_logger::{Builder, Target, TimestampPrecision};
 use serde_json::json;
 use vmm::cli::{self, Action, HELP, LogFormat, RunOptions};
+use vmm::page_server::{self, Task};
 use vmm::{EXIT_FAILURE, check, client, run};
 
 fn main() -> ExitCode {
     let mut arguments = std::env::args_os().skip(1).peekable();
     if arguments.next_if(|first| first == "api").is_some() {
         return call(arguments);
+    }
+    if arguments.next_if(|first| first == "pages").is_some() {
+        return give_pages(arguments);
     }
     match cli::parse(arguments) {
         Ok(Action::Help) => print!("{HELP}"),
@@ -41,6 +45,35 @@ fn call(arguments: impl Iterator<Item = OsString>) -> ExitCode {
         Some(call) => call.make(&mut io::stdout()),
     });
     match made {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            complain(&error);
+            ExitCode::from(EXIT_FAILURE)
+        }
+    }
+}
+
+fn give_pages(arguments: impl Iterator<Item = OsString>) -> ExitCode {
+    let given = page_server::parse(arguments).and_then(|task| match task {
+        Task::Help => {
+            print!("{}", page_server::HELP);
+            Ok(())
+        }
+        Task::Serve {
+            socket,
+            folder,
+            verbosity,
+        } => {
+            let level = cli::log_level(verbosity);
+            Builder::new()
+                .filter_level(level)
+                .format_timestamp(None)
+                .format_target(false)
+                .init();
+            page_server::serve(socket, folder)
+        }
+    });
+    match given {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             complain(&error);

@@ -13,6 +13,7 @@
 
 mod image;
 mod pages;
+mod remote;
 
 use std::ffi::CString;
 use std::fs::File;
@@ -31,12 +32,12 @@ use vm_memory::{
     GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap, MmapRegion,
 };
 
-pub(crate) use self::image::{Extent, Layer, LayerError};
-pub(crate) use self::pages::are_pages;
+pub(crate) use self::image::{Extent, Layer, LayerError, check_extents};
+pub(crate) use self::pages::{are_pages, union, within};
 
 /// A page of zeros; host and guest agree on the size.
 const PAGE: [u8; 4096] = [0; 4096];
-const PAGE_BYTES: u64 = PAGE.len() as u64;
+pub(crate) const PAGE_BYTES: u64 = PAGE.len() as u64;
 const HUGE_PAGE_BYTES: u64 = 2 << 20;
 
 /// Why RAM could not be had or filled.

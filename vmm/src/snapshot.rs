@@ -32,6 +32,7 @@ use crate::memory::Extent;
 
 pub use self::format::FormatError;
 pub use self::load::{Loaded, RestoreError};
+pub(crate) use self::load::{Pages, layers};
 pub use self::save::SaveError;
 pub(crate) use self::save::save;
 pub(crate) use self::working_set::{RecordError, record};

@@ -18,8 +18,9 @@ mod kick;
 
 use std::io;
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::thread::{Builder, JoinHandle};
+use std::time::Duration;
 
 use arch::state::{MsrIndices, VcpuState};
 use devices::bus::Bus;
@@ -127,8 +128,17 @@ impl Vcpu {
     pub(crate) fn is_halted(&self) -> bool {
         let (reply, halted) = channel();
         self.send(Command::IsHalted(reply));
-        halted.recv().unwrap_or(true)
+        match halted.recv_timeout(Self::PROMPT) {
+            Ok(halted) => halted,
+            // It waits for something, such as a page of RAM.
+            Err(RecvTimeoutError::Timeout) => false,
+            // Its thread has ended.
+            Err(RecvTimeoutError::Disconnected) => true,
+        }
     }
+
+    /// How long a vCPU that is not busy with itself takes to answer.
+    const PROMPT: Duration = Duration::from_millis(200);
 
     /// What KVM holds of the vCPU, which is parked. None if its thread has ended.
     pub(crate) fn save(

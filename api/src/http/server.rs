@@ -76,25 +76,28 @@ struct Client {
     interest: epoll::EventFlags,
 }
 
+/// Listens on a new socket at `path` that only this user can open.
+pub fn listen(path: &Path) -> Result<UnixListener, BindError> {
+    let failed = |source| BindError::Bind {
+        path: path.into(),
+        source,
+    };
+    let listener = UnixListener::bind(path).map_err(|source| match source.kind() {
+        io::ErrorKind::AddrInUse if UnixStream::connect(path).is_ok() => {
+            BindError::InUse(path.into())
+        }
+        io::ErrorKind::AddrInUse => BindError::Stale(path.into()),
+        _ => failed(source),
+    })?;
+    fs::set_permissions(path, fs::Permissions::from_mode(0o600)).map_err(failed)?;
+    Ok(listener)
+}
+
 impl Server {
     /// Listens on a new socket at `path` that only this user can open.
     pub fn bind(path: &Path) -> Result<Self, BindError> {
-        let listener = UnixListener::bind(path).map_err(|source| match source.kind() {
-            io::ErrorKind::AddrInUse if UnixStream::connect(path).is_ok() => {
-                BindError::InUse(path.into())
-            }
-            io::ErrorKind::AddrInUse => BindError::Stale(path.into()),
-            _ => BindError::Bind {
-                path: path.into(),
-                source,
-            },
-        })?;
+        let listener = listen(path)?;
         let path = path.to_path_buf();
-        let private = fs::Permissions::from_mode(0o600);
-        fs::set_permissions(&path, private).map_err(|source| BindError::Bind {
-            path: path.clone(),
-            source,
-        })?;
         listener.set_nonblocking(true).map_err(BindError::Watch)?;
         let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)
             .map_err(|errno| BindError::Watch(errno.into()))?;

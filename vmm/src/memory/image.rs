@@ -67,14 +67,7 @@ pub(crate) enum LayerError {
 impl Layer {
     /// Whether it can be mapped as RAM of `ram_len` bytes. Looks at no byte of RAM.
     pub(crate) fn check(&self, ram_len: u64) -> Result<(), LayerError> {
-        let range = |extent: &Extent| {
-            let end = extent.offset.checked_add(extent.len)?;
-            Some(extent.offset..end)
-        };
-        let ranges: Option<Vec<_>> = self.extents.iter().map(range).collect();
-        let fits =
-            |ranges: &Vec<_>| ranges.len() <= 2 * MOST_EXTENTS && pages::are_pages(ranges, ram_len);
-        let ranges = ranges.filter(fits).ok_or(LayerError::Extents(ram_len))?;
+        let ranges = check_extents(&self.extents, ram_len)?;
         let end = ranges.last().map_or(0, |range| range.end);
         match self.file.metadata().map_err(LayerError::Read)?.len() {
             // A page beyond the end of a file cannot be touched.
@@ -87,7 +80,7 @@ impl Layer {
     }
 
     /// What of it counts.
-    fn ranges(&self) -> Vec<Range<u64>> {
+    pub(crate) fn ranges(&self) -> Vec<Range<u64>> {
         self.extents.iter().map(Extent::range).collect()
     }
 
@@ -111,6 +104,21 @@ impl Layer {
         }
         Ok(())
     }
+}
+
+/// Which RAM of `ram_len` bytes the extents of a file are, which somebody else wrote down.
+pub(crate) fn check_extents(
+    extents: &[Extent],
+    ram_len: u64,
+) -> Result<Vec<Range<u64>>, LayerError> {
+    let range = |extent: &Extent| {
+        let end = extent.offset.checked_add(extent.len)?;
+        Some(extent.offset..end)
+    };
+    let ranges: Option<Vec<_>> = extents.iter().map(range).collect();
+    let fit =
+        |ranges: &Vec<_>| ranges.len() <= 2 * MOST_EXTENTS && pages::are_pages(ranges, ram_len);
+    ranges.filter(fit).ok_or(LayerError::Extents(ram_len))
 }
 
 fn chunk(rest: u64) -> usize {
@@ -171,7 +179,7 @@ impl Ram {
     }
 
     /// The ranges of RAM, each with its offset.
-    fn regions(&self) -> impl Iterator<Item = (Range<u64>, &GuestRegionMmap)> {
+    pub(super) fn regions(&self) -> impl Iterator<Item = (Range<u64>, &GuestRegionMmap)> {
         let mut offset = 0;
         self.memory.iter().map(move |region| {
             let range = offset..offset + region.len();

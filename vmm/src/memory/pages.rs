@@ -117,7 +117,7 @@ pub(super) fn at_most(mut runs: Vec<Range<u64>>, most: usize) -> Vec<Range<u64>>
 }
 
 /// What of `runs` lies within `allowed`. Both are in order.
-pub(super) fn within(runs: &[Range<u64>], allowed: &[Range<u64>]) -> Vec<Range<u64>> {
+pub(crate) fn within(runs: &[Range<u64>], allowed: &[Range<u64>]) -> Vec<Range<u64>> {
     let mut both = Vec::new();
     let mut rest = allowed;
     for run in runs {
@@ -134,7 +134,7 @@ pub(super) fn within(runs: &[Range<u64>], allowed: &[Range<u64>]) -> Vec<Range<u
 }
 
 /// All of `runs`, in order.
-pub(super) fn union(mut runs: Vec<Range<u64>>) -> Vec<Range<u64>> {
+pub(crate) fn union(mut runs: Vec<Range<u64>>) -> Vec<Range<u64>> {
     runs.sort_by_key(|run| run.start);
     let mut union = Vec::with_capacity(runs.len());
     for run in runs {

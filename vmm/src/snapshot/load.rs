@@ -14,10 +14,10 @@ use devices::virtio::TransportState;
 use kvm_bindings::CpuId;
 use thiserror::Error;
 
-use super::{CONFIG, FormatError, LayerState, MEMORY, STATE, Source, State};
+use super::{CONFIG, FormatError, LayerState, MEMORY, Memory, STATE, Source, State};
 use super::{allowed, format, working_set};
 use crate::host::KvmKind;
-use crate::memory::{Layer, LayerError, Ram};
+use crate::memory::{Layer, LayerError, check_extents, union};
 
 /// Far more than the largest VM's.
 const MOST_STATE_BYTES: u64 = 256 << 20;
@@ -37,6 +37,8 @@ pub enum RestoreError {
         path: PathBuf,
         source: Box<dyn std::error::Error + Send + Sync>,
     },
+    #[error("memory_socket: RAM is elsewhere, so here it can be neither prefetched nor verified")]
+    Elsewhere,
     #[error("its guest was started on a KVM that is {there}, this one is {here}")]
     Kvm { there: String, here: &'static str },
     #[error("its guest was started on a host that has {0}, which this one lacks")]
@@ -50,8 +52,19 @@ pub enum RestoreError {
 pub struct Loaded {
     source: Source,
     state: State,
-    layers: Vec<Layer>,
-    prefetch: bool,
+    pages: Pages,
+}
+
+/// Where RAM comes from.
+#[derive(Debug)]
+pub(crate) enum Pages {
+    /// These files, of which what is needed may be read ahead.
+    Files { layers: Vec<Layer>, prefetch: bool },
+    /// The process at this socket has what is `covered`.
+    Socket {
+        path: PathBuf,
+        covered: Vec<Range<u64>>,
+    },
 }
 
 impl Loaded {
@@ -63,32 +76,31 @@ impl Loaded {
             fds,
             prefetch,
             verify,
+            memory_socket,
             resume: _,
         } = restore;
-        let path = folder.join(STATE);
-        let state: State = format::decode(&read(&path)?)
-            .map_err(|source| RestoreError::Format { path, source })?;
+        let state = read_state(&folder)?;
         let path = folder.join(CONFIG);
         let config = config(&path, &state)?;
         let definition = Definition::restored(&config, &patch, fds);
         let definition = definition.map_err(|source| RestoreError::Config { path, source })?;
-        if state.memory.layers.len() > MOST_LAYERS {
-            let found = format!("RAM in {} files", state.memory.layers.len());
-            return Err(differs(found, format!("{MOST_LAYERS} at most")));
-        }
-        let open = |layer: &LayerState| open_layer(&folder, layer, state.memory.len, verify);
-        let layers = state
-            .memory
-            .layers
-            .iter()
-            .map(open)
-            .collect::<Result<_, _>>()?;
+        let memory = &state.memory;
+        let pages = match memory_socket {
+            Some(_) if prefetch || verify => return Err(RestoreError::Elsewhere),
+            Some(path) => Pages::Socket {
+                path,
+                covered: covered(&folder, memory)?,
+            },
+            None => Pages::Files {
+                layers: open_layers(&folder, memory, verify)?,
+                prefetch,
+            },
+        };
         let id = state.id.clone();
         let loaded = Self {
             source: Source { folder, id },
             state,
-            layers,
-            prefetch,
+            pages,
         };
         Ok((loaded, definition))
     }
@@ -98,12 +110,14 @@ impl Loaded {
         &self.source
     }
 
-    /// Has what is wanted of RAM, in which `layers` are mapped, read ahead of the guest.
-    pub(crate) fn prefetch(&self, ram: &Ram) {
-        if self.prefetch {
-            let recorded = working_set::read(&self.source, ram.len());
-            ram.prefetch(recorded.as_deref());
-        }
+    /// Where its RAM comes from.
+    pub(crate) fn pages(&self) -> &Pages {
+        &self.pages
+    }
+
+    /// Which pages of RAM it is known to need.
+    pub(crate) fn working_set(&self) -> Option<Vec<Range<u64>>> {
+        working_set::read(&self.source, self.state.memory.len)
     }
 
     /// The CPU features of the guest, if this host has them: `here` is what its KVM supports.
@@ -168,16 +182,12 @@ impl Loaded {
         Ok(devices.into_iter().map(|(_, state)| state).collect())
     }
 
-    /// The files that are RAM, and which RAM that may be in a VM with `memory`. To be asked before
-    /// the devices are taken.
-    pub(crate) fn memory(
-        &self,
-        memory: &MemoryConfig,
-    ) -> Result<(Vec<Layer>, Vec<Range<u64>>), RestoreError> {
+    /// Which RAM a VM with `memory` has. To be asked before the devices are taken.
+    pub(crate) fn memory(&self, memory: &MemoryConfig) -> Result<Vec<Range<u64>>, RestoreError> {
         let len = memory.size.bytes() + memory.hotplug_size.0;
         let allowed = allowed(memory, &self.state.devices);
         match allowed.filter(|_| self.state.memory.len == len) {
-            Some(allowed) => Ok((self.layers.clone(), allowed)),
+            Some(allowed) => Ok(allowed),
             None => {
                 let found = format!("{} bytes of memory at most", self.state.memory.len);
                 Err(differs(found, len.to_string()))
@@ -186,8 +196,26 @@ impl Loaded {
     }
 }
 
+/// The files that are RAM in a snapshot, and how much RAM that is.
+pub(crate) fn layers(folder: &Path) -> Result<(u64, Vec<Layer>), RestoreError> {
+    let memory = read_state(folder)?.memory;
+    let layers = open_layers(folder, &memory, false)?;
+    Ok((memory.len, layers))
+}
+
 fn differs(found: String, expected: String) -> RestoreError {
     RestoreError::Differs { found, expected }
+}
+
+fn read_state(folder: &Path) -> Result<State, RestoreError> {
+    let path = folder.join(STATE);
+    let state: State =
+        format::decode(&read(&path)?).map_err(|source| RestoreError::Format { path, source })?;
+    if state.memory.layers.len() > MOST_LAYERS {
+        let found = format!("RAM in {} files", state.memory.layers.len());
+        return Err(differs(found, format!("{MOST_LAYERS} at most")));
+    }
+    Ok(state)
 }
 
 fn read(path: &Path) -> Result<Vec<u8>, RestoreError> {
@@ -228,6 +256,25 @@ fn config(path: &Path, state: &State) -> Result<Vec<u8>, RestoreError> {
         // Whoever reads it next says what is wrong.
         _ => Ok(bytes),
     }
+}
+
+/// What of RAM there is something in.
+fn covered(folder: &Path, memory: &Memory) -> Result<Vec<Range<u64>>, RestoreError> {
+    let mut covered = Vec::new();
+    for layer in &memory.layers {
+        let ranges = check_extents(&layer.extents, memory.len);
+        covered.extend(ranges.map_err(|error| RestoreError::Memory {
+            path: folder.join(STATE),
+            source: error.into(),
+        })?);
+    }
+    Ok(union(covered))
+}
+
+fn open_layers(folder: &Path, memory: &Memory, verify: bool) -> Result<Vec<Layer>, RestoreError> {
+    let layers = memory.layers.iter();
+    let open = |layer| open_layer(folder, layer, memory.len, verify);
+    layers.map(open).collect()
 }
 
 fn open_layer(

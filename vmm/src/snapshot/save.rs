@@ -102,6 +102,8 @@ pub(crate) fn save(
                 folder: folder.into(),
                 id: state.id,
             });
+            // All of it is here now.
+            machine.remote = None;
         }
         // It holds the same either way.
         Err(error) => log::warn!("map RAM from its snapshot: {error}"),

@@ -1,0 +1,132 @@
+//! `podvmm pages`: gives VMs that are restored with a memory_socket the RAM of one snapshot.
+//!
+//! A thread accepts; each VM has a thread of its own, which waits for its faults and for its end, and
+//! for nobody else.
+
+mod connection;
+mod source;
+
+use std::ffi::OsString;
+use std::fs;
+use std::io;
+use std::path::PathBuf;
+use std::process;
+use std::sync::Arc;
+use std::thread::Builder;
+
+use api::chain;
+use api::http::{BindError, listen};
+use lexopt::{Arg, Parser};
+use thiserror::Error;
+
+use self::source::Source;
+use crate::signals;
+use crate::snapshot::RestoreError;
+
+/// What `podvmm pages --help` prints.
+pub const HELP: &str = include_str!("page_server.txt");
+
+/// What it is to do.
+#[derive(Debug)]
+pub enum Task {
+    /// Print [`HELP`].
+    Help,
+    /// Give VMs pages.
+    Serve {
+        /// Where they come to.
+        socket: PathBuf,
+        /// The snapshot they are of.
+        folder: PathBuf,
+        /// `-v`, counted.
+        verbosity: u8,
+    },
+}
+
+/// Why no pages are given.
+#[derive(Debug, Error)]
+pub enum PagesError {
+    /// Unknown, incomplete or superfluous arguments.
+    #[error(transparent)]
+    Arguments(#[from] lexopt::Error),
+    /// Something is missing.
+    #[error("{0} is missing; see podvmm pages --help")]
+    Missing(&'static str),
+    /// No such snapshot.
+    #[error("--snapshot {}", .folder.display())]
+    Snapshot {
+        /// Where.
+        folder: PathBuf,
+        /// Why.
+        source: RestoreError,
+    },
+    /// The socket.
+    #[error("--socket")]
+    Bind(#[from] BindError),
+    /// Signals, or who comes to the socket.
+    #[error("{0}")]
+    Wait(&'static str, #[source] io::Error),
+}
+
+/// Parses the arguments after `pages`.
+pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Task, PagesError> {
+    let mut parser = Parser::from_args(arguments);
+    let (mut socket, mut folder, mut verbosity) = (None, None, 0_u8);
+    while let Some(argument) = parser.next()? {
+        match argument {
+            Arg::Long("help") | Arg::Short('h') => return Ok(Task::Help),
+            Arg::Long("socket") => socket = Some(PathBuf::from(parser.value()?)),
+            Arg::Long("snapshot") => folder = Some(PathBuf::from(parser.value()?)),
+            Arg::Short('v') => verbosity = verbosity.saturating_add(1),
+            unexpected => return Err(unexpected.unexpected().into()),
+        }
+    }
+    Ok(Task::Serve {
+        socket: socket.ok_or(PagesError::Missing("--socket"))?,
+        folder: folder.ok_or(PagesError::Missing("--snapshot"))?,
+        verbosity,
+    })
+}
+
+/// Gives pages until a signal ends the process.
+pub fn serve(socket: PathBuf, folder: PathBuf) -> Result<(), PagesError> {
+    let source = Source::open(&folder).map_err(|source| PagesError::Snapshot { folder, source })?;
+    let source = Arc::new(source);
+    let listener = listen(&socket)?;
+    signals::watch(move |_| {
+        // Whoever comes next does not find it.
+        let _ = fs::remove_file(&socket);
+        process::exit(0);
+    })
+    .map_err(|source| PagesError::Wait("watch for signals", source))?;
+    for number in 0_u64.. {
+        let (stream, _) = listener
+            .accept()
+            .map_err(|source| PagesError::Wait("accept a VM", source))?;
+        let source = Arc::clone(&source);
+        let serves = move || match connection::serve(&stream, &source) {
+            Ok(served) => log::info!("VM {number} is gone: {served}"),
+            Err(error) => log::error!("VM {number} is left: {}", chain(&error).join(": ")),
+        };
+        if let Err(error) = Builder::new().name(format!("vm{number}")).spawn(serves) {
+            log::error!("VM {number} is left: {error}");
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_missing_is_named() {
+        let parse = |arguments: &[&str]| parse(arguments.iter().map(OsString::from));
+        let task = parse(&["--socket", "/s", "--snapshot", "/f"]).unwrap();
+        assert!(matches!(task, Task::Serve { .. }));
+        let refusal = |arguments: &[&str]| parse(arguments).unwrap_err().to_string();
+        assert!(refusal(&["--socket", "/s"]).starts_with("--snapshot is missing"));
+        assert!(refusal(&["--snapshot", "/f"]).starts_with("--socket is missing"));
+        assert!(refusal(&["serve"]).starts_with("unexpected argument"));
+        assert!(matches!(parse(&["--help"]), Ok(Task::Help)));
+    }
+}

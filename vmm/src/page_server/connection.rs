@@ -1,0 +1,336 @@
+//! One VM: what it hands over, and its faults until its end.
+
+use std::collections::HashSet;
+use std::fmt;
+use std::io;
+use std::ops::Range;
+use std::os::unix::net::UnixStream;
+use std::time::Duration;
+
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::io::Errno;
+use thiserror::Error;
+
+use super::source::Source;
+use crate::handover::{self, Mapping};
+use crate::memory::PAGE_BYTES;
+use crate::userfault::Userfault;
+
+/// RAM is given by so many bytes: a fault costs far more than the pages around it, of which the guest
+/// is likely to need some.
+pub(super) const CHUNK: usize = 64 << 10;
+const CHUNK_BYTES: u64 = CHUNK as u64;
+const PAGE: [u8; 4096] = [0; 4096];
+
+/// How long a VM may take to hand over its RAM.
+const HANDOVER: Duration = Duration::from_secs(5);
+
+/// Why a VM is given no more pages.
+#[derive(Debug, Error)]
+pub(super) enum ServeError {
+    #[error("it hands over no RAM")]
+    HandOver(#[source] io::Error),
+    #[error("wait for it")]
+    Wait(#[source] io::Error),
+    #[error("it has not said which RAM is at {0:#x}")]
+    Nowhere(u64),
+    #[error("read the RAM at offset {0:#x}")]
+    Read(u64, #[source] io::Error),
+    #[error("put the RAM at offset {0:#x}")]
+    Put(u64, #[source] io::Error),
+}
+
+/// What a VM was given.
+#[derive(Debug, Default)]
+pub(super) struct Served {
+    faults: u64,
+    copied: u64,
+    zeros: u64,
+}
+
+impl fmt::Display for Served {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self {
+            faults,
+            copied,
+            zeros,
+        } = self;
+        write!(f, "{faults} faults, {copied} bytes and {zeros} of zeros")
+    }
+}
+
+/// Gives a VM pages until it is gone.
+pub(super) fn serve(stream: &UnixStream, source: &Source) -> Result<Served, ServeError> {
+    let received = stream
+        .set_read_timeout(Some(HANDOVER))
+        .and_then(|()| handover::receive(stream, source.len()));
+    let (userfault, mappings) = received.map_err(ServeError::HandOver)?;
+    let mut vm = Vm {
+        userfault,
+        mappings,
+        source,
+        given: HashSet::new(),
+        buffer: vec![0; CHUNK],
+        served: Served::default(),
+    };
+    while vm.waits(stream).map_err(ServeError::Wait)? {
+        for address in vm.userfault.faults().map_err(ServeError::Wait)? {
+            match vm.give(address) {
+                // Its process is gone; the connection says so, too.
+                Err(ServeError::Put(_, error)) if is_gone(&error) => return Ok(vm.served),
+                other => other?,
+            }
+        }
+    }
+    Ok(vm.served)
+}
+
+fn is_gone(error: &io::Error) -> bool {
+    error.raw_os_error() == Some(libc::ESRCH)
+}
+
+struct Vm<'a> {
+    userfault: Userfault,
+    mappings: Vec<Mapping>,
+    source: &'a Source,
+    /// The chunks that it was given, by their number.
+    given: HashSet<u64>,
+    buffer: Vec<u8>,
+    served: Served,
+}
+
+impl Vm<'_> {
+    /// Waits for a fault. False if there will be none.
+    fn waits(&self, stream: &UnixStream) -> io::Result<bool> {
+        let mut both = [
+            PollFd::new(&self.userfault, PollFlags::IN),
+            PollFd::new(stream, PollFlags::RDHUP),
+        ];
+        loop {
+            match poll(&mut both, None) {
+                Err(Errno::INTR) => {}
+                Err(error) => return Err(error.into()),
+                Ok(_) => return Ok(both[1].revents().is_empty()),
+            }
+        }
+    }
+
+    /// Gives it the page at an address, and those around it that it has never been given: what it had
+    /// and has not any more it gave back.
+    fn give(&mut self, address: u64) -> Result<(), ServeError> {
+        self.served.faults += 1;
+        let found = self.mappings.iter().find_map(|mapping| {
+            let offset = mapping.offset_of(address)?;
+            Some((*mapping, offset))
+        });
+        let (mapping, offset) = found.ok_or(ServeError::Nowhere(address))?;
+        let run = match self.given.insert(offset / CHUNK_BYTES) {
+            true => {
+                let first = offset - offset % CHUNK_BYTES;
+                let all = mapping.offsets();
+                first.max(all.start)..(first + CHUNK_BYTES).min(all.end)
+            }
+            false => offset..offset + PAGE_BYTES,
+        };
+        self.give_run(mapping, run)?;
+        // It waits for ever if the page is there already, or is no RAM of ours any more.
+        let wake = self.userfault.wake(address..address + PAGE_BYTES);
+        wake.map_err(|error| ServeError::Put(offset, error))
+    }
+
+    fn give_run(&mut self, mapping: Mapping, run: Range<u64>) -> Result<(), ServeError> {
+        let len = usize::try_from(run.end - run.start).expect("it is a chunk at most");
+        let bytes = &mut self.buffer[..len];
+        let read = self.source.read(run.start, bytes);
+        read.map_err(|error| ServeError::Read(run.start, error))?;
+        let (pages, _) = bytes.as_chunks::<{ PAGE.len() }>();
+        let mut offset = run.start;
+        for alike in pages.chunk_by(|page, next| (*page == PAGE) == (*next == PAGE)) {
+            let bytes = alike.as_flattened();
+            let address = mapping.address(offset);
+            let counter = match alike[0] == PAGE {
+                true => &mut self.served.zeros,
+                false => &mut self.served.copied,
+            };
+            let put = put(&self.userfault, address, bytes, alike[0] == PAGE);
+            *counter += put.map_err(|error| ServeError::Put(offset, error))?;
+            offset += bytes.len() as u64;
+        }
+        Ok(())
+    }
+}
+
+/// Puts pages at `address`, all of them zeros or none, where there are none. Returns how many bytes
+/// that were.
+fn put(userfault: &Userfault, address: u64, bytes: &[u8], zeros: bool) -> io::Result<u64> {
+    let mut rest = bytes;
+    let mut count = 0;
+    while !rest.is_empty() {
+        let at = address + (bytes.len() - rest.len()) as u64;
+        let put = match zeros {
+            true => userfault.zero(at..at + rest.len() as u64),
+            false => userfault.copy(at, rest),
+        };
+        let done = match put {
+            Ok(done) => {
+                count += done;
+                done
+            }
+            Err(error) => match error.raw_os_error() {
+                // There is one already, or its RAM was taken away.
+                Some(libc::EEXIST | libc::ENOENT) => PAGE_BYTES,
+                Some(libc::EAGAIN) => 0,
+                _ => return Err(error),
+            },
+        };
+        rest = &rest[usize::try_from(done).expect("it is a chunk at most")..];
+    }
+    Ok(count)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::FileExt;
+    use std::slice;
+    use std::sync::mpsc::{Receiver, channel};
+    use std::thread::{self, JoinHandle};
+
+    use api::MemoryConfig;
+    use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
+
+    use super::*;
+    use crate::memory::Ram;
+
+    const MIB: u64 = 1 << 20;
+
+    /// RAM whose first 16 MiB come from elsewhere: the pages of each MiB hold its number.
+    struct Remote {
+        ram: Ram,
+        source: Source,
+        userfault: Userfault,
+        mappings: Vec<Mapping>,
+    }
+
+    impl Remote {
+        /// None if this host lets nobody make one.
+        fn new() -> Option<Self> {
+            let userfault = match Userfault::new() {
+                Ok(userfault) => userfault,
+                Err(error) => {
+                    eprintln!("SKIPPED: no userfaultfd: {error}");
+                    return None;
+                }
+            };
+            let config = MemoryConfig {
+                size: "32M".parse().unwrap(),
+                thp: false,
+                ..Default::default()
+            };
+            let mut ram = Ram::new(&config).unwrap();
+            let file = tempfile::tempfile().unwrap();
+            for number in 0..16_u8 {
+                let at = u64::from(number) * MIB;
+                file.write_all_at(&[number; 1 << 20], at).unwrap();
+            }
+            file.set_len(32 * MIB).unwrap();
+            let all = 0..32 * MIB;
+            let covered: Vec<_> = std::iter::once(0..16 * MIB).collect();
+            let mappings = ram.expect(&covered, slice::from_ref(&all), &userfault);
+            Some(Self {
+                ram,
+                source: Source::of(all.end, covered, file),
+                userfault,
+                mappings: mappings.unwrap(),
+            })
+        }
+
+        /// Starts giving its pages, until the stream is closed.
+        fn serve(self) -> (Ram, UnixStream, JoinHandle<Result<Served, ServeError>>) {
+            let (here, there) = UnixStream::pair().unwrap();
+            handover::send(&here, &self.userfault, &self.mappings).unwrap();
+            let serves = thread::spawn(move || serve(&there, &self.source));
+            (self.ram, here, serves)
+        }
+    }
+
+    fn byte(ram: &Ram, at: u64) -> u8 {
+        ram.memory().read_obj(GuestAddress(at)).unwrap()
+    }
+
+    /// As a balloon does.
+    fn discard(ram: &Ram, at: u64, len: usize) {
+        let slice = ram.memory().get_slice(GuestAddress(at), len).unwrap();
+        let host = slice.ptr_guard_mut().as_ptr();
+        // SAFETY: the range is of the RAM's mapping, into which nobody has references.
+        let done = unsafe { libc::madvise(host.cast(), len, libc::MADV_DONTNEED) };
+        assert_eq!(done, 0);
+    }
+
+    #[test]
+    fn a_fault_brings_the_pages_around_it_once() {
+        let Some(remote) = Remote::new() else { return };
+        let (ram, stream, serves) = remote.serve();
+        let read = [0, MIB, 15 * MIB + 0xf000, 16 * MIB].map(|at| byte(&ram, at));
+        assert_eq!(read, [0, 1, 15, 0]);
+        ram.memory().write_obj(9_u8, GuestAddress(MIB)).unwrap();
+        // What was given back is what it was, and nothing else comes back with it.
+        discard(&ram, 2 * MIB, 0x10000);
+        assert_eq!(byte(&ram, 2 * MIB), 2);
+        discard(&ram, 2 * MIB, 0x10000);
+        assert_eq!(byte(&ram, 2 * MIB + 0x3000), 2);
+        assert_eq!((byte(&ram, MIB), byte(&ram, MIB + 0x1000)), (9, 1));
+        drop(stream);
+        let served = serves.join().unwrap().unwrap();
+        assert_eq!((served.faults, served.zeros), (5, 0x10000));
+        assert_eq!(served.copied, 3 * 0x10000 + 0x1000);
+    }
+
+    /// Starts a thread that reads a byte of RAM, and waits until it waits.
+    fn waiter(ram: &Ram, at: u64) -> Receiver<u8> {
+        let memory = ram.memory().clone();
+        let (found, finds) = channel();
+        thread::spawn(move || found.send(memory.read_obj(GuestAddress(at)).unwrap()));
+        assert!(finds.recv_timeout(Duration::from_millis(100)).is_err());
+        finds
+    }
+
+    fn finds(waiter: &Receiver<u8>) -> u8 {
+        waiter.recv_timeout(Duration::from_secs(20)).unwrap()
+    }
+
+    #[test]
+    fn two_may_wait_for_pages_side_by_side() {
+        let Some(remote) = Remote::new() else { return };
+        let waiters = [0, 0x2000, 0x2000].map(|at| waiter(&remote.ram, 3 * MIB + at));
+        let (_ram, stream, serves) = remote.serve();
+        assert_eq!(waiters.each_ref().map(finds), [3; 3]);
+        drop(stream);
+        assert_eq!(serves.join().unwrap().unwrap().copied, 0x10000);
+    }
+
+    #[test]
+    fn memory_that_was_taken_away_waits_for_nobody() {
+        let Some(mut remote) = Remote::new() else {
+            return;
+        };
+        // Somebody waits, and it is taken away meanwhile, as by a memory device.
+        let waiter = waiter(&remote.ram, 4 * MIB + 0x8000);
+        let away = 4 * MIB + 0x8000..5 * MIB;
+        remote.ram.lay(&[], slice::from_ref(&away), true).unwrap();
+        let (ram, stream, serves) = remote.serve();
+        assert_eq!(finds(&waiter), 0);
+        let read = [4 * MIB, 4 * MIB + 0x9000, 5 * MIB].map(|at| byte(&ram, at));
+        assert_eq!(read, [4, 0, 5]);
+        drop(stream);
+        serves.join().unwrap().unwrap();
+    }
+
+    #[test]
+    fn whoever_hands_over_nothing_is_left() {
+        let Some(remote) = Remote::new() else { return };
+        let (here, there) = UnixStream::pair().unwrap();
+        drop(here);
+        let left = serve(&there, &remote.source).unwrap_err();
+        assert_eq!(left.to_string(), "it hands over no RAM");
+    }
+}

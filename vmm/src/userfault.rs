@@ -1,0 +1,220 @@
+//! userfaultfd: a thread that touches a page which is not there waits until somebody with the
+//! descriptor, of this process or another, has put it there (Linux, admin-guide/mm/userfaultfd.rst).
+//!
+//! No events are asked for but faults: memory that is given back or mapped anew tells nobody and waits
+//! for nobody.
+
+use std::fs::File;
+use std::io::{self, Read};
+use std::ops::Range;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+
+use rustix::mm::UserfaultfdFlags;
+use vmm_sys_util::ioctl::{ioctl_with_mut_ref, ioctl_with_ref, ioctl_with_val};
+use vmm_sys_util::{ioctl_io_nr, ioctl_ior_nr, ioctl_iowr_nr};
+
+use crate::memory::PAGE_BYTES;
+
+// include/uapi/linux/userfaultfd.h
+const UFFDIO: u32 = 0xaa;
+const UFFD_API: u64 = 0xaa;
+const UFFDIO_REGISTER_MODE_MISSING: u64 = 1;
+const UFFD_EVENT_PAGEFAULT: u8 = 0x12;
+/// Of `struct uffd_msg`, and where in it the address of a fault is.
+const MESSAGE_BYTES: usize = 32;
+const ADDRESS: Range<usize> = 16..24;
+/// Faults read at once.
+const FAULTS: usize = 16;
+
+#[repr(C)]
+struct Api {
+    api: u64,
+    features: u64,
+    ioctls: u64,
+}
+
+#[repr(C)]
+struct Span {
+    start: u64,
+    len: u64,
+}
+
+#[repr(C)]
+struct Register {
+    span: Span,
+    mode: u64,
+    ioctls: u64,
+}
+
+#[repr(C)]
+struct Copy {
+    to: u64,
+    from: u64,
+    len: u64,
+    mode: u64,
+    done: i64,
+}
+
+#[repr(C)]
+struct Zero {
+    span: Span,
+    mode: u64,
+    done: i64,
+}
+
+ioctl_io_nr!(USERFAULTFD_IOC_NEW, UFFDIO, 0x00);
+ioctl_iowr_nr!(UFFDIO_API, UFFDIO, 0x3f, Api);
+ioctl_iowr_nr!(UFFDIO_REGISTER, UFFDIO, 0x00, Register);
+ioctl_ior_nr!(UFFDIO_WAKE, UFFDIO, 0x02, Span);
+ioctl_iowr_nr!(UFFDIO_COPY, UFFDIO, 0x03, Copy);
+ioctl_iowr_nr!(UFFDIO_ZEROPAGE, UFFDIO, 0x04, Zero);
+
+/// The descriptor. The memory is that of the process that made it.
+#[derive(Debug)]
+pub(crate) struct Userfault(File);
+
+impl Userfault {
+    /// One for memory of this process. The kernel's own accesses count, as KVM's are.
+    pub(crate) fn new() -> io::Result<Self> {
+        let fd = match Self::of_device() {
+            Ok(fd) => fd,
+            Err(_) => Self::of_call()?,
+        };
+        let mut api = Api {
+            api: UFFD_API,
+            features: 0,
+            ioctls: 0,
+        };
+        // SAFETY: UFFDIO_API reads and writes such a struct, which outlives the call.
+        check(unsafe { ioctl_with_mut_ref(&fd, UFFDIO_API(), &mut api) })?;
+        Ok(Self(fd.into()))
+    }
+
+    /// Since Linux 6.1, for whom the device lets in.
+    fn of_device() -> io::Result<OwnedFd> {
+        let device = File::options()
+            .read(true)
+            .write(true)
+            .open("/dev/userfaultfd")?;
+        let flags = UserfaultfdFlags::CLOEXEC | UserfaultfdFlags::NONBLOCK;
+        // SAFETY: USERFAULTFD_IOC_NEW takes flags and touches no memory.
+        let fd = unsafe { ioctl_with_val(&device, USERFAULTFD_IOC_NEW(), flags.bits().into()) };
+        check(fd)?;
+        // SAFETY: `fd` was just opened and nobody else owns it.
+        Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+    }
+
+    /// For root.
+    fn of_call() -> io::Result<OwnedFd> {
+        let flags = UserfaultfdFlags::CLOEXEC | UserfaultfdFlags::NONBLOCK;
+        // SAFETY: what the descriptor can do to memory is done by the ioctls below.
+        let fd = unsafe { rustix::mm::userfaultfd(flags) };
+        Ok(fd?)
+    }
+
+    /// Has whoever touches these addresses of guest RAM, where there is no page yet, wait for one.
+    pub(crate) fn register(&self, addresses: Range<u64>) -> io::Result<()> {
+        let mut register = Register {
+            span: span(addresses),
+            mode: UFFDIO_REGISTER_MODE_MISSING,
+            ioctls: 0,
+        };
+        // SAFETY: UFFDIO_REGISTER reads and writes such a struct, which outlives the call. The
+        // addresses are of guest RAM: nobody relies on when or with what its pages come.
+        check(unsafe { ioctl_with_mut_ref(&self.0, UFFDIO_REGISTER(), &mut register) })
+    }
+
+    /// The addresses of pages that somebody waits for, as far as they are known yet.
+    pub(crate) fn faults(&self) -> io::Result<Vec<u64>> {
+        let mut messages = [0; FAULTS * MESSAGE_BYTES];
+        let read = match (&self.0).read(&mut messages) {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => 0,
+            // It is no userfaultfd.
+            Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+            other => other?,
+        };
+        let (messages, _) = messages[..read].as_chunks::<MESSAGE_BYTES>();
+        let faults = messages.iter().filter(|it| it[0] == UFFD_EVENT_PAGEFAULT);
+        let address = |message: &[u8; MESSAGE_BYTES]| {
+            let bytes = message[ADDRESS].try_into().expect("it is eight bytes");
+            u64::from_ne_bytes(bytes) & !(PAGE_BYTES - 1)
+        };
+        Ok(faults.map(address).collect())
+    }
+
+    /// Puts pages at an address, and wakes who waits for them. Returns how many bytes it came to
+    /// before it met one that was there.
+    pub(crate) fn copy(&self, to: u64, pages: &[u8]) -> io::Result<u64> {
+        let mut copy = Copy {
+            to,
+            from: pages.as_ptr().addr() as u64,
+            len: pages.len() as u64,
+            mode: 0,
+            done: 0,
+        };
+        // SAFETY: UFFDIO_COPY reads and writes such a struct and reads `pages`, which both outlive
+        // the call. It puts pages only into memory that was registered, where there are none.
+        let result = unsafe { ioctl_with_mut_ref(&self.0, UFFDIO_COPY(), &mut copy) };
+        done(result, copy.done)
+    }
+
+    /// Puts pages of zeros at an address; the rest is as with [`Self::copy`].
+    pub(crate) fn zero(&self, addresses: Range<u64>) -> io::Result<u64> {
+        let mut zero = Zero {
+            span: span(addresses),
+            mode: 0,
+            done: 0,
+        };
+        // SAFETY: UFFDIO_ZEROPAGE reads and writes such a struct, which outlives the call. It puts
+        // pages only into memory that was registered, where there are none.
+        let result = unsafe { ioctl_with_mut_ref(&self.0, UFFDIO_ZEROPAGE(), &mut zero) };
+        done(result, zero.done)
+    }
+
+    /// Has who waits for pages at these addresses look again.
+    pub(crate) fn wake(&self, addresses: Range<u64>) -> io::Result<()> {
+        // SAFETY: UFFDIO_WAKE reads such a struct, which outlives the call.
+        check(unsafe { ioctl_with_ref(&self.0, UFFDIO_WAKE(), &span(addresses)) })
+    }
+}
+
+/// One that another process made, of its memory.
+impl From<OwnedFd> for Userfault {
+    fn from(fd: OwnedFd) -> Self {
+        Self(fd.into())
+    }
+}
+
+impl AsFd for Userfault {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
+impl AsRawFd for Userfault {
+    fn as_raw_fd(&self) -> i32 {
+        self.0.as_raw_fd()
+    }
+}
+
+fn span(addresses: Range<u64>) -> Span {
+    Span {
+        start: addresses.start,
+        len: addresses.end - addresses.start,
+    }
+}
+
+fn check(result: libc::c_int) -> io::Result<()> {
+    match result {
+        ..0 => Err(io::Error::last_os_error()),
+        _ => Ok(()),
+    }
+}
+
+/// What was done of something long, which fails with EAGAIN where it is not all.
+fn done(result: libc::c_int, done: i64) -> io::Result<u64> {
+    match u64::try_from(done) {
+        Ok(done) if done > 0 => Ok(done),
+        _ => check(result).map(|()| 0),
+    }
+}
