@@ -235,6 +235,86 @@ fn a_process_gives_vms_the_memory_of_a_snapshot() {
     [third, plain].into_iter().for_each(Counter::end);
 }
 
+/// Compresses the files of a snapshot, and removes them. How many bytes they come to.
+fn compress(folder: &Path) -> u64 {
+    let plain = memory_files(folder);
+    let arguments = ["pages", "--compress"].map(PathBuf::from);
+    let outcome = Podvmm::new(arguments.iter().chain([&folder.to_path_buf()])).run();
+    assert_eq!(outcome.code, Some(0), "{outcome:?}");
+    assert_eq!(outcome.stdout.lines().count(), plain.len(), "{outcome:?}");
+    for path in plain {
+        fs::remove_file(path).expect("it is there");
+    }
+    let compressed = memory_files(folder);
+    let len = |path: &PathBuf| fs::metadata(path).expect("it is there").len();
+    compressed.iter().map(len).sum()
+}
+
+#[test]
+fn a_process_gives_memory_that_is_compressed() {
+    if !kvm_is_here() {
+        return;
+    }
+    let folder = snapshot();
+    // 8 MiB of it are alike.
+    let bytes = compress(folder.path());
+    assert!(bytes < 2 * MIB, "{bytes}");
+    let handler = Handler::start(folder.path());
+    let mut clone = handler.restore(folder.path());
+    let mut other = handler.restore(folder.path());
+    assert_eq!((clone.count(), clone.count()), ('B', 'C'));
+    assert_eq!((clone.read_all(), other.read_all()), ('r', 'r'));
+    assert_eq!(other.count(), 'B');
+    [clone, other].into_iter().for_each(Counter::end);
+    handler.end();
+
+    // A block that is damaged is not given: whoever waits for it ends.
+    let memory = memory_files(folder.path()).remove(0);
+    let file = fs::OpenOptions::new().write(true).open(&memory).unwrap();
+    file.write_all_at(&[0x55; 4096], 100).unwrap();
+    let handler = Handler::start(folder.path());
+    let guest = handler.restore(folder.path());
+    ends_without_memory(guest, Instant::now(), PROMPT);
+    let said = handler.end();
+    assert!(
+        said.contains("VM 0 is left: read the RAM at offset 0x"),
+        "{said}"
+    );
+    assert!(said.contains("the compressed block is damaged"), "{said}");
+    // And a file that is none at all is said to be so.
+    fs::write(&memory, "memory").unwrap();
+    let arguments = ["pages", "--socket", "/nowhere/pages", "--snapshot"].map(PathBuf::from);
+    let outcome = Podvmm::new(arguments.iter().chain([&folder.path().to_path_buf()])).run();
+    assert_eq!(outcome.code, Some(125), "{outcome:?}");
+    let why = ".lz4: it is truncated, or no compressed RAM of podvmm's";
+    assert!(outcome.stderr.contains(why), "{outcome:?}");
+}
+
+#[test]
+fn a_compressed_file_goes_with_the_one_it_is_of() {
+    if !kvm_is_here() {
+        return;
+    }
+    let folder = snapshot();
+    let plain = memory_files(folder.path());
+    let mut clone = Counter::restore(folder.path(), &[]);
+    let arguments = ["pages", "--compress"].map(PathBuf::from);
+    Podvmm::new(arguments.iter().chain([&folder.path().to_path_buf()])).run();
+    let both = memory_files(folder.path());
+    assert_eq!(both.len(), 2);
+    // Over what there is, and instead of it.
+    clone.snapshot(folder.path(), true);
+    let kept = memory_files(folder.path());
+    assert!(
+        kept.len() == 3 && both.iter().all(|path| kept.contains(path)),
+        "{kept:?}"
+    );
+    clone.snapshot(folder.path(), false);
+    let kept = memory_files(folder.path());
+    assert!(kept.len() == 1 && !kept.contains(&plain[0]), "{kept:?}");
+    clone.end();
+}
+
 #[test]
 fn layers_lie_over_one_another_in_what_a_process_gives() {
     if !kvm_is_here() {
@@ -249,6 +329,12 @@ fn layers_lie_over_one_another_in_what_a_process_gives() {
     original.snapshot(&second, true);
     original.end();
     assert_eq!(memory_files(&second).len(), 2);
+    let handler = Handler::start(&second);
+    let mut clone = handler.restore(&second);
+    assert_eq!((clone.count(), clone.read_all()), ('C', 'r'));
+    clone.end();
+    handler.end();
+    compress(&second);
     let handler = Handler::start(&second);
     let mut clone = handler.restore(&second);
     assert_eq!((clone.count(), clone.read_all()), ('C', 'r'));

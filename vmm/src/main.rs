@@ -59,6 +59,7 @@ fn give_pages(arguments: impl Iterator<Item = OsString>) -> ExitCode {
             print!("{}", page_server::HELP);
             Ok(())
         }
+        Task::Compress { folder } => page_server::compress(&folder, &mut io::stdout()),
         Task::Serve {
             socket,
             folder,

@@ -32,7 +32,7 @@ use vm_memory::{
     GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap, MmapRegion,
 };
 
-pub(crate) use self::image::{Extent, Layer, LayerError, check_extents};
+pub(crate) use self::image::{Extent, Layer, check_extents, check_len};
 pub(crate) use self::pages::{are_pages, union, within};
 
 /// A page of zeros; host and guest agree on the size.

@@ -1,15 +1,16 @@
 //! `podvmm pages`: gives VMs that are restored with a memory_socket the RAM of one snapshot.
 //!
 //! A thread accepts; each VM has a thread of its own, which waits for its faults and for its end, and
-//! for nobody else.
+//! for nobody else. RAM may have been compressed before.
 
+mod compressed;
 mod connection;
 mod source;
 
 use std::ffi::OsString;
 use std::fs;
-use std::io;
-use std::path::PathBuf;
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
 use std::process;
 use std::sync::Arc;
 use std::thread::Builder;
@@ -21,7 +22,7 @@ use thiserror::Error;
 
 use self::source::Source;
 use crate::signals;
-use crate::snapshot::RestoreError;
+use crate::snapshot::{self, RestoreError};
 
 /// What `podvmm pages --help` prints.
 pub const HELP: &str = include_str!("page_server.txt");
@@ -40,6 +41,11 @@ pub enum Task {
         /// `-v`, counted.
         verbosity: u8,
     },
+    /// Compress RAM.
+    Compress {
+        /// The snapshot it is of.
+        folder: PathBuf,
+    },
 }
 
 /// Why no pages are given.
@@ -51,13 +57,27 @@ pub enum PagesError {
     /// Something is missing.
     #[error("{0} is missing; see podvmm pages --help")]
     Missing(&'static str),
+    /// Two things that cannot both be.
+    #[error("--compress goes with nothing else; see podvmm pages --help")]
+    Contradiction,
     /// No such snapshot.
-    #[error("--snapshot {}", .folder.display())]
+    #[error("the snapshot in {}", .folder.display())]
     Snapshot {
         /// Where.
         folder: PathBuf,
         /// Why.
         source: RestoreError,
+    },
+    /// Somebody else is at work there.
+    #[error("a podvmm writes to {}", .0.display())]
+    Busy(PathBuf),
+    /// RAM is not compressed.
+    #[error("compress to {}", .path.display())]
+    Compress {
+        /// Where.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
     },
     /// The socket.
     #[error("--socket")]
@@ -71,14 +91,22 @@ pub enum PagesError {
 pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Task, PagesError> {
     let mut parser = Parser::from_args(arguments);
     let (mut socket, mut folder, mut verbosity) = (None, None, 0_u8);
+    let mut compress = None;
     while let Some(argument) = parser.next()? {
         match argument {
             Arg::Long("help") | Arg::Short('h') => return Ok(Task::Help),
             Arg::Long("socket") => socket = Some(PathBuf::from(parser.value()?)),
             Arg::Long("snapshot") => folder = Some(PathBuf::from(parser.value()?)),
+            Arg::Long("compress") => compress = Some(PathBuf::from(parser.value()?)),
             Arg::Short('v') => verbosity = verbosity.saturating_add(1),
             unexpected => return Err(unexpected.unexpected().into()),
         }
+    }
+    if let Some(compressed) = compress {
+        return match (socket, folder) {
+            (None, None) => Ok(Task::Compress { folder: compressed }),
+            _ => Err(PagesError::Contradiction),
+        };
     }
     Ok(Task::Serve {
         socket: socket.ok_or(PagesError::Missing("--socket"))?,
@@ -114,6 +142,36 @@ pub fn serve(socket: PathBuf, folder: PathBuf) -> Result<(), PagesError> {
     Ok(())
 }
 
+/// Writes a compressed file beside each that is RAM in a snapshot, and a line about it to `out`.
+pub fn compress(folder: &Path, out: &mut impl Write) -> Result<(), PagesError> {
+    let failed = |path: &Path| {
+        let path = path.to_path_buf();
+        move |source| PagesError::Compress { path, source }
+    };
+    let unusable = |source| PagesError::Snapshot {
+        folder: folder.into(),
+        source,
+    };
+    // Whoever writes a snapshot there removes what is of none.
+    let lock = snapshot::lock(folder)
+        .map_err(failed(folder))?
+        .ok_or_else(|| PagesError::Busy(folder.into()))?;
+    let (ram_len, files) = snapshot::memory_files(folder).map_err(unusable)?;
+    for file in &files {
+        let plain = file.open().map_err(unusable)?;
+        let path = file.compressed();
+        let len = compressed::compress(&plain, &file.ranges, ram_len, &path);
+        let len = len.map_err(failed(&path))?;
+        let from: u64 = file
+            .ranges
+            .iter()
+            .map(|range| range.end - range.start)
+            .sum();
+        writeln!(out, "{}: {len} bytes of {from}", path.display()).map_err(failed(&path))?;
+    }
+    lock.sync_all().map_err(failed(folder))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -126,6 +184,10 @@ mod tests {
         let refusal = |arguments: &[&str]| parse(arguments).unwrap_err().to_string();
         assert!(refusal(&["--socket", "/s"]).starts_with("--snapshot is missing"));
         assert!(refusal(&["--snapshot", "/f"]).starts_with("--socket is missing"));
+        let task = parse(&["--compress", "/f"]).unwrap();
+        assert!(matches!(task, Task::Compress { .. }));
+        let refused = refusal(&["--compress", "/f", "--socket", "/s"]);
+        assert!(refused.starts_with("--compress goes with nothing else"));
         assert!(refusal(&["serve"]).starts_with("unexpected argument"));
         assert!(matches!(parse(&["--help"]), Ok(Task::Help)));
     }

@@ -4,6 +4,7 @@
 //! config.json      the VM's configuration, for its user to edit
 //! state.json       CPUs, board and devices, under a header with a checksum, and which files are RAM
 //! memory-<id>      RAM, sparse; an incremental snapshot adds one that lies over the others
+//! memory-<id>.lz4  the same, compressed, for `podvmm pages`
 //! working-set-<id> which pages of it a VM has touched: only a hint
 //! ```
 //!
@@ -32,14 +33,16 @@ use crate::memory::Extent;
 
 pub use self::format::FormatError;
 pub use self::load::{Loaded, RestoreError};
-pub(crate) use self::load::{Pages, layers};
+pub(crate) use self::load::{MemoryFile, Pages, memory_files, unusable};
 pub use self::save::SaveError;
-pub(crate) use self::save::save;
+pub(crate) use self::save::{lock, save};
 pub(crate) use self::working_set::{RecordError, record};
 
 const CONFIG: &str = "config.json";
 const STATE: &str = "state.json";
 const MEMORY: &str = "memory-";
+/// What the name of a file of RAM ends in if it is compressed.
+const COMPRESSED: &str = ".lz4";
 const WORKING_SET: &str = "working-set-";
 /// The member of config.json that says which snapshot it belongs to.
 const ID: &str = "snapshot";

@@ -68,19 +68,11 @@ impl Layer {
     /// Whether it can be mapped as RAM of `ram_len` bytes. Looks at no byte of RAM.
     pub(crate) fn check(&self, ram_len: u64) -> Result<(), LayerError> {
         let ranges = check_extents(&self.extents, ram_len)?;
-        let end = ranges.last().map_or(0, |range| range.end);
-        match self.file.metadata().map_err(LayerError::Read)?.len() {
-            // A page beyond the end of a file cannot be touched.
-            found if found < end => Err(LayerError::Truncated {
-                expected: end,
-                found,
-            }),
-            _ => Ok(()),
-        }
+        check_len(&self.file, ranges.last().map_or(0, |range| range.end))
     }
 
     /// What of it counts.
-    pub(crate) fn ranges(&self) -> Vec<Range<u64>> {
+    fn ranges(&self) -> Vec<Range<u64>> {
         self.extents.iter().map(Extent::range).collect()
     }
 
@@ -119,6 +111,14 @@ pub(crate) fn check_extents(
     let fit =
         |ranges: &Vec<_>| ranges.len() <= 2 * MOST_EXTENTS && pages::are_pages(ranges, ram_len);
     ranges.filter(fit).ok_or(LayerError::Extents(ram_len))
+}
+
+/// Whether a file has `expected` bytes: a page beyond its end cannot be touched.
+pub(crate) fn check_len(file: &File, expected: u64) -> Result<(), LayerError> {
+    match file.metadata().map_err(LayerError::Read)?.len() {
+        found if found < expected => Err(LayerError::Truncated { expected, found }),
+        _ => Ok(()),
+    }
 }
 
 fn chunk(rest: u64) -> usize {

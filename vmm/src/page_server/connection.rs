@@ -11,15 +11,12 @@ use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 use thiserror::Error;
 
+use super::compressed::{CHUNK, CHUNK_BYTES};
 use super::source::Source;
 use crate::handover::{self, Mapping};
 use crate::memory::PAGE_BYTES;
 use crate::userfault::Userfault;
 
-/// RAM is given by so many bytes: a fault costs far more than the pages around it, of which the guest
-/// is likely to need some.
-pub(super) const CHUNK: usize = 64 << 10;
-const CHUNK_BYTES: u64 = CHUNK as u64;
 const PAGE: [u8; 4096] = [0; 4096];
 
 /// How long a VM may take to hand over its RAM.

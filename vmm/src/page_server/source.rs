@@ -5,10 +5,10 @@ use std::io;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
-use std::sync::Arc;
 
+use super::compressed::Compressed;
 use crate::memory::within;
-use crate::snapshot::{self, RestoreError};
+use crate::snapshot::{self, MemoryFile, RestoreError, unusable};
 
 /// A snapshot's RAM.
 #[derive(Debug)]
@@ -22,29 +22,41 @@ pub(super) struct Source {
 struct Layer {
     /// What of RAM it is.
     ranges: Vec<Range<u64>>,
-    file: Arc<File>,
+    bytes: Bytes,
+}
+
+#[derive(Debug)]
+enum Bytes {
+    Plain(File),
+    Compressed(Compressed),
 }
 
 impl Source {
+    /// Of compressed files where there are some.
     pub(super) fn open(folder: &Path) -> Result<Self, RestoreError> {
-        let (len, layers) = snapshot::layers(folder)?;
-        let layers = layers.into_iter().map(|layer| Layer {
-            ranges: layer.ranges(),
-            file: layer.file,
-        });
-        Ok(Self {
-            len,
-            layers: layers.collect(),
-        })
+        let (len, files) = snapshot::memory_files(folder)?;
+        let open = |file: MemoryFile| {
+            let bytes = match file.open_compressed()? {
+                None => Bytes::Plain(file.open()?),
+                Some((path, compressed)) => {
+                    let opened = Compressed::open(compressed, len);
+                    Bytes::Compressed(opened.map_err(|error| unusable(&path, error))?)
+                }
+            };
+            let ranges = file.ranges;
+            Ok(Layer { ranges, bytes })
+        };
+        let layers = files.into_iter().map(open).collect::<Result<_, _>>()?;
+        Ok(Self { len, layers })
     }
 
     /// One of one file.
     #[cfg(test)]
     pub(super) fn of(len: u64, ranges: Vec<Range<u64>>, file: File) -> Self {
-        let file = Arc::new(file);
+        let bytes = Bytes::Plain(file);
         Self {
             len,
-            layers: vec![Layer { ranges, file }],
+            layers: vec![Layer { ranges, bytes }],
         }
     }
 
@@ -61,7 +73,10 @@ impl Source {
             for run in within(std::slice::from_ref(&wanted), &layer.ranges) {
                 let part = |at: u64| usize::try_from(at - offset).expect("it is within `bytes`");
                 let part = &mut bytes[part(run.start)..part(run.end)];
-                layer.file.read_exact_at(part, run.start)?;
+                match &layer.bytes {
+                    Bytes::Plain(file) => file.read_exact_at(part, run.start)?,
+                    Bytes::Compressed(file) => file.read(run.start, part)?,
+                }
             }
         }
         Ok(())

@@ -14,10 +14,10 @@ use devices::virtio::TransportState;
 use kvm_bindings::CpuId;
 use thiserror::Error;
 
-use super::{CONFIG, FormatError, LayerState, MEMORY, Memory, STATE, Source, State};
+use super::{COMPRESSED, CONFIG, FormatError, LayerState, MEMORY, Memory, STATE, Source, State};
 use super::{allowed, format, working_set};
 use crate::host::KvmKind;
-use crate::memory::{Layer, LayerError, check_extents, union};
+use crate::memory::{Layer, check_extents, check_len, union};
 
 /// Far more than the largest VM's.
 const MOST_STATE_BYTES: u64 = 256 << 20;
@@ -87,14 +87,21 @@ impl Loaded {
         let memory = &state.memory;
         let pages = match memory_socket {
             Some(_) if prefetch || verify => return Err(RestoreError::Elsewhere),
-            Some(path) => Pages::Socket {
-                path,
-                covered: covered(&folder, memory)?,
-            },
-            None => Pages::Files {
-                layers: open_layers(&folder, memory, verify)?,
-                prefetch,
-            },
+            Some(path) => {
+                let files = files(&folder, memory)?.into_iter();
+                Pages::Socket {
+                    path,
+                    covered: union(files.flat_map(|file| file.ranges).collect()),
+                }
+            }
+            None => {
+                let open = |layer| open_layer(&folder, layer, memory.len, verify);
+                let layers = memory.layers.iter().map(open);
+                Pages::Files {
+                    layers: layers.collect::<Result<_, _>>()?,
+                    prefetch,
+                }
+            }
         };
         let id = state.id.clone();
         let loaded = Self {
@@ -196,13 +203,6 @@ impl Loaded {
     }
 }
 
-/// The files that are RAM in a snapshot, and how much RAM that is.
-pub(crate) fn layers(folder: &Path) -> Result<(u64, Vec<Layer>), RestoreError> {
-    let memory = read_state(folder)?.memory;
-    let layers = open_layers(folder, &memory, false)?;
-    Ok((memory.len, layers))
-}
-
 fn differs(found: String, expected: String) -> RestoreError {
     RestoreError::Differs { found, expected }
 }
@@ -258,23 +258,75 @@ fn config(path: &Path, state: &State) -> Result<Vec<u8>, RestoreError> {
     }
 }
 
-/// What of RAM there is something in.
-fn covered(folder: &Path, memory: &Memory) -> Result<Vec<Range<u64>>, RestoreError> {
-    let mut covered = Vec::new();
-    for layer in &memory.layers {
-        let ranges = check_extents(&layer.extents, memory.len);
-        covered.extend(ranges.map_err(|error| RestoreError::Memory {
-            path: folder.join(STATE),
-            source: error.into(),
-        })?);
-    }
-    Ok(union(covered))
+/// A file that is RAM in a snapshot: it may be there or not.
+#[derive(Debug)]
+pub(crate) struct MemoryFile {
+    path: PathBuf,
+    /// What of RAM it is.
+    pub(crate) ranges: Vec<Range<u64>>,
 }
 
-fn open_layers(folder: &Path, memory: &Memory, verify: bool) -> Result<Vec<Layer>, RestoreError> {
-    let layers = memory.layers.iter();
-    let open = |layer| open_layer(folder, layer, memory.len, verify);
-    layers.map(open).collect()
+impl MemoryFile {
+    pub(crate) fn open(&self) -> Result<File, RestoreError> {
+        let end = self.ranges.last().map_or(0, |range| range.end);
+        let file = open(&self.path).map_err(|error| unusable(&self.path, error))?;
+        check_len(&file, end).map_err(|error| unusable(&self.path, error))?;
+        Ok(file)
+    }
+
+    /// The same, compressed, with its path. None if it is not there.
+    pub(crate) fn open_compressed(&self) -> Result<Option<(PathBuf, File)>, RestoreError> {
+        let path = self.compressed();
+        match open(&path) {
+            Ok(file) => Ok(Some((path, file))),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(unusable(&path, error)),
+        }
+    }
+
+    /// Where the same is, compressed.
+    pub(crate) fn compressed(&self) -> PathBuf {
+        let mut path = self.path.clone().into_os_string();
+        path.push(COMPRESSED);
+        path.into()
+    }
+}
+
+/// The files that are RAM in a snapshot, each over those before it, and how much RAM that is.
+pub(crate) fn memory_files(folder: &Path) -> Result<(u64, Vec<MemoryFile>), RestoreError> {
+    let memory = read_state(folder)?.memory;
+    let files = files(folder, &memory)?;
+    Ok((memory.len, files))
+}
+
+fn files(folder: &Path, memory: &Memory) -> Result<Vec<MemoryFile>, RestoreError> {
+    let file = |layer: &LayerState| {
+        let path = memory_path(folder, layer)?;
+        let ranges = check_extents(&layer.extents, memory.len);
+        let ranges = ranges.map_err(|error| unusable(&path, error))?;
+        Ok(MemoryFile { path, ranges })
+    };
+    memory.layers.iter().map(file).collect()
+}
+
+fn memory_path(folder: &Path, layer: &LayerState) -> Result<PathBuf, RestoreError> {
+    let path = folder.join(&layer.file);
+    let is_a_name = layer.file.starts_with(MEMORY) && !layer.file.contains('/');
+    match is_a_name {
+        true => Ok(path),
+        false => Err(unusable(&path, "it is not the name of a file of RAM")),
+    }
+}
+
+/// The file at `path` is not the RAM that it should be.
+pub(crate) fn unusable(
+    path: &Path,
+    why: impl Into<Box<dyn std::error::Error + Send + Sync>>,
+) -> RestoreError {
+    RestoreError::Memory {
+        path: path.into(),
+        source: why.into(),
+    }
 }
 
 fn open_layer(
@@ -283,16 +335,8 @@ fn open_layer(
     ram_len: u64,
     verify: bool,
 ) -> Result<Layer, RestoreError> {
-    let path = folder.join(&layer.file);
-    let failed = |source: Box<dyn std::error::Error + Send + Sync>| RestoreError::Memory {
-        path: path.clone(),
-        source,
-    };
-    let is_a_name = layer.file.starts_with(MEMORY) && !layer.file.contains('/');
-    if !is_a_name {
-        return Err(failed("it is not the name of a file of RAM".into()));
-    }
-    let file = open(&path).map_err(|error| failed(error.into()))?;
+    let path = memory_path(folder, layer)?;
+    let file = open(&path).map_err(|error| unusable(&path, error))?;
     let opened = Layer {
         name: layer.file.clone(),
         file: Arc::new(file),
@@ -302,6 +346,6 @@ fn open_layer(
         true => opened.verify(),
         false => Ok(()),
     });
-    checked.map_err(|error: LayerError| failed(error.into()))?;
+    checked.map_err(|error| unusable(&path, error))?;
     Ok(opened)
 }

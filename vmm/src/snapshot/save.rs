@@ -14,7 +14,9 @@ use rustix::fs::{AtFlags, CWD, FlockOperation, flock, linkat};
 use serde_json::Value;
 use thiserror::Error;
 
-use super::{CONFIG, ID, LayerState, MEMORY, Memory, STATE, Source, State, WORKING_SET};
+use super::{
+    COMPRESSED, CONFIG, ID, LayerState, MEMORY, Memory, STATE, Source, State, WORKING_SET,
+};
 use super::{allowed, format};
 use crate::host::KvmKind;
 use crate::machine::Machine;
@@ -130,7 +132,7 @@ fn vcpus(machine: &Machine) -> Result<Vec<VcpuState>, SaveError> {
 }
 
 /// A folder that nobody else writes to while it is held. None if somebody does.
-pub(super) fn lock(folder: &Path) -> io::Result<Option<File>> {
+pub(crate) fn lock(folder: &Path) -> io::Result<Option<File>> {
     let file = File::open(folder)?;
     let locked = flock(&file, FlockOperation::NonBlockingLockExclusive);
     Ok(locked.is_ok().then_some(file))
@@ -265,7 +267,10 @@ impl<'a> Draft<'a> {
         self._lock
             .sync_all()
             .map_err(failed("write", self.folder))?;
-        let kept = |name: &str| layers.iter().any(|layer| layer.name == name);
+        let kept = |name: &str| {
+            let name = name.strip_suffix(COMPRESSED).unwrap_or(name);
+            layers.iter().any(|layer| layer.name == name)
+        };
         self.remove(|name| is_ours(name) && !kept(name));
         Ok(())
     }
@@ -288,7 +293,7 @@ impl<'a> Draft<'a> {
 
 /// Whether a file is RAM, what was touched of it, or a draft that nobody completed.
 fn is_ours(name: &str) -> bool {
-    let drafts = [CONFIG, STATE, WORKING_SET].map(|of| format!(".{of}"));
+    let drafts = [CONFIG, STATE, MEMORY, WORKING_SET].map(|of| format!(".{of}"));
     let is_draft = |draft: &String| name.starts_with(draft.as_str());
     [MEMORY, WORKING_SET]
         .iter()
