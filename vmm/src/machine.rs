@@ -156,6 +156,7 @@ impl Machine {
             if late {
                 log::warn!("the guest kept vCPUs that it should give up; they are stopped");
             }
+            let _patience = self.patience();
             extra.iter().for_each(Vcpu::park);
             self.shrinking = None;
         }

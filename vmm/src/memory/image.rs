@@ -347,7 +347,7 @@ impl Ram {
     }
 
     /// Maps pages as if they were read. Hosts can since Linux 5.14.
-    fn populate(&self, runs: &[Range<u64>]) -> io::Result<()> {
+    pub(super) fn populate(&self, runs: &[Range<u64>]) -> io::Result<()> {
         for (range, region) in self.regions() {
             for run in pages::within(runs, std::slice::from_ref(&range)) {
                 let len = usize::try_from(run.end - run.start).map_err(io::Error::other)?;

@@ -9,6 +9,7 @@ use crate::userfault::Userfault;
 
 /// So many runs are made of RAM at most: each is a mapping of its own, to the host and to a handler.
 const MOST_RUNS: usize = 64;
+const FEW_BYTES: usize = 4 << 20;
 
 impl Ram {
     /// Whether it is this process's alone and of small pages, so that pages can be put into it.
@@ -37,5 +38,19 @@ impl Ram {
         }
         self.mapped = runs;
         Ok(mappings)
+    }
+
+    /// Has all pages come that have not yet. What `held` makes is held for each few of them.
+    pub(crate) fn fetch<T>(&self, held: impl Fn() -> T) {
+        for run in &self.mapped {
+            for start in run.clone().step_by(FEW_BYTES) {
+                let few = start..run.end.min(start + FEW_BYTES as u64);
+                let _held = held();
+                if let Err(error) = self.populate(std::slice::from_ref(&few)) {
+                    log::debug!("have pages of RAM come before they are read: {error}");
+                    return;
+                }
+            }
+        }
     }
 }

@@ -200,6 +200,9 @@ impl<'a> Draft<'a> {
         } else {
             Vec::new()
         };
+        if let Some(remote) = &machine.remote {
+            machine.ram.fetch(|| remote.patience());
+        }
         let extents = if below.is_empty() {
             machine.ram.write(&file, allowed)
         } else {
