@@ -13,6 +13,7 @@ use super::fs::FsState;
 use super::interrupt::InterruptState;
 use super::mem::MemState;
 use super::negotiation::NegotiationState;
+use super::net::NetState;
 use super::queue::RingState;
 use super::setup::QueueSetup;
 
@@ -45,7 +46,7 @@ pub enum DeviceState {
     Console(ConsoleState),
     Fs(FsState),
     Mem(MemState),
-    Net,
+    Net(NetState),
     Rng,
     Vsock,
 }

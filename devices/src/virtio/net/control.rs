@@ -9,31 +9,36 @@ use virtio_bindings::virtio_net::{
 };
 use vm_memory::GuestAddressSpace;
 
+use super::device::NetState;
 use super::tap::Tap;
 use crate::virtio::queue::LAST_TURNS;
-use crate::virtio::{Counters, Handler, Memory, Ring, RingState, Thread};
+use crate::virtio::{Counters, DeviceState, Handler, Memory, Ring, RingState, Thread};
 
 #[derive(Debug)]
 pub(super) struct ControlHandler {
     memory: Memory,
     ring: Ring,
     taps: Vec<Tap>,
+    /// How many are in use.
+    pairs: u16,
     counters: Arc<Counters>,
 }
 
 impl ControlHandler {
-    /// At first one pair is in use. None if the driver set up no control ring.
+    /// `pairs` are in use at first. None if the driver set up no control ring.
     pub(super) fn start(
         memory: Memory,
         ring: Option<Ring>,
         taps: Vec<Tap>,
+        pairs: u16,
         counters: Arc<Counters>,
     ) -> Option<Box<dyn Handler>> {
-        use_pairs(&taps, 1);
+        use_pairs(&taps, pairs);
         let handler = Self {
             memory,
             ring: ring?,
             taps,
+            pairs,
             counters,
         };
         Some(Box::new(handler))
@@ -42,6 +47,7 @@ impl ControlHandler {
     fn serve(&mut self) -> bool {
         let ram = self.memory.memory();
         let taps = &self.taps;
+        let in_use = &mut self.pairs;
         let counters = &self.counters;
         self.ring.serve(&ram, |chain| {
             let mut command = [0; 4];
@@ -53,6 +59,7 @@ impl ControlHandler {
                 Some(pairs) => {
                     counters.requests.increment();
                     use_pairs(taps, pairs);
+                    *in_use = pairs;
                     VIRTIO_NET_OK
                 }
                 None => {
@@ -67,16 +74,16 @@ impl ControlHandler {
 }
 
 /// How many pairs are wanted, if that is what `command` is about and it can be.
-fn pairs_of(command: [u8; 4], max: usize) -> Option<usize> {
+fn pairs_of(command: [u8; 4], max: usize) -> Option<u16> {
     let [class, name, low, high] = command;
     let wanted = (VIRTIO_NET_CTRL_MQ, VIRTIO_NET_CTRL_MQ_VQ_PAIRS_SET);
-    let pairs = usize::from(u16::from_le_bytes([low, high]));
+    let pairs = u16::from_le_bytes([low, high]);
     let is = (u32::from(class), u32::from(name)) == wanted;
-    (is && (1..=max).contains(&pairs)).then_some(pairs)
+    (is && (1..=max).contains(&pairs.into())).then_some(pairs)
 }
 
-fn use_pairs(taps: &[Tap], pairs: usize) {
-    for (index, tap) in taps.iter().enumerate() {
+fn use_pairs(taps: &[Tap], pairs: u16) {
+    for (index, tap) in (0..).zip(taps) {
         if let Err(error) = tap.set_attached(index < pairs) {
             log::debug!("attach or detach a queue of a tap: {error}");
         }
@@ -104,5 +111,9 @@ impl Handler for ControlHandler {
 
     fn rings(&self) -> Vec<RingState> {
         vec![self.ring.state()]
+    }
+
+    fn add_state(&self, device: &mut DeviceState) {
+        *device = DeviceState::Net(NetState { pairs: self.pairs });
     }
 }

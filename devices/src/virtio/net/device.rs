@@ -3,6 +3,7 @@
 
 use std::sync::Arc;
 
+use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_ids::VIRTIO_ID_NET;
 use virtio_bindings::virtio_net::*;
 
@@ -72,6 +73,19 @@ pub enum NetError {
     Tap(#[from] TapError),
 }
 
+/// What a snapshot keeps of a network device: of what taps hold, a guest relies on no more.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NetState {
+    /// How many pairs of rings the driver uses.
+    pub(super) pairs: u16,
+}
+
+impl Default for NetState {
+    fn default() -> Self {
+        Self { pairs: 1 }
+    }
+}
+
 /// A network device.
 #[derive(Debug)]
 pub struct Net {
@@ -81,6 +95,8 @@ pub struct Net {
     offloads: Offloads,
     rates: Limits,
     queue_sizes: Vec<u16>,
+    /// For the next activation.
+    state: NetState,
     counters: Arc<Counters>,
 }
 
@@ -118,6 +134,7 @@ impl Net {
             offloads,
             rates,
             queue_sizes,
+            state: NetState::default(),
             counters: Arc::default(),
         })
     }
@@ -194,14 +211,19 @@ impl VirtioDevice for Net {
         &self.counters
     }
 
-    /// Taps hold nothing that a guest relies on.
     fn state(&self) -> DeviceState {
-        DeviceState::Net
+        DeviceState::Net(NetState::default())
     }
 
     fn restore(&mut self, state: DeviceState) -> Result<(), StateError> {
         match state {
-            DeviceState::Net => Ok(()),
+            DeviceState::Net(state) if (1..=self.taps.len()).contains(&state.pairs.into()) => {
+                self.state = state;
+                Ok(())
+            }
+            DeviceState::Net(_) => Err(StateError::Device(
+                "its guest uses more queue pairs than there are".into(),
+            )),
             _ => Err(StateError::Kind),
         }
     }
@@ -235,6 +257,7 @@ impl VirtioDevice for Net {
                 memory,
                 ring,
                 queues,
+                std::mem::take(&mut self.state).pairs,
                 self.counters.clone(),
             ));
         }

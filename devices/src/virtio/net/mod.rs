@@ -15,5 +15,5 @@ mod tap;
 #[cfg(test)]
 mod tests;
 
-pub use self::device::{Net, NetConfig, NetError, Offloads};
+pub use self::device::{Net, NetConfig, NetError, NetState, Offloads};
 pub use self::tap::{Tap, TapError};

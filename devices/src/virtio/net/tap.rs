@@ -179,6 +179,13 @@ impl Tap {
         }
     }
 
+    #[cfg(test)]
+    pub(super) fn is_attached(&self) -> bool {
+        let mut request = Request::new(0);
+        request_of(&self.file, TUNGETIFF, &mut request).expect("it is a tap");
+        request.flags & IFF_DETACH_QUEUE == 0
+    }
+
     pub(super) fn try_clone(&self) -> io::Result<Self> {
         let file = self.file.try_clone()?;
         Ok(Self { file })

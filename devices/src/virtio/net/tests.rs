@@ -199,6 +199,43 @@ fn each_pair_has_its_queue_and_the_driver_says_how_many_it_uses() {
 }
 
 #[test]
+fn a_restored_device_has_as_many_pairs_in_use() {
+    std::thread::spawn(|| {
+        own_network();
+        let make = || {
+            let taps = Tap::open("pairs0", 2).unwrap();
+            let last = taps[1].try_clone().unwrap();
+            let net = Net::new(NetConfig {
+                taps,
+                mac: MAC,
+                mtu: None,
+                queue_size: 16,
+                offloads: plain(),
+                rates: Limits::default(),
+            });
+            (net.unwrap(), last)
+        };
+        let (net, last) = make();
+        let mut guest = Guest::live(net);
+        assert!(!last.is_attached());
+        let command = [Buffer::Out(vec![4, 0, 2, 0]), Buffer::In(1)];
+        assert_eq!(guest.request(4, &command), Some(vec![0]));
+        assert!(last.is_attached());
+        let state = guest.transport.state().device;
+        let (net, last) = make();
+        let mut guest = guest.move_to(|| net);
+        guest.transport.resume().unwrap();
+        assert!(last.is_attached());
+
+        let error = device(1, plain()).0.restore(state).unwrap_err();
+        let why = "its guest uses more queue pairs than there are";
+        assert_eq!(error.to_string(), why);
+    })
+    .join()
+    .unwrap();
+}
+
+#[test]
 fn frames_beyond_the_limit_wait_in_both_directions_and_none_is_lost() {
     let (tap, host) = UnixDatagram::pair().unwrap();
     tap.set_nonblocking(true).unwrap();
