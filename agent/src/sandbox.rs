@@ -14,7 +14,7 @@ use agent::protocol::agent::{
     CreateContainerRequest, CreateSandboxRequest, RemoveContainerRequest, SignalProcessRequest,
     UpdateEphemeralMountsRequest,
 };
-use agent::ttrpc::{Code, Status};
+use agent::ttrpc::{Call, Code, Status};
 use rustix::fs::inotify;
 
 use crate::container::{Container, Process};
@@ -36,6 +36,7 @@ pub(crate) struct Sandbox {
     pid_namespace: Mutex<Option<Arc<OwnedFd>>>,
     /// Says that a container's count of kills for want of memory may have changed.
     kills: OwnedFd,
+    oom: Sender<String>,
     ooms: Mutex<Receiver<String>>,
     destroyed: AtomicBool,
     ended: Sender<()>,
@@ -59,6 +60,7 @@ impl Sandbox {
             reaper: Reaper::start()?,
             pid_namespace: Mutex::default(),
             kills: inotify::init(inotify::CreateFlags::CLOEXEC)?,
+            oom,
             ooms: Mutex::new(ooms),
             destroyed: AtomicBool::new(false),
             ended,
@@ -66,7 +68,7 @@ impl Sandbox {
         let watched = Arc::clone(&sandbox);
         thread::Builder::new()
             .name("oom".into())
-            .spawn(move || watched.watch_kills(&oom))?;
+            .spawn(move || watched.watch_kills())?;
         Ok((sandbox, end))
     }
 
@@ -238,21 +240,26 @@ impl Sandbox {
     }
 
     /// Waits for a container in which somebody was killed for want of memory.
-    pub(crate) fn next_oom(&self) -> Result<String, Status> {
+    pub(crate) fn next_oom(&self, call: &Call<'_>) -> Result<String, Status> {
         let ooms = self.ooms.lock().expect("a panic ends the process");
-        ooms.recv().map_err(internal)
+        let id = ooms.recv().map_err(internal)?;
+        if call.is_orphan() {
+            // The next one who waits is to hear of it.
+            self.oom.send(id.clone()).map_err(internal)?;
+        }
+        Ok(id)
     }
 
     /// Tells of each container in which somebody was killed for want of memory.
-    fn watch_kills(&self, oom: &Sender<String>) {
+    fn watch_kills(&self) {
         // Which file it was is of no matter: all are looked at.
         let mut events = [0; 4096];
         while rustix::io::retry_on_intr(|| rustix::io::read(&self.kills, &mut events)).is_ok() {
-            self.tell_of_kills(oom);
+            self.tell_of_kills();
         }
     }
 
-    fn tell_of_kills(&self, oom: &Sender<String>) {
+    fn tell_of_kills(&self) {
         for (id, held) in self.containers().iter() {
             let mut told = held
                 .container
@@ -262,7 +269,8 @@ impl Sandbox {
             let kills = held.container.cgroup().oom_kills();
             if kills > *told {
                 *told = kills;
-                let _ = oom.send(id.clone());
+                // The other end is this sandbox's own.
+                let _ = self.oom.send(id.clone());
             }
         }
     }

@@ -130,13 +130,16 @@ impl Sandbox {
             "WaitProcess" => call.answer(|request: WaitProcessRequest| {
                 let process = self.process(&request.container_id, &request.exec_id)?;
                 let status = process.end.wait().into();
-                if let Ok(container) = self.container(&request.container_id) {
+                // Whoever comes after one that is gone is to find it.
+                if !call.is_orphan()
+                    && let Ok(container) = self.container(&request.container_id)
+                {
                     container.forget(&request.exec_id);
                 }
                 Ok(WaitProcessResponse { status })
             }),
-            "ReadStdout" => call.answer(|request| self.read(request, false)),
-            "ReadStderr" => call.answer(|request| self.read(request, true)),
+            "ReadStdout" => call.answer(|request| self.read(request, false, call)),
+            "ReadStderr" => call.answer(|request| self.read(request, true, call)),
             "WriteStdin" => call.answer(|request: WriteStreamRequest| {
                 let process = self.process(&request.container_id, &request.exec_id)?;
                 process.write(&request.data).map_err(internal)?;
@@ -174,7 +177,7 @@ impl Sandbox {
                 self.freeze(&request.container_id, false)
             }),
             "GetOOMEvent" => call.answer(|_: GetOomEventRequest| {
-                let container_id = self.next_oom()?;
+                let container_id = self.next_oom(call)?;
                 Ok(OomEvent { container_id })
             }),
             "CopyFile" => call.answer(|request| Ok(copy::copy(&request).map(|()| Empty {})?)),
@@ -226,10 +229,15 @@ impl Sandbox {
         }
     }
 
-    fn read(&self, request: ReadStreamRequest, error: bool) -> Result<ReadStreamResponse, Status> {
+    fn read(
+        &self,
+        request: ReadStreamRequest,
+        error: bool,
+        call: &Call<'_>,
+    ) -> Result<ReadStreamResponse, Status> {
         let process = self.process(&request.container_id, &request.exec_id)?;
         let len = request.len.min(ttrpc::MAX_MESSAGE / 2) as usize;
-        let data = process.read(error, len);
+        let data = process.read(error, len, call.caller());
         Ok(ReadStreamResponse { data })
     }
 

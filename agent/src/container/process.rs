@@ -117,8 +117,8 @@ impl Process {
 
     /// Waits for output, of standard error if `error`. Nothing is the end: nobody can write any
     /// more, or the process has ended and what it wrote has been read. Its children may live on
-    /// with its streams.
-    pub(crate) fn read(&self, error: bool, len: usize) -> Vec<u8> {
+    /// with its streams. Nothing is taken once `caller` hangs up: the next one is to have it.
+    pub(crate) fn read(&self, error: bool, len: usize, caller: BorrowedFd<'_>) -> Vec<u8> {
         let mut data = Vec::new();
         let stream = match error {
             true => self.streams.stderr.as_ref(),
@@ -133,7 +133,9 @@ impl Process {
             match sys::read(stream.as_fd(), &mut data, len.max(1)) {
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock && !ended => {
-                    self.wait_for(stream.as_fd(), sys::POLLIN);
+                    if self.wait_for(stream.as_fd(), sys::POLLIN, Some(caller)) {
+                        return data;
+                    }
                 }
                 // A terminal nobody is on says EIO, which is an end like others.
                 _ => return data,
@@ -163,7 +165,7 @@ impl Process {
                     if self.end.is_known() {
                         return Err(io::ErrorKind::BrokenPipe.into());
                     }
-                    self.wait_for(stdin.as_fd(), sys::POLLOUT);
+                    self.wait_for(stdin.as_fd(), sys::POLLOUT, None);
                 }
                 Err(error) => return Err(error),
             }
@@ -171,16 +173,26 @@ impl Process {
         Ok(())
     }
 
-    /// Waits until `stream` is ready or the process has ended.
-    fn wait_for(&self, stream: BorrowedFd<'_>, events: libc::c_short) {
-        let fd = |fd: BorrowedFd<'_>, events| sys::pollfd {
-            fd: fd.as_raw_fd(),
+    /// Waits until `stream` is ready or the process has ended, or `caller` hangs up, which it tells.
+    fn wait_for(
+        &self,
+        stream: BorrowedFd<'_>,
+        events: libc::c_short,
+        caller: Option<BorrowedFd<'_>>,
+    ) -> bool {
+        let fd = |fd: Option<BorrowedFd<'_>>, events| sys::pollfd {
+            fd: fd.map_or(-1, |fd| fd.as_raw_fd()),
             events,
             revents: 0,
         };
-        let mut fds = [fd(stream, events), fd(self.end.event(), sys::POLLIN)];
+        let mut fds = [
+            fd(Some(stream), events),
+            fd(Some(self.end.event()), sys::POLLIN),
+            fd(caller, 0),
+        ];
         // If it cannot wait it looks again.
         let _ = sys::poll(&mut fds, None);
+        fds[2].revents != 0
     }
 
     pub(crate) fn resize(&self, rows: u16, columns: u16) -> io::Result<()> {
@@ -230,21 +242,38 @@ mod tests {
     }
 
     #[test]
+    fn a_caller_that_is_gone_takes_no_output() {
+        let (process, _stdin, mut stdout, _stderr) = process();
+        let (caller, presence) = io::pipe().unwrap();
+        thread::scope(|scope| {
+            let reader = scope.spawn(|| process.read(false, 9, caller.as_fd()));
+            thread::sleep(Duration::from_millis(20));
+            drop(presence);
+            assert_eq!(reader.join().unwrap(), b"");
+        });
+        stdout.write_all(b"for others").unwrap();
+        let (caller, _presence) = io::pipe().unwrap();
+        assert_eq!(process.read(false, 99, caller.as_fd()), b"for others");
+    }
+
+    #[test]
     fn output_ends_with_the_process_though_others_hold_the_pipe() {
         let (process, _stdin, mut stdout, _stderr) = process();
+        let (caller, _presence) = io::pipe().unwrap();
+        let caller = caller.as_fd();
         stdout.write_all(b"last words").unwrap();
         thread::scope(|scope| {
             // Two wait where nothing comes.
-            let waiting = [(); 2].map(|()| scope.spawn(|| process.read(true, 9)));
+            let waiting = [(); 2].map(|()| scope.spawn(|| process.read(true, 9, caller)));
             thread::sleep(Duration::from_millis(20));
             process.end.tell(3);
             for reader in waiting {
                 assert_eq!(reader.join().unwrap(), b"");
             }
         });
-        assert_eq!(process.read(false, 4), b"last");
-        assert_eq!(process.read(false, 99), b" words");
-        assert_eq!(process.read(false, 99), b"");
+        assert_eq!(process.read(false, 4, caller), b"last");
+        assert_eq!(process.read(false, 99, caller), b" words");
+        assert_eq!(process.read(false, 99, caller), b"");
         assert_eq!([process.end.wait(), process.end.wait()], [3, 3]);
     }
 

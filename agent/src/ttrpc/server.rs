@@ -2,11 +2,13 @@
 //! as long as what they wait for lives.
 
 use std::collections::VecDeque;
-use std::io::{self, Read, Write};
+use std::io::{self, PipeReader, Read, Write};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread;
 
 use prost::Message;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::{Code, MAX_MESSAGE, Request, Response, Status, StatusMessage, frame};
 
@@ -18,6 +20,7 @@ pub struct Call<'a> {
     /// As `Check`.
     pub method: &'a str,
     payload: &'a [u8],
+    caller: &'a PipeReader,
 }
 
 impl Call<'_> {
@@ -29,6 +32,18 @@ impl Call<'_> {
         let request = Q::decode(self.payload);
         let request = request.map_err(|error| Status::new(Code::InvalidArgument, error))?;
         Ok(answer(request)?.encode_to_vec())
+    }
+
+    /// Hangs up, as poll(2) has it, once the caller is gone. Whoever waits to take something for the
+    /// answer waits for this too, or takes it from the next caller.
+    pub fn caller(&self) -> BorrowedFd<'_> {
+        self.caller.as_fd()
+    }
+
+    /// Whether the caller is gone.
+    pub fn is_orphan(&self) -> bool {
+        let mut caller = [PollFd::new(self.caller, PollFlags::empty())];
+        matches!(poll(&mut caller, Some(&Timespec::default())), Ok(1))
     }
 
     /// There is no such method.
@@ -55,6 +70,9 @@ pub fn serve(
     workers: &Workers,
 ) -> io::Result<()> {
     let writer = Arc::new(Mutex::new(writer));
+    // What those who answer see of the caller. Its other end is closed with this function's.
+    let (caller, _presence) = io::pipe()?;
+    let caller = Arc::new(caller);
     while let Some(frame) = frame::read(&mut reader)? {
         if frame.kind != frame::REQUEST {
             // Streaming is not offered, so this is for nobody.
@@ -65,11 +83,13 @@ pub fn serve(
             Err(status) => Some(status),
             Ok(request) => {
                 let (service, writer) = (Arc::clone(service), Arc::clone(&writer));
+                let caller = Arc::clone(&caller);
                 let job = move || {
                     let call = Call {
                         service: &request.service,
                         method: &request.method,
                         payload: &request.payload,
+                        caller: &caller,
                     };
                     let answer = service.call(&call);
                     // A client that is gone needs no answer; the reader sees that it is.

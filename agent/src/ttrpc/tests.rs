@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use proptest::prelude::*;
 use prost::Message;
+use rustix::event::{PollFd, PollFlags, poll};
 
 use super::*;
 use crate::protocol::agent::{CheckRequest, Empty, ReadStreamResponse, WaitProcessRequest};
@@ -101,6 +102,38 @@ fn nobody_waits_for_an_answer_that_cannot_come() {
         assert!(matches!(gone, Err(CallError::Gone(_))), "{gone:?}");
     });
     say(&client, "?").unwrap_err();
+}
+
+/// Waits until its caller is gone, and tells whether that is known.
+struct Loner(SyncSender<[bool; 2]>);
+
+impl Service for Loner {
+    fn call(&self, call: &Call<'_>) -> Result<Vec<u8>, Status> {
+        let before = call.is_orphan();
+        let mut caller = [PollFd::from_borrowed_fd(call.caller(), PollFlags::empty())];
+        poll(&mut caller, None).unwrap();
+        self.0.send([before, call.is_orphan()]).unwrap();
+        Err(call.unimplemented())
+    }
+}
+
+#[test]
+fn who_answers_learns_that_the_caller_is_gone() {
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    let (tell, told) = sync_channel(1);
+    let service: Arc<dyn Service> = Arc::new(Loner(tell));
+    let writer = theirs.try_clone().unwrap();
+    thread::spawn(move || serve(&theirs, writer, &service, &Workers::default()));
+    let client = Client::new(ours).unwrap();
+    let patience = Some(Duration::from_millis(20));
+    client
+        .call::<Empty>("echo", "Wait", &Empty {}, patience)
+        .unwrap_err();
+    drop(client);
+    assert_eq!(
+        told.recv_timeout(Duration::from_secs(60)),
+        Ok([false, true])
+    );
 }
 
 /// Tells what was written when it hears that an answer is.
