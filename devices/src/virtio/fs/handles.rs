@@ -1,6 +1,6 @@
 //! What the guest has open, by number. Looking one up takes no lock; opening and closing do.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, OnceLock};
 
@@ -38,6 +38,14 @@ impl Handle {
     }
 }
 
+/// What was open in another life and cannot be opened in this one. The guest does not know, so its
+/// number is not given to others until it is closed.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Lost {
+    pub(super) nodeid: u64,
+    pub(super) flags: OFlags,
+}
+
 type Block = Box<[ArcSwapOption<Handle>]>;
 
 #[derive(Debug)]
@@ -53,6 +61,7 @@ struct Numbers {
     free: Vec<usize>,
     /// From here on none was ever used.
     fresh: usize,
+    lost: HashMap<usize, Lost>,
 }
 
 impl Handles {
@@ -79,9 +88,12 @@ impl Handles {
         Ok(number as u64)
     }
 
-    /// Puts each where it was in another life, for nothing is open now; what could not be opened
-    /// again is closed. False if there is no such number, or it is there twice.
-    pub(super) fn restore(&self, open: impl IntoIterator<Item = (u64, Option<Handle>)>) -> bool {
+    /// Puts each where it was in another life, for nothing is open now. False if there is no such
+    /// number, or it is there twice.
+    pub(super) fn restore(
+        &self,
+        open: impl IntoIterator<Item = (u64, Result<Handle, Lost>)>,
+    ) -> bool {
         let mut numbers = self.numbers.lock().expect("a panic ends the process");
         let mut taken = HashSet::new();
         for (number, handle) in open {
@@ -90,27 +102,42 @@ impl Handles {
                 return false;
             };
             numbers.fresh = numbers.fresh.max(number + 1);
-            self.slot(number).store(handle.map(Arc::new));
+            match handle {
+                Ok(handle) => self.slot(number).store(Some(Arc::new(handle))),
+                Err(lost) => {
+                    numbers.lost.insert(number, lost);
+                }
+            }
         }
-        let free = (0..numbers.fresh).filter(|number| self.slot(*number).load().is_none());
-        numbers.free = free.collect();
+        numbers.free = (0..numbers.fresh)
+            .filter(|number| !taken.contains(number))
+            .collect();
         true
     }
 
+    /// ESTALE if it is lost.
     pub(super) fn get(&self, number: u64) -> Result<Open, Errno> {
-        let slot = self.existing(number).ok_or(Errno::BADF)?;
-        let guard = slot.load();
-        if guard.is_none() {
-            return Err(Errno::BADF);
+        let guard = self.existing(number).map(ArcSwapOption::load);
+        match guard.filter(|guard| guard.is_some()) {
+            Some(guard) => Ok(Open(guard)),
+            None if self.is_lost(number) => Err(Errno::STALE),
+            None => Err(Errno::BADF),
         }
-        Ok(Open(guard))
+    }
+
+    fn is_lost(&self, number: u64) -> bool {
+        let numbers = self.numbers.lock().expect("a panic ends the process");
+        usize::try_from(number).is_ok_and(|number| numbers.lost.contains_key(&number))
     }
 
     pub(super) fn remove(&self, number: u64) -> Result<(), Errno> {
-        let slot = self.existing(number).ok_or(Errno::BADF)?;
+        let slot = self.existing(number);
+        let number = usize::try_from(number).map_err(|_| Errno::BADF)?;
         let mut numbers = self.numbers.lock().expect("a panic ends the process");
-        slot.swap(None).ok_or(Errno::BADF)?;
-        let number = usize::try_from(number).expect("it exists");
+        let was_open = slot.is_some_and(|slot| slot.swap(None).is_some());
+        if !was_open && numbers.lost.remove(&number).is_none() {
+            return Err(Errno::BADF);
+        }
         numbers.free.push(number);
         Ok(())
     }
@@ -123,14 +150,21 @@ impl Handles {
         *numbers = Numbers::default();
     }
 
-    /// Number, file and flags of each.
+    /// Number, file and flags of each, those that are lost among them: a later life may have them.
     pub(super) fn all(&self) -> Vec<(u64, u64, OFlags)> {
-        let fresh = self.numbers.lock().expect("a panic ends the process").fresh;
-        let open = (0..fresh as u64).filter_map(|number| {
-            let open = self.get(number).ok()?;
-            Some((number, open.nodeid, open.flags))
+        let numbers = self.numbers.lock().expect("a panic ends the process");
+        let all = (0..numbers.fresh).filter_map(|number| {
+            let (nodeid, flags) = match numbers.lost.get(&number) {
+                Some(lost) => (lost.nodeid, lost.flags),
+                None => {
+                    let slot = self.slot(number).load();
+                    let open = slot.as_deref()?;
+                    (open.nodeid, open.flags)
+                }
+            };
+            Some((number as u64, nodeid, flags))
         });
-        open.collect()
+        all.collect()
     }
 
     fn slot(&self, number: usize) -> &ArcSwapOption<Handle> {
@@ -165,6 +199,11 @@ mod tests {
     use std::fs::File;
 
     use super::*;
+
+    const LOST: Lost = Lost {
+        nodeid: 1,
+        flags: OFlags::RDONLY,
+    };
 
     fn handle() -> Handle {
         let file = File::open("/dev/null").unwrap();
@@ -203,12 +242,16 @@ mod tests {
     #[test]
     fn a_restored_number_is_taken_and_those_before_it_are_free() {
         let handles = Handles::new(1000);
-        assert!(handles.restore([(300, Some(handle())), (7, None)]));
-        let numbers: Vec<_> = (0..301)
+        assert!(handles.restore([(300, Ok(handle())), (7, Err(LOST))]));
+        let numbers: Vec<_> = (0..300)
             .map(|_| handles.insert(handle()).unwrap())
             .collect();
-        assert!(!numbers.contains(&300));
+        assert!(!numbers.contains(&300) && !numbers.contains(&7));
         assert_eq!(handles.all().len(), 302);
+        assert_eq!(handles.get(7).unwrap_err(), Errno::STALE);
+        handles.remove(7).unwrap();
+        assert_eq!(handles.remove(7), Err(Errno::BADF));
+        assert_eq!(handles.insert(handle()), Ok(7));
         handles.clear();
         assert_eq!(handles.all().len(), 0);
     }
@@ -216,7 +259,7 @@ mod tests {
     #[test]
     fn numbers_nobody_can_have_had_are_not_restored() {
         let restore = |numbers: &[u64]| {
-            let open = numbers.iter().map(|number| (*number, None));
+            let open = numbers.iter().map(|number| (*number, Err(LOST)));
             Handles::new(1000).restore(open)
         };
         assert!(restore(&[3, 999]));

@@ -10,7 +10,7 @@ use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 
 use super::abi::ROOT;
-use super::handles::Handle;
+use super::handles::{Handle, Lost};
 use super::server::{Server, is_name};
 use crate::virtio::StateError;
 
@@ -76,8 +76,11 @@ impl Server {
         self.agree(state.session);
         self.restore_nodes(state.next, state.nodes)?;
         let open = state.handles.into_iter();
-        let open =
-            open.map(|HandleState { fh, nodeid, flags }| (fh, self.reopen(nodeid, flags).ok()));
+        let open = open.map(|HandleState { fh, nodeid, flags }| {
+            let handle = self.reopen(nodeid, flags);
+            let flags = OFlags::from_bits_retain(flags);
+            (fh, handle.map_err(|_| Lost { nodeid, flags }))
+        });
         match self.handles.restore(open) {
             true => Ok(()),
             false => Err(wrong("open files are not as a share can have them")),

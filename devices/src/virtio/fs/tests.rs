@@ -472,13 +472,21 @@ fn what_is_open_stays_open_over_a_snapshot_also_in_another_folder() {
     let other = TempDir::new().unwrap();
     fs::create_dir(other.as_path().join("d")).unwrap();
     fs::write(other.as_path().join("d/f"), b"another life").unwrap();
-    client.guest.transport.pause();
-    client.guest = client
-        .guest
-        .carry_to(|| Fs::new(config(other.as_path())).unwrap());
-    client.guest.transport.resume().unwrap();
+    // A life after that changes nothing.
+    for _ in 0..2 {
+        client.guest.transport.pause();
+        client.guest = client
+            .guest
+            .carry_to(|| Fs::new(config(other.as_path())).unwrap());
+        client.guest.transport.resume().unwrap();
+    }
     assert_eq!(client.read(fh, 0, 99), Ok(b"another life".to_vec()));
     assert_eq!(client.lookup(folder, "f").unwrap().nodeid, file.nodeid);
+    // What comes later is not taken for what is lost.
+    let (_, new) = client.create(folder, "new", OFlags::RDWR).unwrap();
+    assert_ne!(new, lost);
+    assert_eq!(client.read(lost, 0, 99), Err(libc::ESTALE));
+    client.release(lost).unwrap();
     assert_eq!(client.read(lost, 0, 99), Err(libc::EBADF));
     assert_eq!(client.attr(gone.nodeid).map(drop), Err(libc::ESTALE));
 }
