@@ -75,6 +75,14 @@ pub fn send(to: &mut impl Write, seed: u64, len: u64) -> io::Result<()> {
     pieces(seed, len).try_for_each(|piece| to.write_all(&piece))
 }
 
+/// Bytes of a record.
+pub const RECORD_LEN: usize = 16 << 10;
+
+/// One of a file of records, by its place.
+pub fn record(number: u64) -> Vec<u8> {
+    pieces(number + 1, RECORD_LEN as u64).flatten().collect()
+}
+
 /// Pieces of bytes by xorshift.
 fn pieces(seed: u64, len: u64) -> impl Iterator<Item = Vec<u8>> {
     const PIECE: usize = 16 << 10;

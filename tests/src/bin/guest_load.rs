@@ -1,15 +1,17 @@
 //! What the Linux tests and benches run inside the guest: the other ends of their transfers, and
 //! loads on their devices. Linked statically.
 
-use std::fs::{self, OpenOptions};
+use std::collections::BTreeSet;
+use std::fs::{self, File, OpenOptions};
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
 use std::process::{Command, ExitCode};
 use std::thread;
+use std::time::Duration;
 
-use tests::transfer::{self, Checksum};
+use tests::transfer::{self, Checksum, RECORD_LEN, record};
 use vsock::{VMADDR_CID_ANY, VMADDR_CID_HOST, VsockAddr, VsockListener, VsockStream};
 
 fn main() -> ExitCode {
@@ -21,6 +23,9 @@ fn main() -> ExitCode {
         ["vsock-call", port] => vsock_call(number(port)),
         ["vsock-shell", port] => vsock_shell(number(port)),
         ["loads", port] => loads(number(port)),
+        ["identity", host] => identity(host),
+        ["busy", host, port] => busy(host, number(port)),
+        ["stuck", proc] => stuck(Path::new(proc)),
         _ => Err(io::Error::other("unknown command")),
     };
     match done {
@@ -115,6 +120,133 @@ fn vsock_call(port: u32) -> io::Result<()> {
     println!("{answer}");
     Ok(())
 }
+
+/// Tells a host's program who this guest is, and leaves a file.
+fn identity(host: &str) -> io::Result<()> {
+    let file = |path: &str| Ok::<_, io::Error>(fs::read_to_string(path)?.trim().to_owned());
+    let mut random = [0; 16];
+    File::open("/dev/urandom")?.read_exact(&mut random)?;
+    let hostname = file("/proc/sys/kernel/hostname")?;
+    fs::write("/made", &hostname)?;
+    let lines = [
+        ("random", format!("{random:02x?}")),
+        ("boot_id", file("/proc/sys/kernel/random/boot_id")?),
+        ("mac", file("/sys/class/net/eth0/address")?),
+        ("given", file("/given")?),
+        ("hostname", hostname),
+    ];
+    let mut stream = TcpStream::connect(host)?;
+    let uptime = file("/proc/uptime")?;
+    let uptime = uptime.split(' ').next().unwrap_or_default();
+    let time = std::time::SystemTime::UNIX_EPOCH.elapsed();
+    let time = time.map_err(io::Error::other)?.as_secs_f64();
+    // These are true now: they go first.
+    let mut text = format!("time {time}\nuptime {uptime}\n");
+    for (key, value) in lines {
+        text.push_str(&format!("{key} {value}\n"));
+    }
+    stream.write_all(text.as_bytes())
+}
+
+/// Writes records to a file, has numbers echoed by the host, and sends to the host's vsock port, all
+/// at once and until it cannot. Prints how each ended.
+fn busy(host: &str, port: u32) -> io::Result<()> {
+    thread::scope(|scope| {
+        scope.spawn(|| println!("records: {:?}", write_records().map_err(kind)));
+        scope.spawn(|| println!("tcp: {:?}", have_echoed(host).map_err(kind)));
+        scope.spawn(|| {
+            // The first is reset.
+            for _ in 0..2 {
+                match VsockStream::connect(&VsockAddr::new(VMADDR_CID_HOST, port)) {
+                    Ok(stream) => println!("vsock: {}", both_ends(stream)),
+                    Err(error) => println!("vsock: connect {:?}", error.kind()),
+                }
+            }
+        });
+    });
+    Ok(())
+}
+
+fn kind(error: io::Error) -> io::ErrorKind {
+    error.kind()
+}
+
+fn write_records() -> io::Result<()> {
+    let file = File::create("/records")?;
+    (0..).try_for_each(|number| {
+        file.write_all_at(&record(number), number * RECORD_LEN as u64)?;
+        thread::sleep(PAUSE);
+        Ok(())
+    })
+}
+
+fn have_echoed(host: &str) -> io::Result<()> {
+    let mut stream = TcpStream::connect(host)?;
+    (0_u64..).try_for_each(|number| {
+        stream.write_all(&number.to_le_bytes())?;
+        let mut answer = [0; 8];
+        stream.read_exact(&mut answer)?;
+        if u64::from_le_bytes(answer) != number {
+            return Err(io::ErrorKind::InvalidData.into());
+        }
+        thread::sleep(PAUSE);
+        Ok(())
+    })
+}
+
+/// How reading what never comes and writing without end come to their ends.
+fn both_ends(stream: VsockStream) -> String {
+    let (mut reader, mut writer) = (&stream, &stream);
+    thread::scope(|scope| {
+        let read = scope.spawn(move || reader.read(&mut [0]));
+        let block = Aligned::new();
+        let wrote = loop {
+            match writer.write_all(&block.0) {
+                Ok(()) => thread::sleep(PAUSE),
+                Err(error) => break error.kind(),
+            }
+        };
+        let read = read.join().expect("no panic").map_err(kind);
+        format!("read {read:?}, write {wrote:?}")
+    })
+}
+
+/// Prints the tasks that sleep and let nothing wake them, for seconds, by the /proc given.
+fn stuck(proc: &Path) -> io::Result<()> {
+    let first = sleepers(proc)?;
+    thread::sleep(PATIENCE);
+    let second = sleepers(proc)?;
+    first.intersection(&second).for_each(|it| println!("{it}"));
+    Ok(())
+}
+
+/// Tasks in state D, with how often each has been switched to and from.
+fn sleepers(proc: &Path) -> io::Result<BTreeSet<String>> {
+    let mut found = BTreeSet::new();
+    for process in fs::read_dir(proc)? {
+        // What is no process has no tasks, and what has ended has none either.
+        let Ok(tasks) = fs::read_dir(process?.path().join("task")) else {
+            continue;
+        };
+        for task in tasks {
+            let status = fs::read_to_string(task?.path().join("status")).unwrap_or_default();
+            let keys = ["Name:", "Pid:", "State:\tD", "voluntary_", "nonvoluntary_"];
+            let lines = status.lines();
+            let told: Vec<_> = lines
+                .filter(|line| keys.iter().any(|key| line.starts_with(key)))
+                .collect();
+            if told.len() == keys.len() {
+                found.insert(told.join(" "));
+            }
+        }
+    }
+    Ok(found)
+}
+
+/// Between two pieces of work.
+const PAUSE: Duration = Duration::from_millis(10);
+/// What is not stuck goes on within it.
+const PATIENCE: Duration = Duration::from_secs(3);
 
 /// Bytes of one transfer of a load.
 const BLOCK: usize = 64 << 10;

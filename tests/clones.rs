@@ -1,0 +1,109 @@
+//! Clones of a Linux guest in which the agent waits for a pod: many one after the other, many at
+//! once, and clones of one that is busy. One boot.
+
+#![expect(clippy::unwrap_used, reason = "its steps are functions of their own")]
+
+#[path = "clones/busy.rs"]
+mod busy;
+#[path = "clones/together.rs"]
+mod together;
+#[path = "clones/vm.rs"]
+mod vm;
+
+use std::fs;
+use std::path::Path;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use agent::protocol::agent::{GuestDetailsRequest, GuestDetailsResponse};
+use tests::guest;
+use tests::network::{alone, links};
+use tests::podvmm::kvm_is_here;
+
+use vm::{Template, Vm, net};
+
+const IN_TURN: usize = 100;
+
+#[test]
+fn clones_are_each_a_guest_of_their_own() {
+    if !kvm_is_here() {
+        return;
+    }
+    let _one = guest::one_at_a_time();
+    alone(|| {
+        let template = Template::boot();
+        in_turn(&template);
+        together::check(&template);
+        busy::check(&template);
+    });
+}
+
+/// One after the other, of which nothing is left.
+fn in_turn(template: &Template) {
+    let share = vm::share();
+    let before = leftovers();
+    let mut took: Vec<Duration> = (0..IN_TURN)
+        .map(|_| {
+            let since = Instant::now();
+            let vm = Vm::restore(
+                &template.folder(),
+                share.path(),
+                &net("clone", "02:00:00:00:00:01"),
+            );
+            let agent = vm.agent();
+            let details: GuestDetailsResponse = agent
+                .ask("GetGuestDetails", &GuestDetailsRequest::default())
+                .unwrap();
+            assert!(details.agent_details.unwrap().init_daemon);
+            let took = since.elapsed();
+            drop(agent);
+            vm.end();
+            took
+        })
+        .collect();
+    took.sort();
+    let (least, median) = (took[0], took[IN_TURN / 2]);
+    let most = took[IN_TURN - 1];
+    eprintln!(
+        "{IN_TURN} clones in turn, from exec to the agent's answer: least {least:?}, median {median:?}, most {most:?}"
+    );
+    // Threads that read for a connection end a moment after it.
+    let patience = Instant::now() + Duration::from_secs(10);
+    while leftovers() != before && Instant::now() < patience {
+        thread::sleep(Duration::from_millis(50));
+    }
+    assert_eq!(leftovers(), before);
+}
+
+/// What there is of VMs: processes of this test, its descriptors and threads, links and sockets of
+/// its network, and files of its folders.
+fn leftovers() -> Vec<String> {
+    let count = |path: &str| fs::read_dir(path).unwrap().count();
+    let children = fs::read_dir("/proc/self/task").unwrap().map(|task| {
+        let children = task.unwrap().path().join("children");
+        fs::read_to_string(children).unwrap_or_default()
+    });
+    let children: String = children.collect();
+    let sockets = fs::read_to_string("/proc/thread-self/net/unix").unwrap();
+    let links = links();
+    let links = links.lines().filter_map(|line| line.split_once(':'));
+    vec![
+        format!("processes {children}"),
+        format!("descriptors {}", count("/proc/self/fd")),
+        format!("threads {}", count("/proc/self/task")),
+        format!("sockets {}", sockets.lines().count()),
+        format!(
+            "links {:?}",
+            links
+                .map(|(name, _)| name.trim().to_owned())
+                .collect::<Vec<_>>()
+        ),
+    ]
+}
+
+/// Names in a folder.
+fn names(folder: &Path) -> Vec<String> {
+    let entries = fs::read_dir(folder).unwrap();
+    let names = entries.map(|entry| entry.unwrap().file_name().into_string().unwrap());
+    names.collect()
+}
