@@ -14,6 +14,7 @@
 mod image;
 mod pages;
 mod remote;
+mod written;
 
 use std::ffi::CString;
 use std::fs::File;
@@ -36,7 +37,7 @@ pub(crate) use self::image::{Extent, Layer, check_extents, check_len};
 pub(crate) use self::pages::{are_pages, union, within};
 
 /// A page of zeros; host and guest agree on the size.
-const PAGE: [u8; 4096] = [0; 4096];
+pub(crate) const PAGE: [u8; 4096] = [0; 4096];
 pub(crate) const PAGE_BYTES: u64 = PAGE.len() as u64;
 const HUGE_PAGE_BYTES: u64 = 2 << 20;
 

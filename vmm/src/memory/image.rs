@@ -1,4 +1,4 @@
-//! Guest RAM in files: written when a snapshot is taken, mapped when it is restored.
+//! Guest RAM in files, and how it is mapped from them when a snapshot is restored.
 //!
 //! RAM is counted in *offsets*: its ranges follow one another in order of address, without the holes
 //! between them. A file of RAM is sparse, and each byte of it is at its offset. What of a file counts
@@ -19,14 +19,12 @@ use vm_memory::{
     MemoryRegionAddress,
 };
 
+use super::Ram;
 use super::pages::{self, Pages};
-use super::{PAGE, Ram};
 
-const CHUNK: usize = 256 << 10;
-/// Zeros of so many bytes do not end an extent: each is a mapping of its own.
-const GAP: u64 = 256 << 10;
+pub(super) const CHUNK: usize = 256 << 10;
 /// About so many are made of a file at most; the host allows a process 65,530 mappings.
-const MOST_EXTENTS: usize = 8 << 10;
+pub(super) const MOST_EXTENTS: usize = 8 << 10;
 
 /// A run of a file that is guest RAM, in bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -34,7 +32,7 @@ pub(crate) struct Extent {
     pub(crate) offset: u64,
     pub(crate) len: u64,
     /// CRC-32 (IEEE) of its bytes.
-    crc32: u32,
+    pub(super) crc32: u32,
 }
 
 impl Extent {
@@ -126,50 +124,12 @@ fn chunk(rest: u64) -> usize {
 }
 
 /// A piece of RAM.
-struct Part<'a> {
-    offset: u64,
-    region: &'a GuestRegionMmap,
+pub(super) struct Part<'a> {
+    pub(super) offset: u64,
+    pub(super) region: &'a GuestRegionMmap,
     /// Where in the region.
-    start: MemoryRegionAddress,
-    len: usize,
-}
-
-/// Extents in the making.
-#[derive(Default)]
-struct Extents {
-    /// So many zeros may lie between two parts of one.
-    gap: u64,
-    done: Vec<Extent>,
-    open: Option<(Range<u64>, crc32fast::Hasher)>,
-}
-
-impl Extents {
-    fn add(&mut self, offset: u64, bytes: &[u8]) {
-        let end = offset + bytes.len() as u64;
-        if let Some((range, crc)) = &mut self.open
-            && offset - range.end <= self.gap
-        {
-            let zeros = (range.end..offset).step_by(PAGE.len());
-            zeros.for_each(|_| crc.update(&PAGE));
-            crc.update(bytes);
-            range.end = end;
-            return;
-        }
-        self.close();
-        let mut crc = crc32fast::Hasher::new();
-        crc.update(bytes);
-        self.open = Some((offset..end, crc));
-    }
-
-    fn close(&mut self) {
-        if let Some((range, crc)) = self.open.take() {
-            self.done.push(Extent {
-                offset: range.start,
-                len: range.end - range.start,
-                crc32: crc.finalize(),
-            });
-        }
-    }
+    pub(super) start: MemoryRegionAddress,
+    pub(super) len: usize,
 }
 
 impl Ram {
@@ -197,28 +157,8 @@ impl Ram {
         })
     }
 
-    /// Writes all of RAM within `allowed` to `file`, which is empty. Zeros are left out.
-    pub(crate) fn write(&self, file: &File, allowed: &[Range<u64>]) -> io::Result<Vec<Extent>> {
-        let mut used = self.pages(Pages::Used)?;
-        used.extend_from_slice(&self.mapped);
-        let used = pages::within(&pages::union(used), allowed);
-        let gap = (self.len() / MOST_EXTENTS as u64).max(GAP);
-        self.write_runs(file, &used, &[], gap)
-    }
-
-    /// Writes the pages within `allowed` that were written since RAM was mapped from files.
-    pub(crate) fn write_changes(
-        &self,
-        file: &File,
-        allowed: &[Range<u64>],
-    ) -> io::Result<Vec<Extent>> {
-        let written = pages::within(&self.pages(Pages::Written)?, allowed);
-        let runs = pages::at_most(written, MOST_EXTENTS);
-        // Zeros count where they lie over something else.
-        self.write_runs(file, &runs, &self.mapped, 0)
-    }
-
-    fn pages(&self, pages: Pages) -> io::Result<Vec<Range<u64>>> {
+    /// The runs of such pages.
+    pub(super) fn pages(&self, pages: Pages) -> io::Result<Vec<Range<u64>>> {
         let mut all = Vec::new();
         for (range, region) in self.regions() {
             let runs = match region.file_offset() {
@@ -233,38 +173,8 @@ impl Ram {
         Ok(all)
     }
 
-    fn write_runs(
-        &self,
-        file: &File,
-        runs: &[Range<u64>],
-        zeros_count: &[Range<u64>],
-        gap: u64,
-    ) -> io::Result<Vec<Extent>> {
-        file.set_len(self.len())?;
-        let counted = pages::within(runs, zeros_count);
-        let others = pages::without(runs, &counted).into_iter();
-        let mut runs: Vec<_> = others.map(|run| (run, false)).collect();
-        runs.extend(counted.into_iter().map(|run| (run, true)));
-        runs.sort_by_key(|(run, _)| run.start);
-        let mut extents = Extents {
-            gap,
-            ..Extents::default()
-        };
-        let mut buffer = vec![0; CHUNK];
-        for (run, zeros_count) in runs {
-            for part in self.parts(run) {
-                let bytes = &mut buffer[..part.len];
-                let read = part.region.read_slice(bytes, part.start);
-                read.map_err(io::Error::other)?;
-                write_pages(file, part.offset, bytes, &mut extents, zeros_count)?;
-            }
-        }
-        extents.close();
-        Ok(extents.done)
-    }
-
     /// A run in pieces of at most [`CHUNK`] bytes, each in one range of RAM.
-    fn parts(&self, run: Range<u64>) -> impl Iterator<Item = Part<'_>> {
+    pub(super) fn parts(&self, run: Range<u64>) -> impl Iterator<Item = Part<'_>> {
         self.regions().flat_map(move |(range, region)| {
             let (from, to) = (run.start.max(range.start), run.end.min(range.end));
             (from..to).step_by(CHUNK).map(move |offset| Part {
@@ -277,32 +187,38 @@ impl Ram {
     }
 
     /// Makes RAM within `allowed` what `layers` say, and zero where they say nothing. RAM that was
-    /// `touched` is replaced all over; otherwise it must be as new.
+    /// `touched` is replaced all over; otherwise it must be as new. Where that fails half-way, RAM
+    /// that held what the layers say still does, and is mapped from no known layers.
     pub(crate) fn lay(
         &mut self,
         layers: &[Layer],
         allowed: &[Range<u64>],
         touched: bool,
     ) -> io::Result<()> {
-        let covered = pages::union(layers.iter().flat_map(Layer::ranges).collect());
-        if self.private && touched {
+        let ranges = layers.iter().map(Layer::ranges);
+        let covered = pages::union(ranges.flatten().collect());
+        if !self.private {
+            return layers.iter().try_for_each(|layer| {
+                let mut runs = pages::within(&layer.ranges(), allowed).into_iter();
+                runs.try_for_each(|run| self.copy(&layer.file, run))
+            });
+        }
+        // From here on what was written since is known of neither the old layers nor the new.
+        self.layers.clear();
+        let before = self.mapped.iter().chain(&covered);
+        self.mapped = pages::union(before.cloned().collect());
+        if touched {
             for hole in pages::without(allowed, &covered) {
                 self.replace(None, hole)?;
             }
         }
         for layer in layers {
             for run in pages::within(&layer.ranges(), allowed) {
-                if self.private {
-                    self.replace(Some(&layer.file), run)?;
-                } else {
-                    self.copy(&layer.file, run)?;
-                }
+                self.replace(Some(&layer.file), run)?;
             }
         }
-        if self.private {
-            self.mapped = covered;
-            self.layers = layers.to_vec();
-        }
+        self.mapped = covered;
+        self.layers = layers.to_vec();
         Ok(())
     }
 
@@ -411,29 +327,6 @@ impl Ram {
         }
         Ok(())
     }
-}
-
-/// Writes the pages that are not zero to the file at `at`. Zeros count as an extent only if told so.
-fn write_pages(
-    file: &File,
-    mut at: u64,
-    bytes: &[u8],
-    extents: &mut Extents,
-    zeros_count: bool,
-) -> io::Result<()> {
-    let (pages, _) = bytes.as_chunks::<{ PAGE.len() }>();
-    for run in pages.chunk_by(|page, next| (*page == PAGE) == (*next == PAGE)) {
-        let run_bytes = run.as_flattened();
-        let is_zero = run[0] == PAGE;
-        if !is_zero {
-            file.write_all_at(run_bytes, at)?;
-        }
-        if !is_zero || zeros_count {
-            extents.add(at, run_bytes);
-        }
-        at += run_bytes.len() as u64;
-    }
-    Ok(())
 }
 
 #[cfg(test)]
@@ -561,6 +454,33 @@ mod tests {
         assert_eq!(changes(&ram).extents.len(), 0);
         put(&ram, 7 * MIB, 3);
         assert_eq!(changes(&ram).extents.len(), 1);
+    }
+
+    #[test]
+    fn ram_that_was_laid_by_half_is_written_whole() {
+        let mut ram = ram(false);
+        put(&ram, 5 * MIB, 1);
+        let all = 0..ram.len();
+        let base = saved(&ram);
+        ram.lay(
+            std::slice::from_ref(&base),
+            std::slice::from_ref(&all),
+            true,
+        )
+        .unwrap();
+        put(&ram, 5 * MIB, 2);
+        put(&ram, 9 * MIB, 3);
+        let delta = changes(&ram);
+        // A file that cannot be mapped comes after one that can.
+        let closed = Layer {
+            file: Arc::new(File::options().write(true).open("/dev/null").unwrap()),
+            ..delta.clone()
+        };
+        ram.lay(&[base, delta, closed], std::slice::from_ref(&all), true)
+            .unwrap_err();
+        assert!(ram.layers().is_empty());
+        let copy = restored(&[saved(&ram)], false);
+        assert_eq!((byte(&copy, 5 * MIB), byte(&copy, 9 * MIB)), (2, 3));
     }
 
     #[test]

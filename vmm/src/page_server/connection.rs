@@ -14,10 +14,8 @@ use thiserror::Error;
 use super::compressed::{CHUNK, CHUNK_BYTES};
 use super::source::Source;
 use crate::handover::{self, Mapping};
-use crate::memory::PAGE_BYTES;
+use crate::memory::{PAGE, PAGE_BYTES};
 use crate::userfault::Userfault;
-
-const PAGE: [u8; 4096] = [0; 4096];
 
 /// How long a VM may take to hand over its RAM.
 const HANDOVER: Duration = Duration::from_secs(5);
