@@ -276,6 +276,42 @@ fn a_full_disk_leaves_the_older_snapshot_and_nothing_else() {
 }
 
 #[test]
+fn changes_alone_are_written_where_what_is_below_can_be_had() {
+    if !kvm_is_here() {
+        return;
+    }
+    let (folder, disk) = (TempDir::new().unwrap(), Small::new());
+    let mut original = Counter::boot();
+    let mut files = Vec::new();
+    for round in 0..10 {
+        original.count();
+        original.snapshot(folder.path(), round > 0);
+        files.push(memory_files(folder.path()).len());
+    }
+    // Not for ever: then all is in one file again.
+    assert_eq!(files, [1, 2, 3, 4, 5, 6, 7, 8, 1, 2]);
+    let mut clone = Counter::restore(folder.path(), &[("verify", true.into())]);
+    assert_eq!(clone.count(), 'K');
+    // There are no links to another file system.
+    original.snapshot(&disk.0.path().join("s"), true);
+    assert_eq!(memory_files(&disk.0.path().join("s")).len(), 1);
+    // Links and all else go with a snapshot that fails.
+    original.snapshot(&disk.0.path().join("s"), true);
+    original.count();
+    let filled = fs::write(disk.0.path().join("rest"), vec![1; 16 << 20]);
+    filled.unwrap_err();
+    let other = disk.0.path().join("t");
+    put(&mut original.client, "vm.pause", None).unwrap();
+    let body = json!({"destination_url": url(&other), "incremental": true});
+    let (status, why) = refusal(put(&mut original.client, "vm.snapshot", Some(body)));
+    assert_eq!(status, 500, "{why}");
+    assert!(why.contains("No space left on device"), "{why}");
+    assert!(!other.exists());
+    put(&mut original.client, "vm.resume", None).unwrap();
+    [original, clone].into_iter().for_each(Counter::end);
+}
+
+#[test]
 fn one_podvmm_at_a_time_writes_to_a_folder() {
     if !kvm_is_here() {
         return;

@@ -77,7 +77,7 @@ pub(crate) fn save(
     if machine.button.is_some() {
         return Err(SaveError::Command);
     }
-    let draft = Draft::new(folder)?;
+    let mut draft = Draft::new(folder)?;
     let devices = machine.device_states();
     let allowed = allowed(&definition.config.memory, &devices).expect("the device is of this VM");
     let layers = draft.memory(machine, &allowed, incremental)?;
@@ -142,9 +142,11 @@ pub(crate) fn lock(folder: &Path) -> io::Result<Option<File>> {
 struct Draft<'a> {
     folder: &'a Path,
     /// Held locked.
-    _lock: File,
+    lock: File,
     id: String,
     made_folder: bool,
+    /// What it has put there.
+    made: Vec<PathBuf>,
     committed: bool,
 }
 
@@ -163,9 +165,10 @@ impl<'a> Draft<'a> {
             .map_err(failed("read", Path::new("/proc/sys/kernel/random/uuid")))?;
         Ok(Self {
             folder,
-            _lock: lock,
+            lock,
             id: id.trim().into(),
             made_folder,
+            made: Vec::new(),
             committed: false,
         })
     }
@@ -179,15 +182,17 @@ impl<'a> Draft<'a> {
         self.path(&format!(".{name}-{}", self.id))
     }
 
-    fn create(&self, path: &Path) -> Result<File, SaveError> {
+    fn create(&mut self, path: &Path) -> Result<File, SaveError> {
         let mut options = OpenOptions::new();
         let options = options.read(true).write(true).create_new(true).mode(0o600);
-        options.open(path).map_err(failed("create", path))
+        let file = options.open(path).map_err(failed("create", path))?;
+        self.made.push(path.into());
+        Ok(file)
     }
 
     /// Writes RAM and returns all the files that make it up, which are then in the folder.
     fn memory(
-        &self,
+        &mut self,
         machine: &Machine,
         allowed: &[std::ops::Range<u64>],
         incremental: bool,
@@ -220,7 +225,7 @@ impl<'a> Draft<'a> {
     }
 
     /// Has `layers` in the folder, too, or none of them where that cannot be.
-    fn adopt(&self, layers: &[Layer]) -> Vec<Layer> {
+    fn adopt(&mut self, layers: &[Layer]) -> Vec<Layer> {
         if layers.is_empty() || layers.len() >= MOST_LAYERS {
             log::info!("RAM is written as a whole");
             return Vec::new();
@@ -237,7 +242,7 @@ impl<'a> Draft<'a> {
         layers.to_vec()
     }
 
-    fn link(&self, layer: &Layer) -> io::Result<()> {
+    fn link(&mut self, layer: &Layer) -> io::Result<()> {
         let path = self.path(&layer.name);
         let own = layer.file.metadata()?;
         match fs::symlink_metadata(&path) {
@@ -247,6 +252,7 @@ impl<'a> Draft<'a> {
         }
         let file = format!("/proc/self/fd/{}", layer.file.as_raw_fd());
         linkat(CWD, file, CWD, &path, AtFlags::SYMLINK_FOLLOW)?;
+        self.made.push(path);
         Ok(())
     }
 
@@ -261,21 +267,26 @@ impl<'a> Draft<'a> {
             };
             write(self.create(&path)?).map_err(failed("write", &path))?;
         }
+        // All that the state speaks of, before the state.
+        self.sync()?;
         // A config.json that is new already, beside an older state, is not believed.
         for name in [CONFIG, STATE] {
             let (from, to) = (self.draft_of(name), self.path(name));
             fs::rename(from, &to).map_err(failed("write", &to))?;
         }
         self.committed = true;
-        self._lock
-            .sync_all()
-            .map_err(failed("write", self.folder))?;
+        self.sync()?;
         let kept = |name: &str| {
             let name = name.strip_suffix(COMPRESSED).unwrap_or(name);
             layers.iter().any(|layer| layer.name == name)
         };
         self.remove(|name| is_ours(name) && !kept(name));
         Ok(())
+    }
+
+    /// Has the folder's names on disk.
+    fn sync(&self) -> Result<(), SaveError> {
+        self.lock.sync_all().map_err(failed("write", self.folder))
     }
 
     /// Removes files from the folder. One that cannot be removed does no harm.
@@ -307,7 +318,10 @@ fn is_ours(name: &str) -> bool {
 impl Drop for Draft<'_> {
     fn drop(&mut self) {
         if !self.committed {
-            self.remove(|name| is_ours(name) && name.ends_with(&self.id));
+            for path in &self.made {
+                // Renamed already, or not to be removed: then the next snapshot tries.
+                let _ = fs::remove_file(path);
+            }
             if self.made_folder {
                 // Unless somebody put something there.
                 let _ = fs::remove_dir(self.folder);
