@@ -124,6 +124,15 @@ impl Template {
             let options = options.create(true).write(true).truncate(false);
             let file = options.open(self.folder.join(INPUTS))?;
             flock(&file, FlockOperation::NonBlockingLockExclusive)?;
+            if self.is_ready() {
+                // Somebody has made it meanwhile. Making it again would take it from under others.
+                return Err(io::ErrorKind::WouldBlock.into());
+            }
+            // What was made of other things is none from here on.
+            match fs::remove_file(self.folder.join(STATE)) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+                _ => {}
+            }
             fs::write(self.folder.join(INPUTS), self.inputs.text())?;
             Ok(file)
         };
@@ -290,9 +299,25 @@ mod tests {
         assert!(!other.is_ready());
         made(&one);
         assert!(other.is_ready());
+        // As a pod finds it that looked before it was there.
+        assert!(other.claim().is_none());
+        assert!(other.is_ready());
         other.spoil("it is bad");
         assert!(!one.is_ready());
         assert!(Template::of(&config, sized(576)).is_none());
+    }
+
+    #[test]
+    fn what_is_made_of_something_else_is_none() {
+        let (_folder, config) = node();
+        let template = Template::of(&config, sized(576)).unwrap();
+        made(&template);
+        // Another's, whose inputs have the same hash.
+        fs::write(template.folder().join(INPUTS), "{}").unwrap();
+        assert!(!template.is_ready());
+        let claim = template.claim().unwrap();
+        assert!(!template.is_ready(), "it is not made yet");
+        drop(claim);
     }
 
     #[test]
