@@ -118,21 +118,21 @@ impl RunOptions {
     fn changes_the_guest(&self) -> bool {
         self.kernel.is_some()
             || self.rootfs.is_some()
-            || self.initramfs.is_some()
-            || !self.cmdline.is_empty()
-            || self.cpus != CpusConfig::default()
-            || self.memory != MemoryConfig::default()
-            || self.balloon.is_some()
             || !self.command.is_empty()
+            || self.describes_a_guest()
     }
 
-    /// Whether they say anything about a VM besides what to boot.
-    fn describes_a_vm(&self) -> bool {
+    fn describes_a_guest(&self) -> bool {
         self.initramfs.is_some()
             || !self.cmdline.is_empty()
             || self.cpus != CpusConfig::default()
             || self.memory != MemoryConfig::default()
             || self.balloon.is_some()
+    }
+
+    /// Whether they say anything about a VM besides what to boot.
+    fn describes_a_vm(&self) -> bool {
+        self.describes_a_guest()
             || !self.disks.is_empty()
             || !self.nets.is_empty()
             || !self.shares.is_empty()

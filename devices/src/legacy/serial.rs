@@ -81,7 +81,12 @@ impl SerialEvents for Events {
 
 /// What a snapshot keeps of a serial port: its registers, and input the guest has not read.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct SerialState {
+pub struct SerialState(#[serde(with = "Registers")] vm_superio::SerialState);
+
+/// How it is written down.
+#[derive(Serialize, Deserialize)]
+#[serde(remote = "vm_superio::SerialState")]
+struct Registers {
     baud_divisor_low: u8,
     baud_divisor_high: u8,
     interrupt_enable: u8,
@@ -113,38 +118,14 @@ impl Serial {
         interrupt: EventFd,
         out: Box<dyn Write + Send>,
     ) -> io::Result<Self> {
-        let state = vm_superio::SerialState {
-            baud_divisor_low: state.baud_divisor_low,
-            baud_divisor_high: state.baud_divisor_high,
-            interrupt_enable: state.interrupt_enable,
-            interrupt_identification: state.interrupt_identification,
-            line_control: state.line_control,
-            line_status: state.line_status,
-            modem_control: state.modem_control,
-            modem_status: state.modem_status,
-            scratch: state.scratch,
-            in_buffer: state.in_buffer.clone(),
-        };
         // Refuses more input than the FIFO holds.
-        let uart = vm_superio::Serial::from_state(&state, Irqfd(interrupt), Events::new()?, out)
+        let uart = vm_superio::Serial::from_state(&state.0, Irqfd(interrupt), Events::new()?, out)
             .map_err(|error| io::Error::new(io::ErrorKind::InvalidData, format!("{error:?}")))?;
         Ok(Self { uart })
     }
 
     pub fn state(&self) -> SerialState {
-        let state = self.uart.state();
-        SerialState {
-            baud_divisor_low: state.baud_divisor_low,
-            baud_divisor_high: state.baud_divisor_high,
-            interrupt_enable: state.interrupt_enable,
-            interrupt_identification: state.interrupt_identification,
-            line_control: state.line_control,
-            line_status: state.line_status,
-            modem_control: state.modem_control,
-            modem_status: state.modem_status,
-            scratch: state.scratch,
-            in_buffer: state.in_buffer,
-        }
+        SerialState(self.uart.state())
     }
 
     /// Gives the guest as much of `input` as the FIFO has room for and returns how much that was.
@@ -278,10 +259,8 @@ mod tests {
         };
         let found = [SCRATCH, DATA, DATA].map(|register| read(&mut other, register));
         assert_eq!(found, *b"\x5axy");
-        let crammed = SerialState {
-            in_buffer: vec![0; 65],
-            ..state
-        };
+        let mut crammed = state;
+        crammed.0.in_buffer = vec![0; 65];
         Serial::restored(&crammed, irq(), Box::new(io::sink())).unwrap_err();
     }
 
