@@ -36,7 +36,7 @@ impl Agent {
         loop {
             match dial(socket) {
                 Ok(stream) => return Self(Client::new(stream).expect("there are threads")),
-                Err(_) => thread::sleep(Duration::from_millis(200)),
+                Err(_) => thread::sleep(Duration::from_millis(10)),
             }
         }
     }
