@@ -258,17 +258,13 @@ fn a_full_disk_leaves_the_older_snapshot_and_nothing_else() {
     let before = names(&folder);
     original.count();
     // Another one does not fit beside it.
-    put(&mut original.client, "vm.pause", None).unwrap();
-    let body = json!({"destination_url": url(&folder)});
-    let (status, why) = refusal(put(&mut original.client, "vm.snapshot", Some(body)));
+    let (status, why) = original.refused_snapshot(&folder, false);
     assert_eq!(status, 500, "{why}");
     assert!(why.contains("No space left on device"), "{why}");
     assert_eq!(names(&folder), before);
     let other = disk.0.path().join("t");
-    let body = json!({"destination_url": url(&other)});
-    refusal(put(&mut original.client, "vm.snapshot", Some(body)));
+    original.refused_snapshot(&other, false);
     assert!(!other.exists());
-    put(&mut original.client, "vm.resume", None).unwrap();
     assert_eq!(original.count(), 'C');
     let mut clone = Counter::restore(&folder, &[("verify", true.into())]);
     assert_eq!(clone.count(), 'B');
@@ -301,13 +297,10 @@ fn changes_alone_are_written_where_what_is_below_can_be_had() {
     let filled = fs::write(disk.0.path().join("rest"), vec![1; 16 << 20]);
     filled.unwrap_err();
     let other = disk.0.path().join("t");
-    put(&mut original.client, "vm.pause", None).unwrap();
-    let body = json!({"destination_url": url(&other), "incremental": true});
-    let (status, why) = refusal(put(&mut original.client, "vm.snapshot", Some(body)));
+    let (status, why) = original.refused_snapshot(&other, true);
     assert_eq!(status, 500, "{why}");
     assert!(why.contains("No space left on device"), "{why}");
     assert!(!other.exists());
-    put(&mut original.client, "vm.resume", None).unwrap();
     [original, clone].into_iter().for_each(Counter::end);
 }
 
@@ -320,15 +313,12 @@ fn one_podvmm_at_a_time_writes_to_a_folder() {
     let lock = fs::File::open(folder.path()).unwrap();
     lock.lock().unwrap();
     let mut original = Counter::boot();
-    put(&mut original.client, "vm.pause", None).unwrap();
-    let body = json!({"destination_url": url(folder.path())});
-    let (status, why) = refusal(put(&mut original.client, "vm.snapshot", Some(body)));
+    let (status, why) = original.refused_snapshot(folder.path(), false);
     assert_eq!(status, 400);
     assert!(
         why.starts_with("another podvmm writes a snapshot to"),
         "{why}"
     );
-    put(&mut original.client, "vm.resume", None).unwrap();
     original.end();
 }
 

@@ -10,7 +10,7 @@ use api::http::Client;
 use serde_json::{Value, json};
 
 use crate::code;
-use crate::service::{Service, put};
+use crate::service::{Service, put, refusal};
 
 // Counts, in memory, what it is sent, and answers with the count, a letter from 'A' on. A 'q' ends
 // it. It has 8 MiB of memory that differ from zero, so that a snapshot takes its time; an 'r' has it
@@ -133,6 +133,15 @@ impl Counter {
         let body = json!({"destination_url": url(folder), "incremental": incremental});
         put(&mut self.client, "vm.snapshot", Some(body)).expect("podvmm and its files are there");
         put(&mut self.client, "vm.resume", None).expect("podvmm and its files are there");
+    }
+
+    /// Has it try in vain. Returns the status and why.
+    pub fn refused_snapshot(&mut self, folder: &Path, incremental: bool) -> (u16, String) {
+        put(&mut self.client, "vm.pause", None).expect("it runs");
+        let body = json!({"destination_url": url(folder), "incremental": incremental});
+        let why = refusal(put(&mut self.client, "vm.snapshot", Some(body)));
+        put(&mut self.client, "vm.resume", None).expect("it is paused");
+        why
     }
 
     pub fn end(mut self) {
