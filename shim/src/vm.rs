@@ -238,7 +238,9 @@ impl Vm {
             Some(body),
             &[],
         );
-        put(&mut client, "resume the VM", "vm.resume", None, &[])?;
+        let resumed = put(&mut client, "resume the VM", "vm.resume", None, &[]);
+        // One that stands still would be waited for in vain.
+        resumed.inspect_err(|_| self.process.kill())?;
         written
     }
 
