@@ -6,15 +6,17 @@
 
 use std::fs;
 use std::io::Write;
+use std::path::Path;
 use std::process::{Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use serde_json::Value;
 use tests::containerd::{self, Containerd, Ran};
-use tests::ctr::{Container, Events};
+use tests::ctr::{Container, Events, signal};
 use tests::guest;
-use tests::node::{Node, eventually, step};
+use tests::network::PodNetwork;
+use tests::node::{Node, eventually, processes_with, step};
 
 /// Runs `cases` on a node, which has to be clean afterwards.
 fn on_a_node(cases: impl FnOnce(&mut Node)) {
@@ -72,8 +74,8 @@ fn with_input(command: &mut Command, input: &[u8]) -> Ran {
     child.wait_with_output().unwrap().into()
 }
 
-/// The first pod makes a template, the next goes on from it as a guest of its own, and one whose
-/// template is broken boots.
+/// The first pod makes a template, the next goes on from it as a guest of its own, with the pod's
+/// networks, and one whose template is broken boots.
 #[test]
 fn pods_go_on_from_a_template_or_boot() {
     on_a_node(|node| {
@@ -82,29 +84,17 @@ fn pods_go_on_from_a_template_or_boot() {
         }
         let templates = node.folder().join("templates");
         let config = node.folder().join("templates.toml");
-        containerd::write_config(&config, &templates);
-        let run = |name: &str| {
-            let container = Container::new(node, name).with_config(&config);
-            let script = "cat /proc/sys/kernel/random/boot_id; date +%s; cut -d. -f1 /proc/uptime";
-            let mut command = container.run(&node.containerd, &["--rm"], &["sh", "-c", script]);
-            let ran: Ran = step(name, || command.output().unwrap().into());
-            assert_eq!(ran.code, Some(0), "{ran:?}");
-            let said: Vec<String> = ran.stdout.lines().map(Into::into).collect();
-            let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap();
-            let age = now.as_secs() - said[1].parse::<u64>().unwrap();
-            assert!(age < 15, "{name}: the guest's clock is {age} s late");
-            let uptime: u64 = said[2].parse().unwrap();
-            (said[0].clone(), uptime)
-        };
+        containerd::write_config(&config, &templates, 0);
+        let network = PodNetwork::new(2);
         let log = |what: &str| node.containerd.log().matches(what).count();
-        let (first, booted) = run("first");
-        assert_eq!((log("\\\"template\\\":"), log("\\\"renewal\\\":")), (1, 0));
+        let first = run(node, "first", &config, &network);
+        assert_eq!((log(PHASES[0]), log(PHASES[2])), (1, 0));
         // For a clone the time since is none.
         thread::sleep(Duration::from_secs(5));
-        let (second, uptime) = run("second");
-        assert_eq!((log("\\\"template\\\":"), log("\\\"renewal\\\":")), (1, 1));
-        assert_ne!(first, second);
-        assert!(uptime < booted + 5, "{booted} and {uptime}");
+        let second = run(node, "second", &config, &network);
+        assert_eq!((log(PHASES[0]), log(PHASES[2])), (1, 1));
+        assert_ne!(first.boot_id, second.boot_id);
+        assert!(second.uptime < first.uptime + 5, "{first:?} and {second:?}");
 
         let made = fs::read_dir(&templates).unwrap().next().unwrap().unwrap();
         for file in fs::read_dir(made.path()).unwrap() {
@@ -113,11 +103,105 @@ fn pods_go_on_from_a_template_or_boot() {
                 fs::write(file.path(), "short").unwrap();
             }
         }
-        let (third, _) = run("third");
-        assert_ne!(third, second);
+        let third = run(node, "third", &config, &network);
+        assert_ne!(third.boot_id, second.boot_id);
         assert_eq!(log("the VM boots, for its template"), 1);
         assert!(made.path().join("spoilt").exists());
     });
+}
+
+/// VMs that went on from a template wait for pods, and are each a pod's of its own then.
+#[test]
+fn pods_take_vms_that_wait() {
+    on_a_node(|node| {
+        if !node.is_podvmm() {
+            return;
+        }
+        let mut templates = containerd::templates();
+        if templates.as_os_str().is_empty() {
+            templates = node.folder().join("templates");
+        }
+        let config = node.folder().join("pool.toml");
+        let pool = |size: usize| {
+            containerd::write_config(&config, &templates, size);
+            let mut command = Command::new(containerd::shim());
+            let command = command.arg("pool").arg("-config").arg(&config);
+            let ran: Ran = step(&format!("pool of {size}"), || command.output().unwrap()).into();
+            assert_eq!(ran.stdout, format!("{size}\n"), "{ran:?}");
+        };
+        let log = |what: &str| node.containerd.log().matches(what).count();
+        pool(1);
+        let network = PodNetwork::new(1);
+        let first = run(node, "first", &config, &network);
+        assert_eq!(
+            (log(PHASES[1]), log(PHASES[2])),
+            (0, 1),
+            "it waited for its pod"
+        );
+        // By now another waits.
+        pool(1);
+        let second = run(node, "second", &config, &network);
+        assert_eq!((log(PHASES[1]), log(PHASES[2])), (0, 2));
+        assert_ne!(first.boot_id, second.boot_id);
+
+        pool(2);
+        let waiting = || processes_with(&["containerd-shim-", config.to_str().unwrap(), "wait"]);
+        let shims = waiting();
+        assert_eq!(shims.len(), 2);
+        signal(shims[0], libc::SIGKILL);
+        let third = run(node, "third", &config, &network);
+        assert_ne!(third.boot_id, second.boot_id);
+        let fourth = Container::new(node, "fourth").with_config(&config);
+        step("fourth", || {
+            fourth.start(&node.containerd, &[], &["sleep", "1000"])
+        });
+        let vmm = fourth.process(&node.containerd);
+        let cgroups = fs::read_to_string(format!("/proc/{vmm}/cgroup")).unwrap();
+        assert!(cgroups.contains(fourth.id()), "{cgroups}");
+        node.containerd
+            .ctr_must(&["tasks", "kill", "--signal", "KILL", fourth.id()]);
+        eventually("it ends", || fourth.state(&node.containerd) == "STOPPED");
+        fourth.delete(&node.containerd);
+        pool(0);
+        eventually("nobody waits", || waiting().is_empty());
+    });
+}
+
+/// What the shim logs of a pod that made a template, that waited for its guest, and whose guest went
+/// on.
+const PHASES: [&str; 3] = ["\\\"template\\\":", "\\\"guest\\\":", "\\\"renewal\\\":"];
+
+/// What a guest says of itself.
+#[derive(Debug)]
+struct Guest {
+    boot_id: String,
+    uptime: u64,
+}
+
+/// Runs a container on a network, all of whose interfaces work in it, as does its clock.
+fn run(node: &Node, name: &str, config: &Path, network: &PodNetwork) -> Guest {
+    let container = Container::new(node, name).with_config(config);
+    let script = "cat /proc/sys/kernel/random/boot_id; date +%s; cut -d. -f1 /proc/uptime
+        for link in /sys/class/net/eth*; do
+            n=${link##*/eth}; ping -q -c 1 -W 60 10.9.$n.1 >/dev/null; echo $? $(cat $link/address)
+        done";
+    let namespace = format!("network:{}", network.path());
+    let options = ["--rm", "--cap-add", "CAP_NET_RAW", "--with-ns", &namespace];
+    let mut command = container.run(&node.containerd, &options, &["sh", "-c", script]);
+    let ran: Ran = step(name, || command.output().unwrap()).into();
+    assert_eq!(ran.code, Some(0), "{ran:?}");
+    let said: Vec<_> = ran.stdout.lines().collect();
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap();
+    let age = now.as_secs() - said[1].parse::<u64>().unwrap();
+    assert!(age < 15, "{name}: the guest's clock is {age} s late");
+    let wanted: Vec<_> = (0..network.interfaces())
+        .map(|number| format!("0 {}", PodNetwork::hardware(number)))
+        .collect();
+    assert_eq!(said[3..], wanted, "{name}: {ran:?}");
+    Guest {
+        boot_id: said[0].into(),
+        uptime: said[2].parse().unwrap(),
+    }
 }
 
 /// A terminal, and the end by a signal that nothing can be done about.

@@ -123,7 +123,7 @@ fn the_shim(node: &Node) {
 
 fn while_it_boots(node: &Node) {
     let boots = node.folder().join("boots.toml");
-    containerd::write_config(&boots, Path::new(""));
+    containerd::write_config(&boots, Path::new(""), 0);
     for victim in ["vmm", "shim"] {
         let container = Container::new(node, &format!("early-{victim}")).with_config(&boots);
         let mut command = container.run(&node.containerd, &["--detach", "--null-io"], &["true"]);

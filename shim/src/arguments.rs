@@ -3,6 +3,8 @@
 use std::ffi::OsString;
 use std::path::PathBuf;
 
+use crate::config::DEFAULT_PATH;
+
 /// What is to be done.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Action {
@@ -16,6 +18,10 @@ pub(crate) enum Action {
     RuntimeClass,
     /// For people: make a template.
     Template,
+    /// For people: fill the pool, or empty it.
+    Pool,
+    /// Wait for a pod, in the pool.
+    Wait,
     /// For people: check the configuration.
     Check,
     Help,
@@ -34,6 +40,8 @@ pub(crate) struct Arguments {
     pub(crate) bundle: Option<PathBuf>,
     /// For people: the configuration.
     pub(crate) config: Option<PathBuf>,
+    /// Of the VM that is to wait.
+    pub(crate) memory_mib: u64,
 }
 
 impl Arguments {
@@ -47,6 +55,7 @@ impl Arguments {
             debug: false,
             bundle: None,
             config: None,
+            memory_mib: 0,
         };
         let mut words = words.into_iter();
         while let Some(word) = words.next() {
@@ -70,6 +79,13 @@ impl Arguments {
                 Some("id") => arguments.id = value()?,
                 Some("bundle") => arguments.bundle = Some(value()?.into()),
                 Some("config") => arguments.config = Some(value()?.into()),
+                Some("memory") => {
+                    let text = value()?;
+                    let mib = text
+                        .parse()
+                        .map_err(|_| format!("-memory {text}: no MiB"))?;
+                    arguments.memory_mib = mib;
+                }
                 // Events go over ttrpc instead.
                 Some("publish-binary" | "socket") => drop(value()?),
                 Some("debug") => arguments.debug = true,
@@ -81,6 +97,8 @@ impl Arguments {
                         "delete" => Action::Delete,
                         "runtime-class" => Action::RuntimeClass,
                         "template" => Action::Template,
+                        "pool" => Action::Pool,
+                        "wait" => Action::Wait,
                         "check" => Action::Check,
                         _ => return Err(format!("there is no argument {word}")),
                     }
@@ -92,6 +110,14 @@ impl Arguments {
             return Err(format!("-id {:?} is no container's", arguments.id));
         }
         Ok(arguments)
+    }
+
+    /// Where the configuration is.
+    pub(crate) fn config_path(&self) -> PathBuf {
+        let path = self.config.clone();
+        let path = path.unwrap_or_else(|| DEFAULT_PATH.into());
+        // Others are told of it, who are in other folders.
+        std::path::absolute(&path).unwrap_or(path)
     }
 
     /// Those of the shim that is to serve.

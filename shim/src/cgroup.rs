@@ -142,14 +142,20 @@ impl Cgroup {
 
     /// Moves this process there. What it starts from now on begins there.
     pub(crate) fn enter(&self) -> Result<(), Error> {
-        self.places.iter().try_for_each(|(_, path)| enter(path))
+        self.take(0)
+    }
+
+    /// Moves a process there; 0 is this one. What it has used so far stays where it was.
+    pub(crate) fn take(&self, pid: u32) -> Result<(), Error> {
+        let mut places = self.places.iter();
+        places.try_for_each(|(_, path)| move_to(path, pid))
     }
 
     /// Moves it to the root of each hierarchy, so that the cgroup can go.
     pub(crate) fn leave(&self) -> Result<(), Error> {
         self.places
             .iter()
-            .try_for_each(|(hierarchy, _)| enter(&hierarchy.root))
+            .try_for_each(|(hierarchy, _)| move_to(&hierarchy.root, 0))
     }
 
     /// What was made for it, to be removed in the opposite order.
@@ -207,9 +213,9 @@ pub(crate) fn remove(made: &[PathBuf]) {
     }
 }
 
-fn enter(path: &Path) -> Result<(), Error> {
+fn move_to(path: &Path, pid: u32) -> Result<(), Error> {
     let procs = path.join("cgroup.procs");
-    fs::write(&procs, "0").map_err(|source| Error {
+    fs::write(&procs, pid.to_string()).map_err(|source| Error {
         path: procs,
         source,
     })

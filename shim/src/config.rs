@@ -52,6 +52,9 @@ pub(crate) struct Config {
     /// Where VMs are kept that later pods go on from, instead of booting; empty for none.
     #[serde(default = "templates", deserialize_with = "folder")]
     pub(crate) templates: Option<PathBuf>,
+    /// How many VMs that went on from a template wait for pods of a size.
+    #[serde(default)]
+    pub(crate) pool: u8,
     /// How long a guest may take to come up.
     #[serde(default = "agent_timeout_s")]
     agent_timeout_s: u32,
@@ -164,6 +167,9 @@ impl Config {
                 templates.display()
             ));
         }
+        if self.pool > 0 && self.templates.is_none() {
+            return Some("pool needs templates".into());
+        }
         if self.agent_timeout_s == 0 {
             return Some("agent_timeout_s is 1 or more".into());
         }
@@ -243,6 +249,7 @@ mod tests {
         assert_eq!((config.default_vcpus, config.default_memory_mib), (1, 512));
         assert_eq!(config.podvmm, Path::new("podvmm"));
         assert!(config.templates.is_some());
+        assert_eq!(config.pool, 0);
         assert_eq!(read("templates = ''").unwrap().templates, None);
     }
 
@@ -259,6 +266,7 @@ mod tests {
             refused("annotations = ['io.podvmm.kernel']").contains("there is no io.podvmm.kernel")
         );
         assert!(refused("templates = 'here'").contains("templates: here: no absolute path"));
+        assert!(refused("templates = ''\npool = 1").contains("pool needs templates"));
         assert!(refused("log_level = 'loud'").contains("log_level"));
         let missing = Config::read(Path::new("/nowhere")).unwrap_err();
         assert_eq!(missing.to_string(), "read /nowhere");

@@ -48,6 +48,8 @@ pub(crate) enum Error {
     Random(#[source] std::io::Error),
     #[error("make a folder for the VM")]
     Folder(#[source] std::io::Error),
+    #[error("wait in the pool")]
+    Pool(#[source] std::io::Error),
     #[error(
         "there can be no template: templates are off, or the pods' default is too small for one"
     )]

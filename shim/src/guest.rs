@@ -1,7 +1,7 @@
 //! A pod's guest: its VM, the agent that speaks for it, and what it sees of the host.
 
-use std::fs::{self, File};
-use std::io::{self, Read};
+use std::fs::File;
+use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
@@ -16,7 +16,7 @@ use crate::cgroup::Cgroup;
 use crate::config::Config;
 use crate::error::{Error, asked};
 use crate::mounts::Shared;
-use crate::network;
+use crate::network::{self, Settings};
 use crate::phases::Phases;
 use crate::place::Place;
 use crate::protocol::task;
@@ -26,9 +26,10 @@ use crate::spec::{self, GUEST_SANDBOX, GUEST_SHARED};
 use crate::teardown;
 use crate::template::Template;
 use crate::vm::{self, Plan, Start, Vm};
+use crate::waiting::Waiting;
 
 /// How long a guest that goes on from a template may take to answer.
-const CLONE_PATIENCE: Duration = Duration::from_secs(20);
+pub(crate) const CLONE_PATIENCE: Duration = Duration::from_secs(20);
 /// For a guest's randomness.
 const SEED_BYTES: usize = 64;
 
@@ -41,6 +42,22 @@ pub(crate) struct Birth<'a> {
     /// Of its first container.
     pub(crate) spec: &'a Spec,
     pub(crate) phases: &'a Mutex<Phases>,
+    /// A VM that waited for a pod.
+    pub(crate) waiting: &'a Mutex<Option<Waiting>>,
+}
+
+impl Birth<'_> {
+    fn note(&self, phase: &'static str) {
+        let mut phases = self.phases.lock().expect("a panic ends the process");
+        phases.note(phase);
+    }
+}
+
+/// A VM whose agent has answered, on the pod's network.
+struct Met {
+    vm: Vm,
+    agent: Agent,
+    shared: Shared,
 }
 
 /// The VM and what speaks for it.
@@ -64,7 +81,8 @@ impl Guest {
     /// Boots a VM for the pod that `spec` describes, and waits for its agent.
     pub(crate) fn boot(birth: &Birth<'_>, config: Config) -> Result<Self, Error> {
         let Birth { place, spec, .. } = *birth;
-        let mut record = Record::default();
+        // A VM that waited is in it.
+        let mut record = Record::read(place);
         let linux = spec.linux.clone().unwrap_or_default();
         let cgroup = Cgroup::make(&linux.cgroups_path)?;
         if let Some(cgroup) = &cgroup {
@@ -73,112 +91,28 @@ impl Guest {
         }
         let make = || {
             cgroup.as_ref().map_or(Ok(()), Cgroup::enter)?;
-            Self::reach(birth, config, record)
+            let met = reach(birth, &config, record, cgroup.as_ref())?;
+            Self::settle(birth, config, met)
         };
         let guest = make().inspect_err(|_| cgroup.iter().for_each(leave))?;
         Ok(Guest { cgroup, ..guest })
     }
 
-    /// Makes the VM, with its agent ready for containers: from a template if there is one, and by
-    /// booting if that fails.
-    fn reach(birth: &Birth<'_>, config: Config, record: Record) -> Result<Self, Error> {
-        let foretold = foretold(birth.spec);
-        let size = size::size(&config, [foretold].into_iter());
-        let Some(template) = Template::of(&config, size) else {
-            return Self::start(birth, config, record, size, None).map_err(Failure::into_error);
-        };
-        let started = Self::start(birth, config.clone(), record.clone(), size, Some(&template));
-        let failure = match started {
-            Err(failure) if failure.of_template => failure.error,
-            other => return other.map_err(Failure::into_error),
-        };
-        let why = api::chain(&failure).join(": ");
-        log::warn!(
-            "the VM boots, for its template {} fails: {why}",
-            template.folder().display()
-        );
-        teardown::vm(birth.place, &Record::read(birth.place));
-        let booted = Self::start(birth, config, record, size, None);
-        let guest = booted.map_err(Failure::into_error)?;
-        template.spoil(&why);
-        Ok(guest)
-    }
-
-    fn start(
-        birth: &Birth<'_>,
-        config: Config,
-        mut record: Record,
-        size: Size,
-        template: Option<&Template>,
-    ) -> Result<Self, Failure> {
-        let Birth {
-            pod,
-            place,
-            spec,
-            phases,
-        } = *birth;
-        let note = |phase| phases.lock().expect("a panic ends the process").note(phase);
-        let shared = Shared::make(place.shared()).map_err(Error::from)?;
-        let plan = Plan {
-            config: &config,
-            place,
-            size,
-            template,
-            network: spec::network_namespace(spec),
-        };
-        note("prepare");
-        let started = Vm::boot(&plan, &mut record);
-        let (vm, settings) = started.map_err(|error| Failure {
-            // A VM that could not be started by booting fails again.
-            of_template: template.is_some_and(Template::is_ready),
-            error: error.into(),
-        })?;
-        note("vmm");
-        let lives = || !vm.life.has_ended();
-        let timeout = match vm.start {
-            Start::Clone => config.agent_timeout().min(CLONE_PATIENCE),
-            Start::Booted | Start::Model(_) => config.agent_timeout(),
-        };
-        let meet = || {
-            let agent = Agent::reach(&place.vsock(), timeout, &lives)?;
-            note("guest");
-            match &vm.start {
-                Start::Booted => {}
-                Start::Model(claim) => {
-                    if let Err(error) = claim.make(&vm) {
-                        log::warn!("there is no template: {}", api::chain(&error).join(": "));
-                    }
-                    note("template");
-                }
-                Start::Clone => {
-                    let seed = random(SEED_BYTES).map_err(Error::Random)?;
-                    agent.renew(seed).map_err(asked("become another guest"))?;
-                    note("renewal");
-                }
-            }
-            agent
-                .network(settings)
-                .map_err(asked("set up the network"))?;
-            note("network");
-            Ok(agent)
-        };
-        let agent = meet().map_err(|error: Error| {
-            vm.kill();
-            Failure {
-                of_template: matches!(vm.start, Start::Clone),
-                error,
-            }
-        })?;
+    /// Prepares the guest for the pod's containers.
+    fn settle(birth: &Birth<'_>, config: Config, met: Met) -> Result<Self, Error> {
+        let Birth { pod, spec, .. } = *birth;
+        let Met { vm, agent, shared } = met;
         let prepare = || {
             let request = sandbox(pod, spec);
             agent
                 .create_sandbox(&request)
                 .map_err(asked("create the sandbox"))?;
             let seccomp = agent.knows_seccomp().map_err(asked("tell its details"))?;
-            note("sandbox");
+            birth.note("sandbox");
             Ok(seccomp)
         };
         let seccomp = prepare().inspect_err(|_: &Error| vm.kill())?;
+        let size = size_of(&config, spec);
         let guest = Guest {
             waits_for_network: AtomicBool::new(vm.spare.is_some()),
             size: Mutex::new(vm.size),
@@ -300,6 +234,155 @@ impl Guest {
     }
 }
 
+/// Has a VM whose agent answers: one that waited, or else one that goes on from a template, or else
+/// one that boots.
+fn reach(
+    birth: &Birth<'_>,
+    config: &Config,
+    record: Record,
+    cgroup: Option<&Cgroup>,
+) -> Result<Met, Error> {
+    let template = template_of(config, birth.spec)?;
+    let waiting = birth
+        .waiting
+        .lock()
+        .expect("a panic ends the process")
+        .take();
+    if let Some(waiting) = waiting {
+        let why = if template.as_ref() == Some(&waiting.template) {
+            match adopt(birth, record.clone(), cgroup, waiting) {
+                Ok(met) => return Ok(met),
+                Err(error) => api::chain(&error).join(": "),
+            }
+        } else {
+            "it is not what the pod needs".into()
+        };
+        log::warn!("the VM that waited is ended: {why}");
+        teardown::vm(birth.place, &Record::read(birth.place));
+    }
+    let Some(template) = template else {
+        return start(birth, config, record, None).map_err(Failure::into_error);
+    };
+    let started = start(birth, config, record.clone(), Some(&template));
+    let failure = match started {
+        Err(failure) if failure.of_template => failure.error,
+        other => return other.map_err(Failure::into_error),
+    };
+    let why = api::chain(&failure).join(": ");
+    log::warn!(
+        "the VM boots, for its template {} fails: {why}",
+        template.folder().display()
+    );
+    teardown::vm(birth.place, &Record::read(birth.place));
+    let booted = start(birth, config, record, None).map_err(Failure::into_error)?;
+    template.spoil(&why);
+    Ok(booted)
+}
+
+/// Makes a VM that waited the pod's.
+fn adopt(
+    birth: &Birth<'_>,
+    mut record: Record,
+    cgroup: Option<&Cgroup>,
+    waiting: Waiting,
+) -> Result<Met, Error> {
+    let Waiting {
+        mut vm,
+        agent,
+        shared,
+        ..
+    } = waiting;
+    if let Some(cgroup) = cgroup {
+        cgroup.take(vm.pid())?;
+    }
+    let settings = match spec::network_namespace(birth.spec) {
+        Some(pods) => {
+            record.network = Some(pods.into());
+            record.write(birth.place).map_err(vm::Error::Record)?;
+            vm.join(pods)?
+        }
+        None => Settings::default(),
+    };
+    birth.note("prepare");
+    vm.resume()?;
+    birth.note("vmm");
+    renew(birth, &agent)?;
+    connect(birth, &agent, settings)?;
+    Ok(Met { vm, agent, shared })
+}
+
+/// Starts a VM, from a template if one is given and ready, and waits for its agent.
+fn start(
+    birth: &Birth<'_>,
+    config: &Config,
+    mut record: Record,
+    template: Option<&Template>,
+) -> Result<Met, Failure> {
+    let Birth { place, spec, .. } = *birth;
+    let shared = Shared::make(place.shared()).map_err(Error::from)?;
+    let plan = Plan {
+        config,
+        place,
+        size: size_of(config, spec),
+        template,
+        network: spec::network_namespace(spec),
+    };
+    birth.note("prepare");
+    let started = Vm::boot(&plan, &mut record);
+    let (vm, settings) = started.map_err(|error| Failure {
+        // A VM that could not be started by booting fails again.
+        of_template: template.is_some_and(Template::is_ready),
+        error: error.into(),
+    })?;
+    birth.note("vmm");
+    let lives = || !vm.life.has_ended();
+    let timeout = match vm.start {
+        Start::Clone => config.agent_timeout().min(CLONE_PATIENCE),
+        Start::Booted | Start::Model(_) => config.agent_timeout(),
+    };
+    let meet = || {
+        let agent = Agent::reach(&place.vsock(), timeout, &lives)?;
+        birth.note("guest");
+        match &vm.start {
+            Start::Booted => {}
+            Start::Model(claim) => {
+                if let Err(error) = claim.make(&vm) {
+                    log::warn!("there is no template: {}", api::chain(&error).join(": "));
+                }
+                birth.note("template");
+            }
+            Start::Clone => renew(birth, &agent)?,
+        }
+        connect(birth, &agent, settings)?;
+        Ok(agent)
+    };
+    match meet() {
+        Ok(agent) => Ok(Met { vm, agent, shared }),
+        Err(error) => {
+            vm.kill();
+            Err(Failure {
+                of_template: matches!(vm.start, Start::Clone),
+                error,
+            })
+        }
+    }
+}
+
+/// Makes the guest, which went on from a template, another than all that did.
+fn renew(birth: &Birth<'_>, agent: &Agent) -> Result<(), Error> {
+    let renewed = agent.renew(seed()?);
+    renewed.map_err(asked("become another guest"))?;
+    birth.note("renewal");
+    Ok(())
+}
+
+fn connect(birth: &Birth<'_>, agent: &Agent, settings: Settings) -> Result<(), Error> {
+    let connected = agent.network(settings);
+    connected.map_err(asked("set up the network"))?;
+    birth.note("network");
+    Ok(())
+}
+
 /// A pod that does not start.
 struct Failure {
     /// Without its template it may.
@@ -322,47 +405,27 @@ impl From<Error> for Failure {
     }
 }
 
-/// Makes the template of pods without limits, if it is not there, and says where it is.
-pub(crate) fn template(config: &Config) -> Result<PathBuf, Error> {
-    let size = size::size(config, std::iter::empty());
-    let template = Template::of(config, size).ok_or(Error::NoTemplate)?;
-    if template.is_ready() {
-        return Ok(template.folder().into());
+/// What the VM of the pod that `spec` describes can go on from, or become. None if there is not to be
+/// any such thing.
+pub(crate) fn template_of(config: &Config, spec: &Spec) -> Result<Option<Template>, Error> {
+    if config.templates.is_none() {
+        return Ok(None);
     }
-    let folder = PathBuf::from(format!("/run/podvmm/template-{}", std::process::id()));
-    fs::create_dir_all(&folder).map_err(Error::Folder)?;
-    let place = Place::at(&folder);
-    let make = || {
-        let plan = Plan {
-            config,
-            place: &place,
-            size,
-            template: Some(&template),
-            network: None,
-        };
-        let (vm, _) = Vm::boot(&plan, &mut Record::default())?;
-        let lives = || !vm.life.has_ended();
-        let made = Agent::reach(&place.vsock(), config.agent_timeout(), &lives)
-            .map_err(Error::from)
-            .and_then(|_| match &vm.start {
-                Start::Model(claim) => Ok(claim.make(&vm)?),
-                // Somebody else is at it, or done.
-                Start::Booted | Start::Clone => Ok(()),
-            });
-        vm.kill();
-        made
-    };
-    let made = Shared::make(place.shared())
-        .map_err(Error::from)
-        .and_then(|_| make());
-    teardown::pod(&place);
-    made.map(|()| template.folder().into())
+    // A VM without a network has an interface for one that may come late.
+    let interfaces = spec::network_namespace(spec).map_or(Ok(1), network::count)?;
+    Ok(Template::of(config, size_of(config, spec), interfaces))
 }
 
-fn random(len: usize) -> io::Result<Vec<u8>> {
-    let mut bytes = vec![0; len];
-    File::open("/dev/urandom")?.read_exact(&mut bytes)?;
-    Ok(bytes)
+fn size_of(config: &Config, spec: &Spec) -> Size {
+    size::size(config, [foretold(spec)].into_iter())
+}
+
+/// Random bytes for a guest.
+pub(crate) fn seed() -> Result<Vec<u8>, Error> {
+    let mut bytes = vec![0; SEED_BYTES];
+    let random = File::open("/dev/urandom");
+    let read = random.and_then(|mut random| random.read_exact(&mut bytes));
+    read.map(|()| bytes).map_err(Error::Random)
 }
 
 /// Or it could not be taken away.

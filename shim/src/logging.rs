@@ -4,9 +4,18 @@ use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
+use std::sync::RwLock;
+
+use log::{LevelFilter, Log, Metadata, Record};
 
 use crate::error::LONGEST;
-use log::{LevelFilter, Log, Metadata, Record};
+
+static LOGGER: Logger = Logger(RwLock::new(Lines {
+    fifo: None,
+    pod: String::new(),
+}));
+
+struct Logger(RwLock<Lines>);
 
 /// Where lines go.
 struct Lines {
@@ -15,7 +24,8 @@ struct Lines {
     pod: String,
 }
 
-/// Logs what the pod `pod` is about into the FIFO `log` of `bundle`; to standard error without it.
+/// From now on logs what the pod `pod` is about, into the FIFO `log` of `bundle`; to standard error
+/// without it.
 pub(crate) fn start(bundle: Option<&Path>, pod: &str, level: LevelFilter) {
     // For reading too: opening it waits for nobody, and what is written while containerd is away is
     // there when it comes back.
@@ -31,12 +41,13 @@ pub(crate) fn start(bundle: Option<&Path>, pod: &str, level: LevelFilter) {
         fifo: bundle.and_then(open),
         pod: pod.into(),
     };
+    *LOGGER.0.write().expect("a panic ends the process") = lines;
     log::set_max_level(level);
-    // There is only one such call.
-    let _ = log::set_boxed_logger(Box::new(lines));
+    // It is the only logger there is.
+    let _ = log::set_logger(&LOGGER);
 }
 
-impl Log for Lines {
+impl Log for Logger {
     fn enabled(&self, _: &Metadata<'_>) -> bool {
         true
     }
@@ -54,12 +65,13 @@ impl Log for Lines {
         };
         // A guest may have said it, at any length.
         let text: String = record.args().to_string().chars().take(LONGEST).collect();
+        let lines = self.0.read().expect("a panic ends the process");
         let line = format!(
             "level={level} msg={text:?} pod={:?} runtime=podvmm\n",
-            self.pod
+            lines.pod
         );
         // What nobody takes is lost: the pod is not to wait for its log.
-        let _ = match &self.fifo {
+        let _ = match &lines.fifo {
             Some(fifo) => {
                 let mut fifo: &File = fifo;
                 fifo.write_all(line.as_bytes())

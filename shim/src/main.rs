@@ -12,9 +12,11 @@ mod guest;
 mod logging;
 mod mounts;
 mod network;
+mod orders;
 mod phases;
 mod place;
 mod pod;
+mod pool;
 mod protocol;
 mod publish;
 mod record;
@@ -28,6 +30,7 @@ mod task;
 mod teardown;
 mod template;
 mod vm;
+mod waiting;
 
 use std::error::Error;
 use std::io::{self, Write};
@@ -45,12 +48,14 @@ use prost::Message;
 
 use arguments::{Action, Arguments};
 use config::Config;
+use orders::Orders;
 use phases::Phases;
 use place::Place;
 use pod::Pod;
 use protocol::task::DeleteResponse;
 use publish::Publisher;
 use service::Tasks;
+use waiting::Waiting;
 
 const HELP: &str = "\
 containerd-shim-podvmm-v2: runs pods in VMs for containerd, which starts it by itself
@@ -58,6 +63,7 @@ for the runtime io.containerd.podvmm.v2
 
   check [-config FILE]          say whether the configuration can be used
   template [-config FILE]       make the template that pods without limits start from
+  pool [-config FILE]           have VMs wait for such pods, as many as it says; print how many
   runtime-class [-config FILE]  print the RuntimeClass for it, overhead included
   -version                      print the version
 
@@ -91,22 +97,36 @@ fn main() -> ExitCode {
 }
 
 fn run(arguments: &Arguments) -> Result<(), Box<dyn Error>> {
-    let config = || {
-        let path = arguments.config.clone();
-        Config::read(&path.unwrap_or_else(|| config::DEFAULT_PATH.into()))
-    };
+    let path = arguments.config_path();
+    let config = || Config::read(&path);
     match arguments.action {
         Action::Help => print!("{HELP}"),
         Action::Version => println!("containerd-shim-podvmm-v2 {}", env!("CARGO_PKG_VERSION")),
         Action::Check => println!("{:#?}", config()?),
         Action::Template => {
-            logging::start(None, "template", level(arguments));
-            println!("{}", guest::template(&config()?)?.display());
+            logging::start(None, "template", level(arguments.debug));
+            println!("{}", waiting::template(&config()?)?.folder().display());
+        }
+        Action::Pool => {
+            logging::start(None, "pool", level(arguments.debug));
+            println!("{}", pool::adjust(&path, &config()?)?);
+        }
+        Action::Wait => {
+            logging::start(None, "pool", level(arguments.debug));
+            rustix::process::setsid()?;
+            if let Some(called) = pool::wait(&path, arguments.memory_mib)? {
+                serve(&called.orders, called.listener, Some(called.waiting))?;
+            }
         }
         Action::RuntimeClass => print!("{}", runtime_class::yaml(&config()?)),
         Action::Start => print!("{}", start::start(arguments, &bundle(arguments)?)?),
         Action::Delete => delete(arguments)?,
-        Action::Serve => serve(arguments)?,
+        Action::Serve => {
+            rustix::process::setsid()?;
+            let asked = std::env::var(start::ASKED).unwrap_or_default();
+            let orders = Orders::new(arguments, Path::new("."), asked);
+            serve(&orders, listener()?, None)?;
+        }
     }
     Ok(())
 }
@@ -121,7 +141,7 @@ fn bundle(arguments: &Arguments) -> io::Result<PathBuf> {
 
 /// Cleans up after a shim that is gone, or one that has no such container.
 fn delete(arguments: &Arguments) -> Result<(), Box<dyn Error>> {
-    logging::start(None, &arguments.id, level(arguments));
+    logging::start(None, &arguments.id, level(arguments.debug));
     let spec = spec::read(&bundle(arguments)?).unwrap_or_default();
     let pod = spec::pod_of(&arguments.id, &spec.annotations);
     if !arguments::is_id(pod) {
@@ -143,8 +163,8 @@ fn delete(arguments: &Arguments) -> Result<(), Box<dyn Error>> {
     Ok(())
 }
 
-fn level(arguments: &Arguments) -> log::LevelFilter {
-    if arguments.debug {
+fn level(debug: bool) -> log::LevelFilter {
+    if debug {
         log::LevelFilter::Debug
     } else {
         log::LevelFilter::Info
@@ -152,19 +172,21 @@ fn level(arguments: &Arguments) -> log::LevelFilter {
 }
 
 /// Serves containerd until it says that the pod is over.
-fn serve(arguments: &Arguments) -> Result<(), Box<dyn Error>> {
-    logging::start(Some(Path::new(".")), &arguments.id, level(arguments));
-    let listener = listener()?;
-    rustix::process::setsid()?;
+fn serve(
+    orders: &Orders,
+    listener: UnixListener,
+    mut waiting: Option<Waiting>,
+) -> Result<(), Box<dyn Error>> {
+    logging::start(Some(&orders.bundle), &orders.id, level(orders.debug));
     std::panic::set_hook(Box::new(|panic| log::error!("{panic}")));
-    let asked = std::env::var(start::ASKED).ok();
-    let asked = asked.and_then(|text| phases::from_text(&text));
+    let asked = phases::from_text(&orders.asked);
     let phases = Phases::since(asked.unwrap_or_else(SystemTime::now));
-    let address = std::env::var("TTRPC_ADDRESS");
-    let address = address.unwrap_or_else(|_| format!("{}.ttrpc", arguments.address));
-    let events = Publisher::start(address.into(), arguments.namespace.clone())?;
-    let place = Place::new(&arguments.address, &arguments.namespace, &arguments.id);
-    let pod = Pod::new(arguments.id.clone(), place, events, phases);
+    let events = Publisher::start(orders.events.clone(), orders.namespace.clone())?;
+    let place = orders.place();
+    if let Some(waiting) = &mut waiting {
+        waiting.moved(&place);
+    }
+    let pod = Pod::new(orders.id.clone(), place, events, phases, waiting);
     let (end, ended) = channel();
     let service: Arc<dyn Service> = Arc::new(Tasks::new(pod, end));
     thread::Builder::new()

@@ -56,6 +56,11 @@ impl Shared {
         }
     }
 
+    /// The folder it is in has another path now.
+    pub(crate) fn moved(&mut self, path: PathBuf) {
+        self.path = path;
+    }
+
     /// Where the things of the container `id` are seen, and where places for them are made.
     fn of(&self, id: &str) -> (PathBuf, PathBuf) {
         let below = format!("/proc/self/fd/{}", self.below.as_raw_fd());

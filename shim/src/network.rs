@@ -7,12 +7,13 @@ mod tap;
 
 use std::io;
 use std::net::IpAddr;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::thread;
 
 use agent::protocol::types::{ArpNeighbor, Interface, IpAddress, IpFamily, Route};
 use rustix::fs::{Mode, OFlags};
+use rustix::io::Errno;
 use rustix::thread::{LinkNameSpaceType, UnshareFlags};
 
 use netlink::Netlink;
@@ -33,6 +34,8 @@ pub(crate) enum Error {
     Thread(#[source] io::Error),
     #[error("make tap {name}")]
     Tap { name: String, source: io::Error },
+    #[error("the pod has {0} interfaces, and a VM that waited has one")]
+    Count(usize),
 }
 
 /// An interface of the pod's and the VM's end of it.
@@ -67,19 +70,22 @@ pub(crate) fn enter(path: Option<&Path>) -> Result<(), Error> {
         let made = unsafe { rustix::thread::unshare_unsafe(UnshareFlags::NEWNET) };
         return made.map_err(|errno| Error::Make(errno.into()));
     };
-    let enter = || {
-        let flags = OFlags::RDONLY | OFlags::CLOEXEC;
-        let namespace = rustix::fs::open(path, flags, Mode::empty())?;
-        use std::os::fd::AsFd;
-        rustix::thread::move_into_link_name_space(
-            namespace.as_fd(),
-            Some(LinkNameSpaceType::Network),
-        )
-    };
-    enter().map_err(|errno| Error::Enter {
+    let namespace = namespace(path)?;
+    let kind = Some(LinkNameSpaceType::Network);
+    let entered = rustix::thread::move_into_link_name_space(namespace.as_fd(), kind);
+    entered.map_err(cannot_enter(path))
+}
+
+fn namespace(path: &Path) -> Result<OwnedFd, Error> {
+    let flags = OFlags::RDONLY | OFlags::CLOEXEC;
+    rustix::fs::open(path, flags, Mode::empty()).map_err(cannot_enter(path))
+}
+
+fn cannot_enter(path: &Path) -> impl Fn(Errno) -> Error {
+    move |errno| Error::Enter {
         path: path.into(),
         source: errno.into(),
-    })
+    }
 }
 
 /// Does something in a network namespace, on a thread of its own.
@@ -95,10 +101,15 @@ pub(crate) fn within<T: Send>(
     })
 }
 
+/// How many interfaces of a network namespace [`connect`] would connect.
+pub(crate) fn count(path: &Path) -> Result<usize, Error> {
+    within(path, || Ok(interfaces(&mut open()?)?.len()))
+}
+
 /// Connects each interface of this thread's network namespace to a tap of its own.
 pub(crate) fn connect() -> Result<(Vec<Link>, Settings), Error> {
     let mut netlink = open()?;
-    let found = netlink.links().map_err(failed("list the interfaces"))?;
+    let found = interfaces(&mut netlink)?;
     let mut links = Vec::new();
     for (number, link) in found.iter().enumerate() {
         let name = format!("{TAP}{number}");
@@ -125,11 +136,37 @@ pub(crate) fn prepare() -> Result<Link, Error> {
     Ok(Link { mac, tap })
 }
 
+/// Connects the one interface of the network namespace `pods` to the tap of [`prepare`], which moves
+/// there from `vms`.
+pub(crate) fn connect_waiting(vms: &Path, pods: &Path) -> Result<Settings, Error> {
+    let count = count(pods)?;
+    if count != 1 {
+        return Err(Error::Count(count));
+    }
+    let name = format!("{TAP}0");
+    let to = namespace(pods)?;
+    within(vms, || {
+        let mut netlink = open()?;
+        let mut leave = || {
+            let tap = netlink.index_of(&name)?;
+            netlink.move_to(tap, to.as_fd())
+        };
+        leave().map_err(failed(&format!("move {name}")))
+    })?;
+    within(pods, || {
+        let mut netlink = open()?;
+        let found = interfaces(&mut netlink)?;
+        for link in &found {
+            join(&mut netlink, link, &name)?;
+        }
+        settings(&mut netlink, &found)
+    })
+}
+
 /// Connects the interface that has come to the tap of [`prepare`], whose address is `mac`.
 pub(crate) fn connect_late(mac: &str) -> Result<Option<Settings>, Error> {
     let mut netlink = open()?;
-    let mut found = netlink.links().map_err(failed("list the interfaces"))?;
-    found.retain(|link| !link.name.starts_with(TAP));
+    let mut found = interfaces(&mut netlink)?;
     found.truncate(1);
     let Some(link) = found.first() else {
         return Ok(None);
@@ -145,13 +182,19 @@ pub(crate) fn connect_late(mac: &str) -> Result<Option<Settings>, Error> {
 /// Undoes [`connect`] in a namespace that stays. Taps go with their VM.
 pub(crate) fn disconnect() -> Result<(), Error> {
     let mut netlink = open()?;
-    let found = netlink.links().map_err(failed("list the interfaces"))?;
-    for link in found.iter().filter(|link| !link.name.starts_with(TAP)) {
+    for link in interfaces(&mut netlink)? {
         netlink
             .remove_ingress(link.index)
             .map_err(failed(&link.name))?;
     }
     Ok(())
+}
+
+/// The interfaces of this thread's network namespace that are not a VM's end of one.
+fn interfaces(netlink: &mut Netlink) -> Result<Vec<Found>, Error> {
+    let mut found = netlink.links().map_err(failed("list the interfaces"))?;
+    found.retain(|link| !link.name.starts_with(TAP));
+    Ok(found)
 }
 
 fn open() -> Result<Netlink, Error> {
@@ -305,6 +348,44 @@ mod tests {
             assert!(!run("ip link").contains("podvmm0"), "taps go with their VM");
             disconnect().unwrap();
             run("ip link del eth0");
+        });
+    }
+
+    /// The network namespace of this thread, for others.
+    fn own() -> PathBuf {
+        let (process, thread) = (std::process::id(), rustix::thread::gettid());
+        format!("/proc/{process}/task/{thread}/ns/net").into()
+    }
+
+    #[test]
+    fn a_vm_that_waited_joins_the_pods_network() {
+        in_a_pods_namespace(|| {
+            run("ip address add 10.9.8.7/24 dev eth0");
+            let pods = own();
+            let (tell, told) = std::sync::mpsc::channel();
+            let (end, ended) = std::sync::mpsc::channel::<()>();
+            let vm = std::thread::spawn(move || {
+                enter(None).unwrap();
+                let link = prepare().unwrap();
+                tell.send(own()).unwrap();
+                let _ = ended.recv();
+                drop(link);
+            });
+            let vms = told.recv().unwrap();
+            run("ip link add eth1 type bridge");
+            assert_eq!(count(&pods).unwrap(), 2);
+            let refused = connect_waiting(&vms, &pods).unwrap_err();
+            assert!(refused.to_string().contains("2 interfaces"), "{refused}");
+            run("ip link del eth1");
+            let settings = connect_waiting(&vms, &pods).unwrap();
+            assert_eq!(settings.interfaces[0].hw_addr, "02:00:00:00:00:07");
+            assert_eq!(settings.interfaces[0].addresses[0].address, "10.9.8.7");
+            assert_eq!(count(&pods).unwrap(), 1, "its end of it is the VM's");
+            let filters = run("tc filter show dev podvmm0 ingress");
+            assert!(filters.contains("Redirect to device eth0"), "{filters}");
+            drop(end);
+            vm.join().unwrap();
+            assert!(!run("ip link").contains("podvmm0"), "taps go with their VM");
         });
     }
 

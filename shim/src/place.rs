@@ -3,7 +3,7 @@
 
 use std::path::{Path, PathBuf};
 
-const ROOT: &str = "/run/podvmm";
+pub(crate) const ROOT: &str = "/run/podvmm";
 
 /// A pod's folder.
 #[derive(Clone, Debug)]

@@ -25,6 +25,7 @@ use crate::size::{self, Limits};
 use crate::spec;
 use crate::stdio::{Paths, Stdio, Target};
 use crate::task::{Container, Exit, KILLED, Process, State};
+use crate::waiting::Waiting;
 
 /// How long a guest that did not do as told may take to say that it lives.
 const SIGN_OF_LIFE: Duration = Duration::from_secs(2);
@@ -50,10 +51,18 @@ pub(crate) struct Pod {
     changing: Mutex<()>,
     guest: Mutex<Option<Arc<Guest>>>,
     phases: Mutex<Phases>,
+    /// A VM that waited for the pod, until it is the pod's.
+    waiting: Mutex<Option<Waiting>>,
 }
 
 impl Pod {
-    pub(crate) fn new(id: String, place: Place, events: Publisher, phases: Phases) -> Arc<Self> {
+    pub(crate) fn new(
+        id: String,
+        place: Place,
+        events: Publisher,
+        phases: Phases,
+        waiting: Option<Waiting>,
+    ) -> Arc<Self> {
         Arc::new(Self {
             id,
             place,
@@ -62,6 +71,7 @@ impl Pod {
             changing: Mutex::default(),
             guest: Mutex::default(),
             phases: Mutex::new(phases),
+            waiting: Mutex::new(waiting),
         })
     }
 
@@ -167,6 +177,7 @@ impl Pod {
                 place: &self.place,
                 spec,
                 phases: &self.phases,
+                waiting: &self.waiting,
             },
             config,
         );

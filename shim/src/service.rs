@@ -264,7 +264,7 @@ fn invalid(error: spec::Error) -> Status {
 }
 
 /// Where the configuration is, by containerd's runtime options.
-fn config_path(options: Option<&prost_types::Any>) -> PathBuf {
+pub(crate) fn config_path(options: Option<&prost_types::Any>) -> PathBuf {
     let options = options.filter(|options| options.type_url.ends_with("runtimeoptions.v1.Options"));
     let options = options.and_then(|options| Options::decode(&options.value[..]).ok());
     let path = options

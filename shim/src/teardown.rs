@@ -5,7 +5,7 @@ use std::fs;
 use std::path::Path;
 use std::time::Duration;
 
-use crate::place::Place;
+use crate::place::{self, Place};
 use crate::record::Record;
 use crate::{cgroup, mounts, network, vm};
 
@@ -21,8 +21,9 @@ pub(crate) fn pod(place: &Place) {
         let _ = fs::remove_file(file);
     }
     complain(place.path(), fs::remove_dir(place.path()));
-    // Other pods of the same containerd have theirs beside it.
-    let above = place.path().ancestors().skip(1).take(2);
+    // Others have theirs beside it.
+    let above = place.path().ancestors().skip(1);
+    let above = above.take_while(|folder| folder.starts_with(place::ROOT));
     above.for_each(|folder| drop(fs::remove_dir(folder)));
     cgroup::remove(&record.cgroups);
 }

@@ -13,6 +13,8 @@ use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use rustix::fs::{FlockOperation, flock};
 use serde::{Deserialize, Serialize};
@@ -32,6 +34,8 @@ const INPUTS: &str = "inputs.json";
 const SPOILT: &str = "spoilt";
 /// What a snapshot is not without.
 const STATE: &str = "state.json";
+/// Between looks for one that somebody is making.
+const PAUSE: Duration = Duration::from_millis(200);
 
 /// A VM to go on from, whether it is there already or not.
 #[derive(Debug)]
@@ -40,6 +44,12 @@ pub(crate) struct Template {
     /// Of the VM.
     pub(crate) size: Size,
     inputs: Inputs,
+}
+
+impl PartialEq for Template {
+    fn eq(&self, other: &Self) -> bool {
+        self.folder == other.folder && self.inputs == other.inputs
+    }
 }
 
 /// All that a template depends on.
@@ -51,11 +61,13 @@ struct Inputs {
     files: Vec<Stamp>,
     /// What all VMs of the size have in common.
     vm: Value,
+    /// Of its network, whatever their addresses are to be.
+    interfaces: usize,
 }
 
 /// A file as it was.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-struct Stamp {
+pub(crate) struct Stamp {
     path: PathBuf,
     inode: u64,
     len: u64,
@@ -75,14 +87,19 @@ impl Stamp {
         })
     }
 
-    fn holds(&self) -> bool {
+    /// Of the program that runs.
+    pub(crate) fn of_program() -> io::Result<Self> {
+        Self::of(&std::env::current_exe()?)
+    }
+
+    pub(crate) fn holds(&self) -> bool {
         Self::of(&self.path).is_ok_and(|now| now == *self)
     }
 }
 
 impl Template {
-    /// The one for VMs of `size`. None if there is not to be one.
-    pub(crate) fn of(config: &Config, size: Size) -> Option<Self> {
+    /// The one for VMs of `size` with so many network interfaces. None if there is not to be one.
+    pub(crate) fn of(config: &Config, size: Size, interfaces: usize) -> Option<Self> {
         let templates = config.templates.as_ref()?;
         let overhead = u64::from(config.guest_overhead_mib);
         let limits = size.memory_mib.checked_sub(overhead)?;
@@ -94,7 +111,7 @@ impl Template {
             vcpus: 1,
             memory_mib: memory_mib.next_multiple_of(2),
         };
-        let inputs = Inputs::of(config, size)
+        let inputs = Inputs::of(config, size, interfaces)
             .inspect_err(|error| log::warn!("there can be no template: {error}"))
             .ok()?;
         let name = format!("{}M-{:08x}", size.memory_mib, fnv1a(&inputs.text()));
@@ -110,9 +127,27 @@ impl Template {
         &self.folder
     }
 
+    /// How many network interfaces the guest has.
+    pub(crate) fn interfaces(&self) -> usize {
+        self.inputs.interfaces
+    }
+
     /// Whether pods can go on from it.
     pub(crate) fn is_ready(&self) -> bool {
         self.folder.join(STATE).exists() && inputs_in(&self.folder).as_ref() == Some(&self.inputs)
+    }
+
+    /// Waits for whoever makes it, as long as `still` says and no longer than `patience`. Whether it
+    /// is there then.
+    pub(crate) fn await_made(&self, patience: Duration, still: impl Fn() -> bool) -> bool {
+        let deadline = Instant::now() + patience;
+        while !self.is_ready() {
+            if Instant::now() > deadline || !still() {
+                return false;
+            }
+            thread::sleep(PAUSE);
+        }
+        true
     }
 
     /// The right to make it. None if somebody else has that, or it cannot be.
@@ -177,7 +212,7 @@ impl Claim {
 }
 
 impl Inputs {
-    fn of(config: &Config, size: Size) -> io::Result<Self> {
+    fn of(config: &Config, size: Size, interfaces: usize) -> io::Result<Self> {
         let podvmm = which(&config.podvmm);
         let files = [
             Some(&config.kernel),
@@ -192,6 +227,7 @@ impl Inputs {
                 .map(|file| Stamp::of(file))
                 .collect::<Result<_, _>>()?,
             vm: vm::definition(config, size),
+            interfaces,
         })
     }
 
@@ -280,19 +316,22 @@ mod tests {
     #[test]
     fn a_pod_goes_on_from_the_largest_vm_that_is_not_larger() {
         let (_folder, config) = node();
-        let memory = |mib| Template::of(&config, sized(mib)).map(|it| it.size.memory_mib);
+        let memory = |mib| Template::of(&config, sized(mib), 1).map(|it| it.size.memory_mib);
         let sizes = [79, 80, 576, 1000, 8192].map(memory);
         assert_eq!(sizes, [None, Some(80), Some(576), Some(576), Some(4160)]);
-        assert_eq!(Template::of(&config, sized(576)).unwrap().size.vcpus, 1);
+        assert_eq!(Template::of(&config, sized(576), 1).unwrap().size.vcpus, 1);
+        let folders = [0, 1, 2].map(|interfaces| Template::of(&config, sized(576), interfaces));
+        let folders = folders.map(|template| template.unwrap().folder);
+        assert!(folders[0] != folders[1] && folders[1] != folders[2]);
         let mut without = config.clone();
         without.templates = None;
-        assert!(Template::of(&without, sized(576)).is_none());
+        assert!(Template::of(&without, sized(576), 1).is_none());
     }
 
     #[test]
     fn one_shim_makes_it_and_the_others_use_it() {
         let (_folder, config) = node();
-        let [one, other] = [0; 2].map(|_| Template::of(&config, sized(576)).unwrap());
+        let [one, other] = [0; 2].map(|_| Template::of(&config, sized(576), 1).unwrap());
         let claim = one.claim().unwrap();
         assert!(other.claim().is_none());
         drop(claim);
@@ -304,13 +343,13 @@ mod tests {
         assert!(other.is_ready());
         other.spoil("it is bad");
         assert!(!one.is_ready());
-        assert!(Template::of(&config, sized(576)).is_none());
+        assert!(Template::of(&config, sized(576), 1).is_none());
     }
 
     #[test]
     fn what_is_made_of_something_else_is_none() {
         let (_folder, config) = node();
-        let template = Template::of(&config, sized(576)).unwrap();
+        let template = Template::of(&config, sized(576), 1).unwrap();
         made(&template);
         // Another's, whose inputs have the same hash.
         fs::write(template.folder().join(INPUTS), "{}").unwrap();
@@ -323,13 +362,13 @@ mod tests {
     #[test]
     fn it_is_another_when_what_it_is_made_of_changes_and_stale_ones_go() {
         let (_folder, config) = node();
-        let before = Template::of(&config, sized(576)).unwrap();
+        let before = Template::of(&config, sized(576), 1).unwrap();
         made(&before);
         let mut params = config.clone();
         params.kernel_params = "debug".into();
-        assert!(!Template::of(&params, sized(576)).unwrap().is_ready());
+        assert!(!Template::of(&params, sized(576), 1).unwrap().is_ready());
         fs::write(&config.kernel, "another kernel").unwrap();
-        let after = Template::of(&config, sized(576)).unwrap();
+        let after = Template::of(&config, sized(576), 1).unwrap();
         assert_ne!(after.folder(), before.folder());
         assert!(!after.is_ready());
         made(&after);

@@ -110,7 +110,7 @@ pub(crate) struct Plan<'a> {
     pub(crate) config: &'a Config,
     pub(crate) place: &'a Place,
     pub(crate) size: Size,
-    /// What it can go on from, or become, if it has one network.
+    /// What it can go on from, or become.
     pub(crate) template: Option<&'a Template>,
     /// The pod's; without one a new one is made.
     pub(crate) network: Option<&'a Path>,
@@ -184,8 +184,9 @@ impl Vm {
         let mut client = self.client()?;
         let net = |link: &Link| json!({ "mac": link.mac });
         let pods = pods_part(plan.place);
-        // A template's guest has one network, whatever its address is to be.
-        let template = plan.template.filter(|_| links.len() == 1);
+        // One may have come or gone since they were counted.
+        let same = |template: &&Template| template.interfaces() == links.len();
+        let template = plan.template.filter(same);
         if let Some(template) = template.filter(|template| template.is_ready()) {
             (self.start, self.size) = (Start::Clone, template.size);
             let mut config = pods;
@@ -227,21 +228,42 @@ impl Vm {
 
     /// Writes it to a folder, from which others can go on. It goes on itself, too.
     pub(crate) fn write_down(&self, folder: &Path) -> Result<(), Error> {
-        let mut client = self.client()?;
         let url = format!("file://{}", folder.display());
         let body = json!({ "destination_url": url });
-        put(&mut client, "pause the VM", "vm.pause", None, &[])?;
+        self.pause()?;
         let written = put(
-            &mut client,
+            &mut self.client()?,
             "write the VM down",
             "vm.snapshot",
             Some(body),
             &[],
         );
-        let resumed = put(&mut client, "resume the VM", "vm.resume", None, &[]);
         // One that stands still would be waited for in vain.
-        resumed.inspect_err(|_| self.process.kill())?;
+        self.resume().inspect_err(|_| self.process.kill())?;
         written
+    }
+
+    /// Has it stand still. What waits for the guest meanwhile waits for [`Vm::resume`].
+    pub(crate) fn pause(&self) -> Result<(), Error> {
+        put(&mut self.client()?, "pause the VM", "vm.pause", None, &[])
+    }
+
+    pub(crate) fn resume(&self) -> Result<(), Error> {
+        put(&mut self.client()?, "resume the VM", "vm.resume", None, &[])
+    }
+
+    /// The folder that it was made in has another path now.
+    pub(crate) fn moved(&mut self, place: &Place) {
+        self.api = place.api();
+    }
+
+    /// Gives its interface that waits for one of the host's the only one in `pods`, a network
+    /// namespace.
+    pub(crate) fn join(&mut self, pods: &Path) -> Result<Settings, Error> {
+        let own = PathBuf::from(format!("/proc/{}/ns/net", self.pid));
+        let settings = network::connect_waiting(&own, pods)?;
+        self.spare = None;
+        Ok(settings)
     }
 
     /// Connects to podvmm, which may still be starting.

@@ -65,7 +65,7 @@ impl Containerd {
         let folder = folder.expect("there is a temporary folder");
         let log = NamedTempFile::new().expect("there is a temporary folder");
         if handler() == "podvmm" {
-            write_config(&folder.path().join("podvmm.toml"), &templates());
+            write_config(&folder.path().join("podvmm.toml"), &templates(), 0);
         }
         let child = spawn(folder.path(), log.as_file());
         let mut containerd = Self { child, folder, log };
@@ -223,11 +223,13 @@ fn spawn(folder: &Path, log: &File) -> Child {
     command.spawn().expect("resources/containerd is there")
 }
 
-/// What the shim is told of: the monitor, the guest, and where its templates are.
-pub fn write_config(path: &Path, templates: &Path) {
+/// What the shim is told of: the monitor, the guest, where its templates are, and how many VMs wait
+/// for pods.
+pub fn write_config(path: &Path, templates: &Path, pool: usize) {
     let guest = guest::folder();
     let text = format!(
-        "podvmm = {:?}\nkernel = {:?}\ninitramfs = {:?}\ntemplates = {:?}\n",
+        "podvmm = {:?}\nkernel = {:?}\ninitramfs = {:?}\ntemplates = {:?}\n\
+         pool = {pool}\n",
         podvmm::binary(),
         guest.join("vmlinux"),
         guest.join("initramfs.cpio"),

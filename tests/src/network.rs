@@ -38,6 +38,65 @@ pub fn set_up(link: &str, address: &str) {
     ip(&format!("link set {link} up"));
 }
 
+/// A network namespace with a name, as network plugins make it for a pod, and another where the other
+/// ends of its interfaces are.
+#[derive(Debug)]
+pub struct PodNetwork {
+    names: [String; 2],
+    interfaces: usize,
+}
+
+impl PodNetwork {
+    /// With interfaces `eth0` and so on, of the addresses 10.9.N.2, whose other ends are 10.9.N.1.
+    pub fn new(interfaces: usize) -> Self {
+        let of = |end: &str| format!("podvmm-test-{}-{end}", std::process::id());
+        let network = Self {
+            names: [of("pod"), of("far")],
+            interfaces,
+        };
+        let [pod, far] = &network.names;
+        ip(&format!("netns add {pod}"));
+        ip(&format!("netns add {far}"));
+        for number in 0..interfaces {
+            let (near, other) = (format!("eth{number}"), format!("far{number}"));
+            ip(&format!(
+                "-n {pod} link add {near} address {} type veth peer {other} netns {far}",
+                Self::hardware(number)
+            ));
+            for (namespace, link, last) in [(pod, near, 2), (far, other, 1)] {
+                ip(&format!(
+                    "-n {namespace} address add 10.9.{number}.{last}/24 dev {link}"
+                ));
+                ip(&format!("-n {namespace} link set {link} up"));
+            }
+        }
+        network
+    }
+
+    /// The hardware address of an interface.
+    pub fn hardware(number: usize) -> String {
+        format!("02:00:00:00:07:0{number}")
+    }
+
+    pub fn interfaces(&self) -> usize {
+        self.interfaces
+    }
+
+    /// Where it is.
+    pub fn path(&self) -> String {
+        format!("/run/netns/{}", self.names[0])
+    }
+}
+
+impl Drop for PodNetwork {
+    fn drop(&mut self) {
+        for name in &self.names {
+            // What stays is for a snapshot to find.
+            let _ = Command::new("ip").args(["netns", "delete", name]).status();
+        }
+    }
+}
+
 /// The links of this thread's network, as the kernel lists them.
 pub fn links() -> String {
     std::fs::read_to_string("/proc/thread-self/net/dev").expect("/proc is mounted")

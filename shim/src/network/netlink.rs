@@ -3,6 +3,7 @@
 
 use std::io;
 use std::net::IpAddr;
+use std::os::fd::{AsRawFd, BorrowedFd};
 
 use agent::protocol::types::Route;
 use netlink_packet_core::{
@@ -164,6 +165,16 @@ impl Netlink {
         link.header.flags = LinkFlags::Up;
         link.header.change_mask = LinkFlags::Up;
         link.attributes.push(LinkAttribute::Mtu(mtu));
+        self.ask(RouteNetlinkMessage::SetLink(link), NLM_F_ACK)?;
+        Ok(())
+    }
+
+    /// Moves a link to another network namespace, where it is down and has the same name.
+    pub(super) fn move_to(&mut self, index: u32, namespace: BorrowedFd<'_>) -> io::Result<()> {
+        let mut link = LinkMessage::default();
+        link.header.index = index;
+        link.attributes
+            .push(LinkAttribute::NetNsFd(namespace.as_raw_fd()));
         self.ask(RouteNetlinkMessage::SetLink(link), NLM_F_ACK)?;
         Ok(())
     }

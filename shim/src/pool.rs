@@ -1,0 +1,401 @@
+//! The pool: VMs that wait for pods, as many for each size as the configuration says.
+//!
+//! Each has a shim of its own, which waits with it, in a folder laid out as a pod's. `start` renames
+//! the folder to its pod's place, so that nobody else has it, tells the shim which pod it has become,
+//! and starts another that waits. One that nobody took for long, or that no pod could go on with
+//! any more, ends by itself.
+
+use std::fs::{self, File};
+use std::io::{self, BufRead, BufReader, Read, Write};
+use std::os::unix::fs::DirBuilderExt;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::fs::{FlockOperation, flock};
+
+use crate::config::Config;
+use crate::error::Error;
+use crate::orders::Orders;
+use crate::place::{self, Place, fnv1a};
+use crate::size::Size;
+use crate::teardown;
+use crate::template::{Stamp, Template};
+use crate::waiting::{self, Waiting};
+
+/// How long the processors are left to the pod that made room in the pool.
+const HOLD_OFF: Duration = Duration::from_secs(5);
+/// How long a VM waits.
+const IDLE: Duration = Duration::from_secs(3600);
+/// Between looks at whether it is still wanted.
+const CHECK: Duration = Duration::from_secs(5);
+/// How long the two shims may take to talk.
+const PATIENCE: Duration = Duration::from_secs(2);
+/// Between looks for a template that somebody is making.
+const PAUSE: Duration = Duration::from_millis(200);
+/// Of orders, in bytes.
+const LONGEST: u64 = 16 << 10;
+const YES: &[u8] = b"yes\n";
+
+/// The VMs of one configuration that wait for pods of one size.
+#[derive(Debug)]
+pub(crate) struct Pool {
+    folder: PathBuf,
+    /// How their folders' names begin.
+    prefix: String,
+    wanted: usize,
+    config: PathBuf,
+    size: Size,
+}
+
+impl Pool {
+    /// Of the template. None if its pods need what no VM has that waits.
+    pub(crate) fn of(path: &Path, config: &Config, template: &Template) -> Option<Self> {
+        if config.pool == 0 || template.interfaces() != 1 {
+            return None;
+        }
+        let template_hash = fnv1a(template.folder().as_os_str().as_encoded_bytes());
+        Some(Self {
+            folder: folder(path),
+            prefix: format!("{template_hash:08x}-"),
+            wanted: config.pool.into(),
+            config: path.into(),
+            size: template.size,
+        })
+    }
+
+    /// The folders of those that wait or will, in order.
+    fn members(&self) -> Vec<PathBuf> {
+        let is_ours = |path: &PathBuf| name(path).starts_with(&self.prefix);
+        members(&self.folder).into_iter().filter(is_ours).collect()
+    }
+
+    /// Those that wait.
+    fn ready(&self) -> impl Iterator<Item = PathBuf> {
+        let waits = |folder: &PathBuf| Place::at(folder).shim().exists();
+        self.members().into_iter().filter(waits)
+    }
+
+    /// Whether one is not too many.
+    fn has(&self, member: &Path) -> bool {
+        self.members()
+            .iter()
+            .take(self.wanted)
+            .any(|it| it == member)
+    }
+
+    /// Makes the folder of one that waits that of a pod. Whether there was one.
+    pub(crate) fn take(&self, place: &Place) -> bool {
+        // Where it fails somebody else was faster.
+        self.ready()
+            .any(|folder| fs::rename(folder, place.path()).is_ok())
+    }
+
+    /// Starts as many that are to wait as are missing.
+    pub(crate) fn fill(&self) -> io::Result<()> {
+        let (living, dead): (Vec<_>, Vec<_>) = self.members().into_iter().partition(|it| lives(it));
+        for member in dead {
+            leave(&member);
+        }
+        let program = std::env::current_exe()?;
+        for _ in living.len()..self.wanted {
+            Command::new(&program)
+                .args(["-memory", &self.size.memory_mib.to_string(), "-config"])
+                .arg(&self.config)
+                .arg("wait")
+                // One heap for all threads: they are many, and each does little.
+                .env("MALLOC_ARENA_MAX", "1")
+                .current_dir("/")
+                .stdin(Stdio::null())
+                .stdout(Stdio::null())
+                .stderr(Stdio::null())
+                .spawn()?;
+        }
+        Ok(())
+    }
+
+    /// Makes the folder of one more. None if there are enough.
+    fn enroll(&self) -> io::Result<Option<PathBuf>> {
+        let mut builder = fs::DirBuilder::new();
+        builder.recursive(true).mode(0o700);
+        builder.create(&self.folder)?;
+        // The others' turn comes when this is dropped.
+        let lock = File::open(&self.folder)?;
+        flock(&lock, FlockOperation::LockExclusive)?;
+        if self.members().len() >= self.wanted {
+            return Ok(None);
+        }
+        let name = format!("{}{}", self.prefix, std::process::id());
+        let folder = self.folder.join(name);
+        builder.create(&folder)?;
+        Ok(Some(folder))
+    }
+}
+
+/// Where the VMs of a configuration wait.
+fn folder(config: &Path) -> PathBuf {
+    let hash = fnv1a(config.as_os_str().as_encoded_bytes());
+    Path::new(place::ROOT)
+        .join("pool")
+        .join(format!("{hash:08x}"))
+}
+
+fn members(folder: &Path) -> Vec<PathBuf> {
+    let entries = fs::read_dir(folder).into_iter().flatten().flatten();
+    let folders = entries
+        .map(|entry| entry.path())
+        .filter(|path| path.is_dir());
+    let mut members: Vec<_> = folders
+        .filter(|path| !name(path).starts_with('.'))
+        .collect();
+    members.sort();
+    members
+}
+
+fn name(path: &Path) -> String {
+    let name = path.file_name().unwrap_or_default();
+    name.to_string_lossy().into_owned()
+}
+
+/// Whether the shim of a member is there, whose number its name ends with.
+fn lives(member: &Path) -> bool {
+    let name = name(member);
+    let pid = name.rsplit('-').next().unwrap_or_default();
+    Path::new("/proc").join(pid).exists()
+}
+
+/// Tells the shim in `place`, which waited, which pod it is for.
+pub(crate) fn hand_over(place: &Place, orders: &Orders) -> io::Result<()> {
+    let mut stream = UnixStream::connect(place.shim())?;
+    stream.set_read_timeout(Some(PATIENCE))?;
+    stream.set_write_timeout(Some(PATIENCE))?;
+    let mut line = serde_json::to_vec(orders)?;
+    line.push(b'\n');
+    stream.write_all(&line)?;
+    let mut answer = Vec::new();
+    stream.read_to_end(&mut answer)?;
+    if answer == YES {
+        Ok(())
+    } else {
+        Err(io::Error::other("the shim that waited gives no answer"))
+    }
+}
+
+/// A shim that is to be a pod's.
+pub(crate) struct Called {
+    pub(crate) orders: Orders,
+    pub(crate) listener: UnixListener,
+    pub(crate) waiting: Waiting,
+}
+
+/// Waits in the pool of the configuration at `path`, with so much memory. None if there is no need
+/// to, or no longer.
+pub(crate) fn wait(path: &Path, memory_mib: u64) -> Result<Option<Called>, Error> {
+    let Some((config, template, pool)) = wanted(path, memory_mib) else {
+        return Ok(None);
+    };
+    let Some(folder) = pool.enroll().map_err(Error::Pool)? else {
+        return Ok(None);
+    };
+    let is_wanted = |waiting: &Waiting| {
+        let now = wanted(path, memory_mib);
+        now.is_some_and(|(_, template, pool)| {
+            template == waiting.template && template.is_ready() && pool.has(&folder)
+        })
+    };
+    let waits = || {
+        thread::sleep(HOLD_OFF);
+        if !template.await_made(config.agent_timeout(), || folder.exists()) {
+            return Ok(None);
+        }
+        let shim = Stamp::of_program().map_err(Error::Pool)?;
+        let place = Place::at(&folder);
+        let waiting = Waiting::make(&config, template, &place)?;
+        let listener = UnixListener::bind(place.shim()).map_err(Error::Pool)?;
+        let since = Instant::now();
+        loop {
+            let taken = !folder.exists();
+            if comes(&listener).map_err(Error::Pool)? {
+                match answer(&listener) {
+                    Ok(orders) => {
+                        return Ok(Some(Called {
+                            orders,
+                            listener,
+                            waiting,
+                        }));
+                    }
+                    Err(error) => log::debug!("who came is no pod: {error}"),
+                }
+            } else if taken || waiting.vm.life.has_ended() {
+                return Ok(None);
+            } else if since.elapsed() > IDLE || !shim.holds() || !is_wanted(&waiting) {
+                // Somebody may have taken it just now, and then comes.
+                if leave(&folder) {
+                    return Ok(None);
+                }
+            }
+        }
+    };
+    let called = waits();
+    if !matches!(called, Ok(Some(_))) {
+        leave(&folder);
+    }
+    called
+}
+
+fn wanted(path: &Path, memory_mib: u64) -> Option<(Config, Template, Pool)> {
+    let config = Config::read(path).ok()?;
+    let size = Size {
+        vcpus: 1,
+        memory_mib,
+    };
+    let template = Template::of(&config, size, 1)?;
+    let pool = Pool::of(path, &config, &template)?;
+    Some((config, template, pool))
+}
+
+/// Takes a folder out of its pool, with the VM in it, unless it is a pod's by now.
+fn leave(folder: &Path) -> bool {
+    let gone = folder.with_file_name(format!(".{}", name(folder)));
+    let left = fs::rename(folder, &gone).is_ok();
+    if left {
+        teardown::pod(&Place::at(&gone));
+    }
+    left
+}
+
+/// Waits for a caller, a while.
+fn comes(listener: &UnixListener) -> io::Result<bool> {
+    let timeout = Timespec {
+        tv_sec: CHECK.as_secs().cast_signed(),
+        tv_nsec: 0,
+    };
+    let mut polled = [PollFd::new(listener, PollFlags::IN)];
+    Ok(poll(&mut polled, Some(&timeout))? > 0)
+}
+
+/// Hears which pod this shim is for.
+fn answer(listener: &UnixListener) -> io::Result<Orders> {
+    let (stream, _) = listener.accept()?;
+    stream.set_read_timeout(Some(PATIENCE))?;
+    stream.set_write_timeout(Some(PATIENCE))?;
+    let mut line = String::new();
+    let mut reader = BufReader::new(stream).take(LONGEST);
+    reader.read_line(&mut line)?;
+    let orders = serde_json::from_str(&line)?;
+    reader.get_mut().get_mut().write_all(YES)?;
+    Ok(orders)
+}
+
+/// Makes the pool for pods without limits what the configuration at `path` says, and returns how
+/// many VMs wait in it.
+pub(crate) fn adjust(path: &Path, config: &Config) -> Result<usize, Error> {
+    let template = if config.pool == 0 {
+        None
+    } else {
+        Some(waiting::template(config)?)
+    };
+    let Some(pool) = template.and_then(|template| Pool::of(path, config, &template)) else {
+        let folder = folder(path);
+        for member in members(&folder) {
+            leave(&member);
+        }
+        // Unless one comes at this moment, nobody is there.
+        let above = folder.ancestors().take(2);
+        above.for_each(|folder| drop(fs::remove_dir(folder)));
+        return Ok(0);
+    };
+    pool.fill().map_err(Error::Pool)?;
+    let deadline = Instant::now() + config.agent_timeout();
+    loop {
+        let count = pool.ready().count();
+        if count >= pool.wanted || Instant::now() > deadline {
+            return Ok(count);
+        }
+        thread::sleep(PAUSE);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tempfile::TempDir;
+
+    use super::*;
+
+    fn pool(wanted: usize) -> (TempDir, Pool) {
+        let folder = tempfile::tempdir().unwrap();
+        let pool = Pool {
+            folder: folder.path().join("pool"),
+            prefix: "0123abcd-".into(),
+            wanted,
+            config: "/config.toml".into(),
+            size: Size {
+                vcpus: 1,
+                memory_mib: 576,
+            },
+        };
+        (folder, pool)
+    }
+
+    #[test]
+    fn there_are_no_more_than_wanted_and_each_is_taken_once() {
+        let (folder, mut pool) = pool(1);
+        let place = |name: &str| Place::at(&folder.path().join(name));
+        assert!(!pool.take(&place("pod")));
+        let member = pool.enroll().unwrap().unwrap();
+        assert_eq!(pool.enroll().unwrap(), None);
+        assert!(!pool.take(&place("pod")), "it is not ready");
+        let _listener = UnixListener::bind(Place::at(&member).shim()).unwrap();
+        assert!(pool.has(&member) && pool.take(&place("pod")));
+        assert!(place("pod").shim().exists());
+        assert!(!leave(&member), "it is a pod's");
+        assert!(!pool.take(&place("other")));
+
+        let member = pool.enroll().unwrap().unwrap();
+        pool.wanted = 0;
+        assert!(!pool.has(&member));
+        assert!(leave(&member) && members(&pool.folder).is_empty());
+    }
+
+    #[test]
+    fn another_sizes_vms_are_not_for_this_pod() {
+        let (folder, mut pool) = pool(1);
+        let member = pool.enroll().unwrap().unwrap();
+        let _listener = UnixListener::bind(Place::at(&member).shim()).unwrap();
+        pool.prefix = "4567cdef-".into();
+        assert!(!pool.take(&Place::at(&folder.path().join("pod"))));
+        assert!(pool.enroll().unwrap().is_some());
+    }
+
+    #[test]
+    fn a_shim_that_waits_hears_whose_it_is() {
+        let (folder, _) = pool(1);
+        let place = Place::at(folder.path());
+        let listener = UnixListener::bind(place.shim()).unwrap();
+        let words = "-namespace default -address /a.sock -id demo start";
+        let words = words.split(' ').map(Into::into);
+        let arguments = crate::arguments::Arguments::parse(words).unwrap();
+        let orders = Orders::new(&arguments, Path::new("/bundle"), "7".into());
+        let told = thread::scope(|scope| {
+            let heard = scope.spawn(|| answer(&listener).unwrap());
+            hand_over(&place, &orders).unwrap();
+            heard.join().unwrap()
+        });
+        assert_eq!(told, orders);
+        for nonsense in [&b""[..], b"{}\n", &[b'{'; 20 << 10]] {
+            let mut stream = UnixStream::connect(place.shim()).unwrap();
+            thread::scope(|scope| {
+                let heard = scope.spawn(|| answer(&listener).unwrap_err());
+                // Whoever listens may have heard enough before the end.
+                let _ = stream.write_all(nonsense);
+                drop(stream);
+                heard.join().unwrap();
+            });
+        }
+        drop(listener);
+        hand_over(&place, &orders).unwrap_err();
+    }
+}

@@ -1,0 +1,100 @@
+//! A VM without a pod: it went on from a template, or is to become one. With an agent that has
+//! answered it stands still, until a pod takes it.
+
+use std::fs;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use crate::agent::Agent;
+use crate::config::Config;
+use crate::error::{Error, asked};
+use crate::guest::{CLONE_PATIENCE, seed};
+use crate::mounts::Shared;
+use crate::place::Place;
+use crate::record::Record;
+use crate::size;
+use crate::teardown;
+use crate::template::Template;
+use crate::vm::{Plan, Start, Vm};
+
+/// A VM that waits for its pod. Dropping it does not end it.
+pub(crate) struct Waiting {
+    pub(crate) template: Template,
+    pub(crate) vm: Vm,
+    pub(crate) agent: Agent,
+    pub(crate) shared: Shared,
+}
+
+impl Waiting {
+    /// Makes it in the folder `place`. Where there is no template it boots, and becomes one.
+    pub(crate) fn make(config: &Config, template: Template, place: &Place) -> Result<Self, Error> {
+        let shared = Shared::make(place.shared())?;
+        let plan = Plan {
+            config,
+            place,
+            size: template.size,
+            template: Some(&template),
+            network: None,
+        };
+        let (vm, _) = Vm::boot(&plan, &mut Record::default())?;
+        let made = ready(&vm, place, config.agent_timeout()).inspect_err(|_| vm.kill());
+        Ok(Self {
+            agent: made?,
+            template,
+            vm,
+            shared,
+        })
+    }
+
+    /// Ends it, and takes away what `place` has of it.
+    fn end(self, place: &Place) {
+        self.vm.kill();
+        teardown::pod(place);
+    }
+
+    /// Its folder is `place` from now on.
+    pub(crate) fn moved(&mut self, place: &Place) {
+        self.vm.moved(place);
+        self.shared.moved(place.shared());
+    }
+}
+
+/// The template of pods without limits, made if it is not there.
+pub(crate) fn template(config: &Config) -> Result<Template, Error> {
+    let size = size::size(config, std::iter::empty());
+    let of = || Template::of(config, size, 1).ok_or(Error::NoTemplate);
+    let template = of()?;
+    if template.is_ready() {
+        return Ok(template);
+    }
+    let folder = PathBuf::from(format!("/run/podvmm/template-{}", std::process::id()));
+    fs::create_dir_all(&folder).map_err(Error::Folder)?;
+    let place = Place::at(&folder);
+    match Waiting::make(config, template, &place) {
+        Ok(waiting) => waiting.end(&place),
+        Err(error) => {
+            teardown::pod(&place);
+            return Err(error);
+        }
+    }
+    of()
+}
+
+/// Waits for the agent, and has the VM stand still.
+fn ready(vm: &Vm, place: &Place, patience: Duration) -> Result<Agent, Error> {
+    let patience = match vm.start {
+        Start::Clone => patience.min(CLONE_PATIENCE),
+        Start::Booted | Start::Model(_) => patience,
+    };
+    let agent = Agent::reach(&place.vsock(), patience, &|| !vm.life.has_ended())?;
+    if let Start::Model(claim) = &vm.start {
+        claim.make(vm)?;
+    }
+    // Not for its randomness, which is renewed for the pod: what that takes of the template's
+    // memory is the guest's own then.
+    agent
+        .renew(seed()?)
+        .map_err(asked("become another guest"))?;
+    vm.pause()?;
+    Ok(agent)
+}
