@@ -58,6 +58,8 @@ fn who_is_killed_leaves_nothing() {
         nothing_is_left(&before, "the guest's death");
         a_hung_guest(node);
         nothing_is_left(&before, "a hung guest");
+        the_vmm_of_a_clone(node);
+        nothing_is_left(&before, "the death of a VMM that just went on");
         the_shim(node);
         nothing_is_left(&before, "the shim's death");
         while_it_boots(node);
@@ -118,6 +120,30 @@ fn the_shim(node: &Node) {
     // containerd itself tells the end of a task whose shim is gone.
     events.in_order(container.id(), &["create", "start", "exit", "delete"]);
     assert!(events.data(container.id(), "exit").contains(KILLED));
+    forget(node, &container);
+}
+
+/// At once, which its template is not to suffer for.
+fn the_vmm_of_a_clone(node: &Node) {
+    let templates = containerd::templates();
+    let spoilt = || {
+        let entries = std::fs::read_dir(&templates).into_iter().flatten();
+        entries.filter(|entry| entry.as_ref().unwrap().path().join("spoilt").exists())
+    };
+    if templates.as_os_str().is_empty() {
+        return;
+    }
+    let before = spoilt().count();
+    let container = Container::new(node, "clone");
+    let mut command = container.run(&node.containerd, &["--detach", "--null-io"], &["true"]);
+    let run = command.stderr(Stdio::piped()).spawn().unwrap();
+    while container.vmms().is_empty() {
+        thread::sleep(Duration::from_millis(5));
+    }
+    signal(container.vmm(), libc::SIGKILL);
+    let ran: Ran = run.wait_with_output().unwrap().into();
+    assert_eq!(ran.code, Some(1), "{ran:?}");
+    assert_eq!(spoilt().count(), before);
     forget(node, &container);
 }
 

@@ -331,7 +331,8 @@ fn start(
     let started = Vm::boot(&plan, &mut record);
     let (vm, settings) = started.map_err(|error| Failure {
         // A VM that could not be started by booting fails again.
-        of_template: template.is_some_and(Template::is_ready),
+        of_template: template.is_some_and(Template::is_ready)
+            && !matches!(error, vm::Error::Killed),
         error: error.into(),
     })?;
     birth.note("vmm");
@@ -359,11 +360,9 @@ fn start(
     match meet() {
         Ok(agent) => Ok(Met { vm, agent, shared }),
         Err(error) => {
-            vm.kill();
-            Err(Failure {
-                of_template: matches!(vm.start, Start::Clone),
-                error,
-            })
+            // Whoever was killed does not show what its template is worth.
+            let of_template = !vm.fail() && matches!(vm.start, Start::Clone);
+            Err(Failure { of_template, error })
         }
     }
 }

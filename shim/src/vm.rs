@@ -6,7 +6,7 @@ use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::sync_channel;
-use std::sync::{Arc, Condvar, Mutex};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -27,6 +27,8 @@ use crate::template::{Claim, Template};
 const MIB: u64 = 1 << 20;
 /// How long podvmm may take to open its socket.
 const PATIENCE: Duration = Duration::from_secs(10);
+/// How long the news of podvmm's end may take behind that of its socket's.
+const NEWS: Duration = Duration::from_millis(100);
 const STACK: usize = 256 << 10;
 /// The share's tag, and the vsock address of the guest, as the agent's protocol has them.
 const TAG: &str = "kataShared";
@@ -39,6 +41,8 @@ pub(crate) enum Error {
     Start { path: PathBuf, source: io::Error },
     #[error("podvmm ended before it answered; its reason is in the log above")]
     Ended,
+    #[error("podvmm was killed")]
+    Killed,
     #[error("podvmm: {act}")]
     Api {
         act: &'static str,
@@ -57,25 +61,47 @@ pub(crate) enum Error {
 /// Whether the VM lives, and what waits for its end.
 #[derive(Debug, Default)]
 pub(crate) struct Life {
-    ended: Mutex<bool>,
-    end: Condvar,
+    end: Mutex<Option<End>>,
+    ended: Condvar,
+}
+
+/// How a VM ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum End {
+    /// By this shim or somebody else, such as a host out of memory.
+    Killed,
+    /// By itself.
+    Left,
 }
 
 impl Life {
+    fn lock(&self) -> MutexGuard<'_, Option<End>> {
+        self.end.lock().expect("a panic ends the process")
+    }
+
     pub(crate) fn has_ended(&self) -> bool {
-        *self.ended.lock().expect("a panic ends the process")
+        self.lock().is_some()
+    }
+
+    /// Whether it was killed, of which this may hear a little late.
+    fn was_killed(&self) -> bool {
+        let end = self
+            .ended
+            .wait_timeout_while(self.lock(), NEWS, |end| end.is_none());
+        let (end, _) = end.expect("a panic ends the process");
+        *end == Some(End::Killed)
     }
 
     pub(crate) fn wait(&self) {
-        let mut ended = self.ended.lock().expect("a panic ends the process");
-        while !*ended {
-            ended = self.end.wait(ended).expect("a panic ends the process");
+        let mut end = self.lock();
+        while end.is_none() {
+            end = self.ended.wait(end).expect("a panic ends the process");
         }
     }
 
-    fn end(&self) {
-        *self.ended.lock().expect("a panic ends the process") = true;
-        self.end.notify_all();
+    fn end(&self, end: End) {
+        *self.lock() = Some(end);
+        self.ended.notify_all();
     }
 }
 
@@ -148,10 +174,7 @@ impl Vm {
             };
             // Whoever asked has waited for it.
             let _ = born.send(started);
-            if let Some(child) = child {
-                watch(child);
-            }
-            ends.end();
+            ends.end(child.map_or(End::Left, watch));
         };
         let thread = thread::Builder::new().name("vm".into()).stack_size(STACK);
         thread.spawn(watch).map_err(Error::Thread)?;
@@ -173,10 +196,8 @@ impl Vm {
             .and_then(|()| vm.make(plan, &links));
         match made {
             Ok(()) => Ok((vm, settings)),
-            Err(error) => {
-                vm.kill();
-                Err(error)
-            }
+            Err(_) if vm.fail() => Err(Error::Killed),
+            Err(error) => Err(error),
         }
     }
 
@@ -299,6 +320,13 @@ impl Vm {
 
     pub(crate) fn pid(&self) -> u32 {
         self.pid
+    }
+
+    /// Ends it as one that does not work. Whether it is because somebody killed it.
+    pub(crate) fn fail(&self) -> bool {
+        let was_killed = self.life.was_killed();
+        self.kill();
+        was_killed
     }
 
     /// Ends it at once, and waits for that.
@@ -430,17 +458,27 @@ fn start(
 }
 
 /// Puts what podvmm and the guest say into the log, and waits for the end.
-fn watch(mut child: Child) {
+fn watch(mut child: Child) -> End {
     let guest = child.stdout.take().map(|lines| log_lines("guest", lines));
     let vmm = child.stderr.take().map(|lines| log_lines("podvmm", lines));
-    match child.wait() {
-        Ok(status) if status.signal() == Some(libc::SIGKILL) => log::debug!("podvmm was killed"),
-        Ok(status) => log::info!("podvmm ended: {status}"),
-        Err(error) => log::error!("wait for podvmm: {error}"),
-    }
+    let end = match child.wait() {
+        Ok(status) if status.signal() == Some(libc::SIGKILL) => {
+            log::debug!("podvmm was killed");
+            End::Killed
+        }
+        Ok(status) => {
+            log::info!("podvmm ended: {status}");
+            End::Left
+        }
+        Err(error) => {
+            log::error!("wait for podvmm: {error}");
+            End::Left
+        }
+    };
     for thread in [guest, vmm].into_iter().flatten().flatten() {
         let _ = thread.join();
     }
+    end
 }
 
 /// How much of what others say is put into the log: a node's disk is not theirs to fill.
@@ -511,6 +549,18 @@ mod tests {
         let mut budget = Budget::new();
         let said = (0..100_000).filter(|_| budget.spend()).count();
         assert!((500..600).contains(&said), "{said}");
+    }
+
+    #[test]
+    fn who_killed_a_vm_did_not_end_it_by_itself() {
+        for (line, killed) in [("kill -9 $$", true), ("exit 1", false)] {
+            let mut command = Command::new("sh");
+            let command = command.args(["-c", line]).stdout(Stdio::piped());
+            let life = Life::default();
+            assert!(!life.has_ended() && !life.was_killed());
+            life.end(watch(command.spawn().unwrap()));
+            assert_eq!((life.has_ended(), life.was_killed()), (true, killed));
+        }
     }
 
     #[test]
