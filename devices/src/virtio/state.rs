@@ -16,6 +16,7 @@ use super::negotiation::NegotiationState;
 use super::net::NetState;
 use super::queue::RingState;
 use super::setup::QueueSetup;
+use super::vsock::VsockState;
 
 /// A device behind its transport.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -48,7 +49,7 @@ pub enum DeviceState {
     Mem(MemState),
     Net(NetState),
     Rng,
-    Vsock,
+    Vsock(VsockState),
 }
 
 /// Why a state does not fit the device that is to take it over.

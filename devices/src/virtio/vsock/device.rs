@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_ids::VIRTIO_ID_VSOCK;
 use vmm_sys_util::timerfd::TimerFd;
 
@@ -25,13 +26,22 @@ pub struct VsockConfig {
     pub socket: PathBuf,
 }
 
+/// What a snapshot keeps of the device. Connections do not survive one: their other ends do not.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VsockState {
+    /// The guest's address.
+    cid: u64,
+    /// Its driver may know connections, and is to hear that they are gone.
+    pub(super) connected: bool,
+}
+
 /// A socket device. Dropping it removes its unix socket.
 #[derive(Debug)]
 pub struct Vsock {
     cid: u64,
     host: Lender<Listener>,
-    /// The next activation is one of a restored device.
-    restored: bool,
+    /// What the next activation goes on from.
+    restored: Option<VsockState>,
     counters: Arc<Counters>,
 }
 
@@ -41,7 +51,7 @@ impl Vsock {
         Ok(Self {
             cid: config.cid.into(),
             host: Lender::new(Listener::bind(&config.socket)?),
-            restored: false,
+            restored: None,
             counters: Arc::default(),
         })
     }
@@ -69,15 +79,18 @@ impl VirtioDevice for Vsock {
         &self.counters
     }
 
-    /// Connections do not survive a snapshot: their other ends do not.
+    /// Its handler says whether there are connections.
     fn state(&self) -> DeviceState {
-        DeviceState::Vsock
+        DeviceState::Vsock(VsockState {
+            cid: self.cid,
+            connected: false,
+        })
     }
 
     fn restore(&mut self, state: DeviceState) -> Result<(), StateError> {
         match state {
-            DeviceState::Vsock => {
-                self.restored = true;
+            DeviceState::Vsock(state) => {
+                self.restored = Some(state);
                 Ok(())
             }
             _ => Err(StateError::Kind),
@@ -92,6 +105,7 @@ impl VirtioDevice for Vsock {
             what: "unix socket",
         })?;
         let timer = TimerFd::new().map_err(|error| ActivateError::EventFd(error.into()))?;
+        let restored = self.restored.take();
         let handler = VsockHandler::new(Parts {
             receive: activation.take_ring(RECEIVE),
             transmit: activation.take_ring(TRANSMIT),
@@ -100,7 +114,9 @@ impl VirtioDevice for Vsock {
             host,
             guest_cid: self.cid,
             timer,
-            reset_due: std::mem::take(&mut self.restored),
+            // It also has the driver read its address again.
+            reset_due: restored.is_some_and(|state| state.connected || state.cid != self.cid),
+            restored: restored.is_some(),
             counters: self.counters.clone(),
         });
         Ok(vec![Box::new(handler)])

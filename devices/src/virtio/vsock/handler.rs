@@ -15,7 +15,9 @@ use super::muxer::{Change, Muxer};
 use super::packet::HEADER_LEN;
 use crate::host::Listener;
 use crate::virtio::queue::LAST_TURNS;
-use crate::virtio::{Counters, GuestRam, Handler, Lent, Memory, Ring, RingState, Segments, Thread};
+use crate::virtio::{
+    Counters, DeviceState, GuestRam, Handler, Lent, Memory, Ring, RingState, Segments, Thread,
+};
 
 pub(super) const RECEIVE: u16 = 0;
 pub(super) const TRANSMIT: u16 = 1;
@@ -67,7 +69,10 @@ pub(super) struct Parts {
     pub(super) host: Lent<Listener>,
     pub(super) guest_cid: u64,
     pub(super) timer: TimerFd,
+    /// The driver is to hear that its connections are gone.
     pub(super) reset_due: bool,
+    /// The driver was another device's before.
+    pub(super) restored: bool,
     pub(super) counters: Arc<Counters>,
 }
 
@@ -82,6 +87,7 @@ impl VsockHandler {
             guest_cid,
             timer,
             reset_due,
+            restored,
             counters,
         } = parts;
         Self {
@@ -90,7 +96,7 @@ impl VsockHandler {
             transmit,
             event,
             host,
-            muxer: Muxer::new(guest_cid, reset_due),
+            muxer: Muxer::new(guest_cid, restored),
             timer,
             alarm: None,
             reset: if reset_due { Reset::Due } else { Reset::Over },
@@ -319,5 +325,11 @@ impl Handler for VsockHandler {
     fn rings(&self) -> Vec<RingState> {
         let rings = [&self.receive, &self.transmit, &self.event];
         rings.into_iter().flatten().map(Ring::state).collect()
+    }
+
+    fn add_state(&self, device: &mut DeviceState) {
+        if let DeviceState::Vsock(state) = device {
+            state.connected = self.reset != Reset::Over || self.muxer.is_known_to_guest();
+        }
     }
 }

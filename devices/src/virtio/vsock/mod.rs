@@ -24,4 +24,4 @@ mod packet;
 #[cfg(test)]
 mod tests;
 
-pub use self::device::{Vsock, VsockConfig};
+pub use self::device::{Vsock, VsockConfig, VsockState};

@@ -297,6 +297,11 @@ impl Muxer {
         self.changes.push(Change::Died(connection));
     }
 
+    /// Whether the guest may know a connection, or has yet to learn that one is over.
+    pub(super) fn is_known_to_guest(&self) -> bool {
+        !self.keys.is_empty() || !self.resets.is_empty()
+    }
+
     /// Whether there may be something for the guest.
     pub(super) fn has_message(&self) -> bool {
         !self.resets.is_empty() || !self.turns.is_empty()

@@ -499,6 +499,67 @@ fn a_restored_guest_is_told_that_its_connections_are_gone() {
 }
 
 #[test]
+fn a_restored_guest_without_connections_hears_of_new_ones_at_once() {
+    let mut bench = Bench::new();
+    let (_stream, header) = bench.connected();
+    bench.say(with(header, Op::Reset), &[]);
+    let old = header.dst_port;
+    bench.guest.add(2, &[Buffer::In(8)]).unwrap();
+    let Bench { folder, guest } = bench;
+    let guest = guest.move_to(|| device(&folder));
+    let mut bench = Bench { folder, guest };
+    let _stream = bench.caller("CONNECT 1024\n");
+    bench.guest.transport.resume().unwrap();
+    let (request, _) = bench.hear().unwrap();
+    assert_eq!(request.op, Op::Request as u16);
+    assert_ne!(request.src_port, old);
+    assert_eq!(bench.guest.take(2), None);
+}
+
+#[test]
+fn a_reset_the_guest_has_not_taken_outlives_the_device() {
+    let mut bench = Bench::new();
+    bench.say(from_guest(Op::Data, 9, 52), b"x");
+    bench.guest.add(2, &[Buffer::In(8)]).unwrap();
+    let Bench { folder, guest } = bench;
+    let mut guest = guest.move_to(|| device(&folder));
+    guest.transport.resume().unwrap();
+    guest.settle();
+    assert_eq!(guest.take(2), Some(vec![0; 4]));
+}
+
+#[test]
+fn a_guest_that_was_not_told_of_a_restore_is_told_after_the_next() {
+    let mut bench = Bench::new();
+    let _connected = bench.connected();
+    let Bench { folder, guest } = bench;
+    let mut guest = guest.move_to(|| device(&folder));
+    guest.add(2, &[Buffer::In(8)]).unwrap();
+    let mut guest = guest.move_to(|| device(&folder));
+    guest.transport.resume().unwrap();
+    guest.settle();
+    assert_eq!(guest.take(2), Some(vec![0; 4]));
+}
+
+#[test]
+fn a_guest_whose_address_is_another_is_told() {
+    let mut bench = Bench::new();
+    bench.guest.add(2, &[Buffer::In(8)]).unwrap();
+    let Bench { folder, guest } = bench;
+    let mut guest = guest.carry_to(|| {
+        let socket = folder.as_path().join("vsock");
+        let config = VsockConfig {
+            cid: CID + 1,
+            socket,
+        };
+        Vsock::new(config).unwrap()
+    });
+    guest.transport.resume().unwrap();
+    guest.settle();
+    assert_eq!(guest.take(2), Some(vec![0; 4]));
+}
+
+#[test]
 fn new_connections_wait_until_the_guest_has_ended_the_old_ones() {
     let mut bench = Bench::new();
     let (_, old) = bench.connected();
