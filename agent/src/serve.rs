@@ -3,7 +3,6 @@
 
 use std::error::Error;
 use std::io;
-use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
@@ -19,7 +18,7 @@ use agent::protocol::agent::{
     WaitProcessResponse, WriteStreamRequest, WriteStreamResponse,
 };
 use agent::protocol::{AGENT_SERVICE, HEALTH_SERVICE, PORT};
-use agent::ttrpc::{self, Call, Code, Service, Status, Workers};
+use agent::ttrpc::{self, Call, Code, Service, Status};
 
 use crate::sandbox::{Sandbox, internal, missing};
 use crate::{copy, devices, figures, network, storage, sys};
@@ -34,37 +33,27 @@ const ANSWER_GRACE: Duration = Duration::from_millis(50);
 pub(crate) fn run() -> Result<(), Box<dyn Error>> {
     let (sandbox, end) = Sandbox::start()?;
     let listener = vsock::VsockListener::bind_with_cid_port(vsock::VMADDR_CID_ANY, PORT)?;
-    let service: Arc<dyn Service> = sandbox;
-    thread::Builder::new()
-        .name("accept".into())
-        .spawn(move || {
-            let workers = Workers::default();
-            for stream in listener.incoming() {
-                if let Err(error) = stream.and_then(|stream| attend(stream, &service, &workers)) {
-                    crate::say(&format!("a connection: {error}"));
-                }
-            }
-        })?;
+    ttrpc::receive(listener.into(), sandbox, |error| {
+        crate::say(&format!("a connection: {error}"));
+    })?;
     end.recv()?;
     thread::sleep(ANSWER_GRACE);
     Ok(())
 }
 
-fn attend(
-    stream: vsock::VsockStream,
-    service: &Arc<dyn Service>,
-    workers: &Workers,
-) -> io::Result<()> {
-    let (writer, service, workers) = (stream.try_clone()?, Arc::clone(service), workers.clone());
-    // A host that says nonsense, or is gone, has ended its connection and no more.
-    let serve = move || drop(ttrpc::serve(stream, writer, &service, &workers));
-    thread::Builder::new()
-        .name("connection".into())
-        .spawn(serve)?;
-    Ok(())
-}
-
 impl Service for Sandbox {
+    /// What a clone is asked before all else.
+    fn is_quick(&self, service: &str, method: &str) -> bool {
+        match service {
+            HEALTH_SERVICE => true,
+            AGENT_SERVICE => matches!(
+                method,
+                "GetGuestDetails" | "ReseedRandomDev" | "SetGuestDateTime"
+            ),
+            _ => false,
+        }
+    }
+
     fn call(&self, call: &Call<'_>) -> Result<Vec<u8>, Status> {
         match call.service {
             HEALTH_SERVICE => health(call),

@@ -7,11 +7,13 @@
 
 mod client;
 mod frame;
+mod reception;
 mod server;
 
 use std::fmt;
 
 pub use self::client::{CallError, Client};
+pub use self::reception::receive;
 pub use self::server::{Call, Service, Workers, serve};
 
 /// Longest message. What is longer is refused and passed over.

@@ -1,8 +1,8 @@
-//! Answers calls. The thread that reads a connection gives each call to a worker, as many wait for
-//! as long as what they wait for lives.
+//! Answers calls. The thread that reads a connection answers those that are quick, and gives each
+//! other one to a worker, as many wait for as long as what they wait for lives.
 
 use std::collections::VecDeque;
-use std::io::{self, PipeReader, Read, Write};
+use std::io::{self, BufReader, PipeReader, PipeWriter, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread;
@@ -20,7 +20,8 @@ pub struct Call<'a> {
     /// As `Check`.
     pub method: &'a str,
     payload: &'a [u8],
-    caller: &'a PipeReader,
+    /// None for a quick one.
+    caller: Option<&'a PipeReader>,
 }
 
 impl Call<'_> {
@@ -35,14 +36,17 @@ impl Call<'_> {
     }
 
     /// Hangs up, as poll(2) has it, once the caller is gone. Whoever waits to take something for the
-    /// answer waits for this too, or takes it from the next caller.
+    /// answer waits for this too, or takes it from the next caller. Not for quick calls.
     pub fn caller(&self) -> BorrowedFd<'_> {
-        self.caller.as_fd()
+        self.caller.expect("a quick call does not wait").as_fd()
     }
 
     /// Whether the caller is gone.
     pub fn is_orphan(&self) -> bool {
-        let mut caller = [PollFd::new(self.caller, PollFlags::empty())];
+        let Some(caller) = self.caller else {
+            return false;
+        };
+        let mut caller = [PollFd::new(caller, PollFlags::empty())];
         matches!(poll(&mut caller, Some(&Timespec::default())), Ok(1))
     }
 
@@ -54,6 +58,12 @@ impl Call<'_> {
 
 /// What answers calls, several at once.
 pub trait Service: Send + Sync + 'static {
+    /// Whether a call is answered without waiting for anything, so that no other thread need be
+    /// woken for it.
+    fn is_quick(&self, _service: &str, _method: &str) -> bool {
+        false
+    }
+
     /// May take as long as it likes. The answer is an encoded message.
     fn call(&self, call: &Call<'_>) -> Result<Vec<u8>, Status>;
 
@@ -61,18 +71,20 @@ pub trait Service: Send + Sync + 'static {
     fn answered(&self, _call: &Call<'_>) {}
 }
 
+/// Bytes read at once: most requests with their headers.
+const READ_AHEAD: usize = 4 << 10;
+
 /// Answers the calls of one connection until the other side ends it, or says what no ttrpc client
 /// does.
 pub fn serve(
-    mut reader: impl Read,
+    reader: impl Read,
     writer: impl Write + Send + 'static,
     service: &Arc<dyn Service>,
     workers: &Workers,
 ) -> io::Result<()> {
+    let mut reader = BufReader::with_capacity(READ_AHEAD, reader);
     let writer = Arc::new(Mutex::new(writer));
-    // What those who answer see of the caller. Its other end is closed with this function's.
-    let (caller, _presence) = io::pipe()?;
-    let caller = Arc::new(caller);
+    let mut presence = None;
     while let Some(frame) = frame::read(&mut reader)? {
         if frame.kind != frame::REQUEST {
             // Streaming is not offered, so this is for nobody.
@@ -81,21 +93,14 @@ pub fn serve(
         let stream = frame.stream;
         let refused = match parse(&frame) {
             Err(status) => Some(status),
+            Ok(request) if service.is_quick(&request.service, &request.method) => {
+                answer(&**service, &writer, stream, &request, None);
+                None
+            }
             Ok(request) => {
                 let (service, writer) = (Arc::clone(service), Arc::clone(&writer));
-                let caller = Arc::clone(&caller);
-                let job = move || {
-                    let call = Call {
-                        service: &request.service,
-                        method: &request.method,
-                        payload: &request.payload,
-                        caller: &caller,
-                    };
-                    let answer = service.call(&call);
-                    // A client that is gone needs no answer; the reader sees that it is.
-                    let _ = reply(&writer, stream, answer);
-                    service.answered(&call);
-                };
+                let caller = caller(&mut presence)?;
+                let job = move || answer(&*service, &writer, stream, &request, Some(&caller));
                 workers.run(Box::new(job)).err()
             }
         };
@@ -104,6 +109,35 @@ pub fn serve(
         }
     }
     Ok(())
+}
+
+/// What those who answer see of the caller. Its other end is closed with the connection.
+fn caller(presence: &mut Option<(Arc<PipeReader>, PipeWriter)>) -> io::Result<Arc<PipeReader>> {
+    let (caller, present) = match presence.take() {
+        Some(pipe) => pipe,
+        None => io::pipe().map(|(caller, present)| (Arc::new(caller), present))?,
+    };
+    let (caller, _) = presence.insert((caller, present));
+    Ok(Arc::clone(caller))
+}
+
+fn answer(
+    service: &dyn Service,
+    writer: &Mutex<impl Write>,
+    stream: u32,
+    request: &Request,
+    caller: Option<&PipeReader>,
+) {
+    let call = Call {
+        service: &request.service,
+        method: &request.method,
+        payload: &request.payload,
+        caller,
+    };
+    let answer = service.call(&call);
+    // A client that is gone needs no answer; the reader sees that it is.
+    let _ = reply(writer, stream, answer);
+    service.answered(&call);
 }
 
 fn parse(frame: &frame::Frame) -> Result<Request, Status> {
@@ -168,7 +202,7 @@ impl Workers {
     /// Far more than the processes of a pod have streams.
     const MOST: usize = 4096;
     /// Virtual memory; what is not used costs nothing.
-    const STACK: usize = 256 << 10;
+    pub(super) const STACK: usize = 256 << 10;
 
     fn run(&self, job: Job) -> Result<(), Status> {
         let mut state = self.0.state();

@@ -1,5 +1,6 @@
 use std::io::{Read, Write};
-use std::os::unix::net::UnixStream;
+use std::os::linux::net::SocketAddrExt;
+use std::os::unix::net::{SocketAddr, UnixListener, UnixStream};
 use std::sync::mpsc::{SyncSender, sync_channel};
 use std::sync::{Arc, Barrier, Mutex, OnceLock};
 use std::thread;
@@ -16,8 +17,16 @@ use crate::protocol::agent::{CheckRequest, Empty, ReadStreamResponse, WaitProces
 struct Echo(Barrier);
 
 impl Service for Echo {
+    fn is_quick(&self, _service: &str, method: &str) -> bool {
+        matches!(method, "Say" | "Where")
+    }
+
     fn call(&self, call: &Call<'_>) -> Result<Vec<u8>, Status> {
         match call.method {
+            "Where" | "Elsewhere" => call.answer(|_: Empty| {
+                let service = format!("{:?}", thread::current().id());
+                Ok(CheckRequest { service })
+            }),
             "Say" => call.answer(|request: CheckRequest| Ok(request)),
             "Meet" => call.answer(|_: Empty| {
                 self.0.wait();
@@ -68,6 +77,57 @@ fn calls_are_answered_while_others_wait() {
             caller.join().unwrap().unwrap();
         }
     });
+}
+
+#[test]
+fn quick_calls_are_answered_by_who_reads_and_others_by_workers() {
+    let client = Client::new(server()).unwrap();
+    let place = |method| {
+        let said: CheckRequest = client.call("echo", method, &Empty {}, None).unwrap();
+        said.service
+    };
+    let reader = place("Where");
+    assert_eq!(place("Where"), reader);
+    let worker = place("Elsewhere");
+    assert_ne!(worker, reader);
+    assert_eq!(place("Where"), reader);
+}
+
+/// A server for all who connect to it.
+fn reception(name: &str) -> impl Fn() -> Client {
+    let name = format!("podvmm-{name}-{}", std::process::id());
+    let address = SocketAddr::from_abstract_name(name).unwrap();
+    let listener = UnixListener::bind_addr(&address).unwrap();
+    let service = Arc::new(Echo(Barrier::new(CALLERS)));
+    receive(listener.into(), service, |error| panic!("{error}")).unwrap();
+    move || Client::new(UnixStream::connect_addr(&address).unwrap()).unwrap()
+}
+
+#[test]
+fn all_who_connect_are_served_whether_others_speak_or_not() {
+    let connect = reception("all");
+    let silent: Vec<_> = (0..4).map(|_| connect()).collect();
+    let busy: Vec<_> = (0..4).map(|_| connect()).collect();
+    for client in busy.iter().chain(&silent) {
+        assert_eq!(say(client, "here").unwrap(), "here");
+    }
+    for client in silent.iter().chain(&busy) {
+        assert_eq!(say(client, "still").unwrap(), "still");
+    }
+}
+
+#[test]
+fn who_has_served_one_connection_serves_others() {
+    let connect = reception("others");
+    let place = || {
+        let said: CheckRequest = connect().call("echo", "Where", &Empty {}, None).unwrap();
+        said.service
+    };
+    let mut places: Vec<_> = (0..30).map(|_| place()).collect();
+    places.sort();
+    places.dedup();
+    // Those there were at first, and any for one that was not free again yet.
+    assert!(places.len() <= 5, "{places:?}");
 }
 
 #[test]

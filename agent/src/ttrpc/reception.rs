@@ -1,0 +1,130 @@
+//! Takes in connections. Whoever takes one in serves it, and the first requests of it before anybody
+//! else is woken to wait for the next: where the kernel is interpreted, a thread that is made or woken
+//! costs more than an answer.
+
+use std::io::{self, Read, Write};
+use std::os::fd::OwnedFd;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::thread;
+use std::time::Duration;
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::retry_on_intr;
+use rustix::net::{RecvFlags, SendFlags, SocketFlags, accept_with, recv, send};
+
+use super::{Service, Workers, serve};
+
+/// Threads that wait at first.
+const SPARE: usize = 3;
+/// How long others wait for one who has connected and says nothing.
+const PATIENCE: Duration = Duration::from_millis(100);
+
+struct Reception {
+    /// Held by who waits for the next connection.
+    listener: Mutex<OwnedFd>,
+    /// Threads that serve nobody.
+    free: AtomicUsize,
+    service: Arc<dyn Service>,
+    workers: Workers,
+    complain: fn(&io::Error),
+}
+
+/// Serves all who connect, on threads of its own, and tells `complain` who could not be.
+pub fn receive(
+    listener: OwnedFd,
+    service: Arc<dyn Service>,
+    complain: fn(&io::Error),
+) -> io::Result<()> {
+    let reception = Arc::new(Reception {
+        listener: Mutex::new(listener),
+        free: AtomicUsize::new(0),
+        service,
+        workers: Workers::default(),
+        complain,
+    });
+    (0..SPARE).try_for_each(|_| reception.spawn())
+}
+
+impl Reception {
+    fn spawn(self: &Arc<Self>) -> io::Result<()> {
+        self.free.fetch_add(1, Ordering::SeqCst);
+        let reception = Arc::clone(self);
+        let thread = thread::Builder::new()
+            .name("connection".into())
+            .stack_size(Workers::STACK);
+        let spawned = thread.spawn(move || {
+            loop {
+                if let Err(error) = reception.take_in() {
+                    (reception.complain)(&error);
+                }
+            }
+        });
+        if spawned.is_err() {
+            self.free.fetch_sub(1, Ordering::SeqCst);
+        }
+        spawned.map(drop)
+    }
+
+    /// Waits for one connection, and serves it to its end.
+    fn take_in(self: &Arc<Self>) -> io::Result<()> {
+        let turn = self.listener.lock().expect("a panic ends the process");
+        let stream = retry_on_intr(|| accept_with(&*turn, SocketFlags::CLOEXEC))?;
+        let stream = Arc::new(stream);
+        let was_last = self.free.fetch_sub(1, Ordering::SeqCst) == 1;
+        let served = match was_last {
+            true => self.spawn(),
+            false => Ok(()),
+        };
+        if served.is_ok() {
+            let reader = Reader {
+                stream: Arc::clone(&stream),
+                turn: Some(turn),
+                is_first: true,
+            };
+            // A host that says nonsense, or is gone, has ended its connection and no more.
+            let _ = serve(reader, Writer(stream), &self.service, &self.workers);
+        }
+        self.free.fetch_add(1, Ordering::SeqCst);
+        served
+    }
+}
+
+/// Holds the turn to listen while the first requests are read and answered.
+struct Reader<'a> {
+    stream: Arc<OwnedFd>,
+    turn: Option<MutexGuard<'a, OwnedFd>>,
+    is_first: bool,
+}
+
+impl Read for Reader<'_> {
+    fn read(&mut self, bytes: &mut [u8]) -> io::Result<usize> {
+        let is_first = std::mem::take(&mut self.is_first);
+        if self.turn.is_some() && !(is_first && self.is_ready()) {
+            self.turn = None;
+        }
+        let (read, _) = recv(&*self.stream, bytes, RecvFlags::empty())?;
+        Ok(read)
+    }
+}
+
+impl Reader<'_> {
+    /// Whether there is something to read, now or soon.
+    fn is_ready(&self) -> bool {
+        let mut stream = [PollFd::new(&*self.stream, PollFlags::IN)];
+        let patience = Timespec::try_from(PATIENCE).expect("it is short");
+        matches!(poll(&mut stream, Some(&patience)), Ok(1))
+    }
+}
+
+struct Writer(Arc<OwnedFd>);
+
+impl Write for Writer {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        Ok(send(&*self.0, bytes, SendFlags::NOSIGNAL)?)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
