@@ -1,5 +1,5 @@
 //! Clones of a Linux guest in which the agent waits for a pod: many one after the other, many at
-//! once, and clones of one that is busy. One boot.
+//! once, and clones of one that is busy. Made from the kept template: none of it is about booting.
 
 #![expect(clippy::unwrap_used, reason = "its steps are functions of their own")]
 
@@ -11,7 +11,6 @@ mod together;
 mod vm;
 
 use std::fs;
-use std::path::Path;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -19,8 +18,9 @@ use agent::protocol::agent::{GuestDetailsRequest, GuestDetailsResponse};
 use tests::guest;
 use tests::network::{alone, links};
 use tests::podvmm::kvm_is_here;
+use tests::template::Template;
 
-use vm::{Template, Vm, net};
+use vm::net;
 
 const IN_TURN: usize = 100;
 
@@ -29,9 +29,9 @@ fn clones_are_each_a_guest_of_their_own() {
     if !kvm_is_here() {
         return;
     }
-    let _one = guest::one_at_a_time();
-    alone(|| {
-        let template = Template::boot();
+    let turn = guest::one_at_a_time();
+    let template = Template::kept(&turn).unwrap_or_else(|| Template::own(&turn));
+    alone(move || {
         in_turn(&template);
         together::check(&template);
         busy::check(&template);
@@ -45,11 +45,8 @@ fn in_turn(template: &Template) {
     let mut took: Vec<Duration> = (0..IN_TURN)
         .map(|_| {
             let since = Instant::now();
-            let vm = Vm::restore(
-                &template.folder(),
-                share.path(),
-                &net("clone", "02:00:00:00:00:01"),
-            );
+            let net = net("clone", "02:00:00:00:00:01");
+            let vm = template.restore(share.path(), &net);
             let agent = vm.agent();
             let details: GuestDetailsResponse = agent
                 .ask("GetGuestDetails", &GuestDetailsRequest::default())
@@ -99,11 +96,4 @@ fn leftovers() -> Vec<String> {
                 .collect::<Vec<_>>()
         ),
     ]
-}
-
-/// Names in a folder.
-fn names(folder: &Path) -> Vec<String> {
-    let entries = fs::read_dir(folder).unwrap();
-    let names = entries.map(|entry| entry.unwrap().file_name().into_string().unwrap());
-    names.collect()
 }

@@ -1,5 +1,6 @@
 //! All devices at once, with Linux in the guest. One boot with the files served by podvmm, one with
-//! them served by virtiofsd, which has RAM that is shared.
+//! them served by virtiofsd, which has RAM that is shared. They are about drivers that find their
+//! devices, and neither a command's streams nor virtiofsd's share could be taken along by a snapshot.
 
 use std::fs;
 use std::io::{self, BufReader, Read, Write};

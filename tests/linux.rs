@@ -1,5 +1,8 @@
 //! Linux in the guest: tens of seconds a boot where KVM emulates, so each boot
 //! checks several things. Needs the guest that `resources/guest/build` makes.
+//!
+//! They are about booting: kernels, their command lines, and a command, whose streams no snapshot takes
+//! along.
 
 use std::fs;
 use std::path::Path;

@@ -1,4 +1,5 @@
-//! Containers in a guest: the agent asked over vsock, as a shim does. One boot.
+//! Containers in a guest: the agent asked over vsock, as a shim does. The guest goes on from the kept
+//! template: none of it is about booting.
 
 #![expect(clippy::unwrap_used, reason = "its steps are functions of their own")]
 
@@ -12,8 +13,8 @@ use agent::protocol::HEALTH_SERVICE;
 use agent::protocol::agent::{
     CgroupStats, CheckRequest, CreateContainerRequest, CreateSandboxRequest, DestroySandboxRequest,
     Device, Empty, GetOomEventRequest, GuestDetailsRequest, GuestDetailsResponse,
-    HealthCheckResponse, OomEvent, StatsContainerRequest, StatsContainerResponse, Storage,
-    TtyWinResizeRequest, WriteStreamRequest, WriteStreamResponse,
+    HealthCheckResponse, OnlineCpuMemRequest, OomEvent, StatsContainerRequest,
+    StatsContainerResponse, Storage, TtyWinResizeRequest, WriteStreamRequest, WriteStreamResponse,
 };
 use agent::protocol::oci::{
     Hook, Hooks, LinuxBlockIo, LinuxCpu, LinuxHugepageLimit, LinuxMemory, LinuxNamespace,
@@ -21,22 +22,26 @@ use agent::protocol::oci::{
     User,
 };
 use agent::ttrpc::Code;
+use serde_json::json;
 use tempfile::TempDir;
+use tests::guest;
 use tests::network::{alone, set_up};
+use tests::node::step;
 use tests::pod::{Agent, SHARED, refusal, shell, spec, strings};
 use tests::podvmm::kvm_is_here;
-use tests::{Podvmm, guest};
+use tests::template::{ON_DISK, Template, Vm};
 
 #[test]
 fn containers_are_what_their_specification_says() {
     if !kvm_is_here() {
         return;
     }
-    let _one = guest::one_at_a_time();
-    alone(pod);
+    let turn = guest::one_at_a_time();
+    let template = Template::kept(&turn);
+    alone(move || pod(template.as_ref()));
 }
 
-fn pod() {
+fn pod(template: Option<&Template>) {
     let host = TempDir::new().unwrap();
     let applets = [
         "sh", "cat", "ls", "hostname", "id", "sleep", "grep", "stty", "dd", "tail", "touch",
@@ -47,34 +52,10 @@ fn pod() {
     fs::rename(root.path(), host.path().join("one/rootfs")).unwrap();
     fs::write(host.path().join("greeting"), "hello\n").unwrap();
     let places = TempDir::new().unwrap();
-    let vsock = places.path().join("vsock");
-    let disk = places.path().join("disk");
-    fs::write(&disk, [b"on disk\n", &[0; (1 << 20) - 8][..]].concat()).unwrap();
-    let kernel = guest::folder().join("vmlinux");
-    let initramfs = guest::folder().join("initramfs.cpio");
-    let running = Podvmm::new([
-        "--kernel",
-        kernel.to_str().unwrap(),
-        "--initramfs",
-        initramfs.to_str().unwrap(),
-        "--cmdline",
-        "podvmm.pod",
-        "--cpus",
-        "boot=2",
-        "--serial",
-        "null",
-        "--fs",
-        &format!("tag=kataShared,shared_dir={}", host.path().display()),
-        "--disk",
-        &format!("path={}", disk.display()),
-        "--net",
-        &format!("tap=pod0,mac={}", sharing::HARDWARE),
-        "--vsock",
-        &format!("cid=3,socket={}", vsock.display()),
-    ])
-    .spawn();
+    let net = json!({"tap": "pod0", "mac": sharing::HARDWARE});
+    let mut vm = Vm::start(template, places.path(), host.path(), &net);
     set_up("pod0", "10.77.0.1/24");
-    let agent = Agent::reach(&vsock);
+    let agent = step("the agent answers", || vm.agent());
     let health: HealthCheckResponse = agent
         .0
         .call(HEALTH_SERVICE, "Check", &CheckRequest::default(), None)
@@ -86,27 +67,34 @@ fn pod() {
         .unwrap();
     let details = details.agent_details.unwrap();
     assert!(details.init_daemon && details.supports_seccomp);
+    vm.grow();
+    let cpus = OnlineCpuMemRequest {
+        wait: true,
+        nb_cpus: 1,
+        cpu_only: true,
+    };
+    let _: Empty = agent.ask("OnlineCPUMem", &cpus).unwrap();
     let _: Empty = agent.ask("CreateSandbox", &sandbox()).unwrap();
 
-    sharing::first(&agent);
-    what_it_sees(&agent, host.path());
-    what_it_may_do(&agent);
-    what_it_may_call(&agent);
-    streams_and_signals(&agent);
-    limits_and_figures(&agent);
-    disks(&agent);
-    refusals(&agent);
-    sharing::pings(&agent);
-    sharing::files(&agent);
-    sharing::volumes(&agent);
-    sharing::shared_pids(&agent);
-    sharing::metrics(&agent);
+    step("first", || sharing::first(&agent));
+    step("what it sees", || what_it_sees(&agent, host.path()));
+    step("what it may do", || what_it_may_do(&agent));
+    step("what it may call", || what_it_may_call(&agent));
+    step("streams and signals", || streams_and_signals(&agent));
+    step("limits and figures", || limits_and_figures(&agent));
+    step("disks", || disks(&agent));
+    step("refusals", || refusals(&agent));
+    step("pings", || sharing::pings(&agent));
+    step("files", || sharing::files(&agent));
+    step("volumes", || sharing::volumes(&agent));
+    step("shared pids", || sharing::shared_pids(&agent));
+    step("metrics", || sharing::metrics(&agent));
 
     let _: Empty = agent
         .ask("DestroySandbox", &DestroySandboxRequest {})
         .unwrap();
-    let outcome = running.wait();
-    assert_eq!(outcome.code, Some(0), "{outcome:?}");
+    drop(agent);
+    vm.ended();
 }
 
 fn sandbox() -> CreateSandboxRequest {
@@ -459,7 +447,7 @@ fn disks(agent: &Agent) {
     agent.create_with("disk", disk, more).unwrap();
     agent.start("disk").unwrap();
     let limits = "rbps=1048576 wbps=max riops=max wiops=max";
-    let expected = format!("on disk\n{major}:{minor} {limits}\n");
+    let expected = format!("{ON_DISK}{major}:{minor} {limits}\n");
     assert_eq!(agent.outcome("disk", "").1, expected);
     let stats = stats(agent, "disk").blkio_stats.unwrap();
     let read = stats.io_service_bytes_recursive.iter();

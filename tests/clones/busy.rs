@@ -20,9 +20,10 @@ use serde_json::json;
 use tempfile::TempDir;
 use tests::network::{set_up, tap};
 use tests::pod::{Agent, spec, strings};
+use tests::template::{Template, Vm};
 use tests::transfer::{RECORD_LEN, record};
 
-use super::vm::{self, Pod, Template, Vm};
+use super::vm::{self, Pod};
 
 /// Where the guest's program calls the host.
 const HOST: &str = "10.79.0.1:7000";
@@ -40,7 +41,7 @@ pub(crate) fn check(template: &Template) {
     let net = json!({"mac": MAC});
     let taps = [host.tap.as_fd()];
 
-    let mut first = Vm::restore_with(&template.folder(), share.path(), &net, &taps);
+    let mut first = template.restore_with(share.path(), &net, &taps);
     let call = take_call(&first);
     let agent = first.agent();
     start(&agent);

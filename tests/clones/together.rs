@@ -11,8 +11,9 @@ use std::time::{Duration, Instant};
 use tempfile::TempDir;
 use tests::network::set_up;
 use tests::pod::{spec, strings};
+use tests::template::{Template, Vm};
 
-use super::vm::{self, Pod, Template, Vm, net, now};
+use super::vm::{self, Pod, net, now};
 
 const TOGETHER: usize = 20;
 /// Containers that start at the same time.
@@ -49,9 +50,9 @@ pub(crate) fn check(template: &Template) {
                         return;
                     };
                     let began = Instant::now();
-                    clone.vm.yield_to_others(false);
+                    vm::yield_to_others(&clone.vm, false);
                     let said = identify(clone);
-                    clone.vm.yield_to_others(true);
+                    vm::yield_to_others(&clone.vm, true);
                     eprintln!("{}: {:?}", clone.pod.hostname, began.elapsed());
                     told.lock().unwrap().insert(number, said);
                 }
@@ -85,10 +86,10 @@ fn make(template: &Template, number: usize) -> Clone {
         address: format!("10.78.{number}.2"),
     };
     let tap = format!("clone{number:02}");
-    let vm = Vm::restore(&template.folder(), share.path(), &net(&tap, &pod.mac));
+    let vm = template.restore(share.path(), &net(&tap, &pod.mac));
     // Where the guest's kernel is interpreted its ticks are work: those at rest would take as much of
     // the host's CPUs as those at work.
-    vm.yield_to_others(true);
+    vm::yield_to_others(&vm, true);
     let address = format!("10.78.{number}.1");
     set_up(&tap, &format!("{address}/24"));
     let host = TcpListener::bind((address.as_str(), 7000)).unwrap();

@@ -252,6 +252,11 @@ pub fn templates() -> PathBuf {
     }
 }
 
+/// Whether pods go on from templates at all.
+pub fn has_templates() -> bool {
+    !templates().as_os_str().is_empty()
+}
+
 /// The shim under test: `PODVMM_SHIM`, or the one cargo builds.
 pub fn shim() -> &'static Path {
     static SHIM: OnceLock<PathBuf> = OnceLock::new();

@@ -3,6 +3,10 @@
 //!
 //! Tests need `/dev/kvm`. Where it is missing they fail and say so, unless
 //! `PODVMM_TESTS_WITHOUT_KVM=skip` is set.
+//!
+//! Linux boots where a test is about booting. Other guests, and the pods of containerd's tests, go on
+//! from templates in `target/tmp/podvmm-templates`, or where `PODVMM_TEST_TEMPLATES` says; if that is
+//! empty, all of them boot.
 
 pub mod containerd;
 pub mod counter;
@@ -17,6 +21,7 @@ pub mod payload;
 pub mod pod;
 pub mod podvmm;
 pub mod service;
+pub mod template;
 pub mod transfer;
 pub mod tree;
 
