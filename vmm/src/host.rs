@@ -46,6 +46,9 @@ const EMULATING: &[&str] = &[
     "rodata=off",      // changing page attributes takes a second and a half
     // The TSC is the host's and cannot be set: by it no time would stand still for a snapshot.
     "clocksource=kvm-clock",
+    // Pages that are read are waited for in KVM, whatever else the guest could do; and each restore
+    // has it look through all who might wait for one.
+    "no-kvmapf",
     "nokaslr", // moving a bzImage's kernel takes long
     // The kernel makes it the first process's environment. AVX registers are not preserved when
     // tasks switch, so glibc is to copy without them (gnu.org/s/libc, Hardware Capability Tunables).
