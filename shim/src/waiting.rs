@@ -3,6 +3,7 @@
 
 use std::fs;
 use std::path::PathBuf;
+use std::thread;
 use std::time::Duration;
 
 use crate::agent::Agent;
@@ -16,6 +17,10 @@ use crate::size;
 use crate::teardown;
 use crate::template::Template;
 use crate::vm::{Plan, Start, Vm};
+
+/// How long a guest that no pod waits for is left to itself before it is written down. What it has
+/// still to do then, each clone has: Linux ends connections, and reports free memory after two seconds.
+const SETTLING: Duration = Duration::from_secs(5);
 
 /// A VM that waits for its pod. Dropping it does not end it.
 pub(crate) struct Waiting {
@@ -86,9 +91,13 @@ fn ready(vm: &Vm, place: &Place, patience: Duration) -> Result<Agent, Error> {
         Start::Clone => patience.min(CLONE_PATIENCE),
         Start::Booted | Start::Model(_) => patience,
     };
-    let agent = Agent::reach(&place.vsock(), patience, &|| !vm.life.has_ended())?;
+    let reach = || Agent::reach(&place.vsock(), patience, &|| !vm.life.has_ended());
+    let mut agent = reach()?;
     if let Start::Model(claim) = &vm.start {
+        drop(agent);
+        thread::sleep(SETTLING);
         claim.make(vm)?;
+        agent = reach()?;
     }
     // Not for its randomness, which is renewed for the pod: what that takes of the template's
     // memory is the guest's own then.
