@@ -41,14 +41,36 @@ pub(crate) fn container(node: &Node) -> ContainerConfig {
 }
 
 pub(crate) fn seen(node: &Node, one: &str, two: &str) {
-    assert_eq!(
-        node.sh(one, "hostname; echo $COLOUR; pwd"),
-        "web-0\ngreen paint\n/tmp"
+    const FIRST: &str = "cat /proc/1/cmdline";
+    const SHARED: &str = "for kind in ipc net; do readlink /proc/self/ns/$kind; done";
+    const APART: &str = "readlink /proc/self/ns/pid";
+    let [who, hosts, of_one, shared, apart, _] = node.sh_each(
+        one,
+        [
+            "hostname; echo $COLOUR; pwd",
+            "cat /etc/hosts",
+            FIRST,
+            SHARED,
+            APART,
+            "echo from one > /dev/shm/note",
+        ],
     );
-    assert_eq!(node.sh(two, "cat /etc/hostname"), "web-0");
-    let hosts = node.sh(one, "cat /etc/hosts");
+    assert_eq!(who, "web-0\ngreen paint\n/tmp");
     assert!(hosts.contains("192.0.2.7 registry.example"), "{hosts}");
-    let dns = node.sh(two, "cat /etc/resolv.conf");
+    let [name, dns, sysctls, of_two, also_shared, also_apart, note] = node.sh_each(
+        two,
+        [
+            "cat /etc/hostname",
+            "cat /etc/resolv.conf",
+            "cd /proc/sys; cat kernel/shm_rmid_forced net/ipv4/ip_unprivileged_port_start \
+             net/ipv4/ping_group_range",
+            FIRST,
+            SHARED,
+            APART,
+            "cat /dev/shm/note; rm /dev/shm/note",
+        ],
+    );
+    assert_eq!(name, "web-0");
     for line in [
         "search default.svc.cluster.local svc.cluster.local",
         "nameserver 198.51.100.53",
@@ -59,42 +81,17 @@ pub(crate) fn seen(node: &Node, one: &str, two: &str) {
             "{line} is not in {dns}"
         );
     }
-    let sysctls = node.sh(
-        two,
-        "cd /proc/sys; cat kernel/shm_rmid_forced net/ipv4/ip_unprivileged_port_start \
-         net/ipv4/ping_group_range",
-    );
     assert_eq!(sysctls, "1\n77\n0\t2000");
-    processes_apart(node, one, two);
-    memory_shared(node, one, two);
-}
-
-fn processes_apart(node: &Node, one: &str, two: &str) {
-    for container in [one, two] {
-        let first = node.sh(container, "tr '\\0' ' ' < /proc/1/cmdline");
-        assert!(
-            first.starts_with("sh -c"),
-            "process 1 is the container's: {first}"
-        );
+    for first in [of_one, of_two] {
+        let is_its_own = first.starts_with("sh\0-c\0");
+        assert!(is_its_own, "process 1 is the container's: {first}");
     }
-}
-
-/// IPC is the pod's: what one container puts there, the other sees.
-fn memory_shared(node: &Node, one: &str, two: &str) {
-    node.sh(one, "echo from one > /dev/shm/note");
     assert_eq!(
-        node.sh(two, "cat /dev/shm/note; rm /dev/shm/note"),
-        "from one"
+        note, "from one",
+        "what one container puts there, the other sees"
     );
-    let of = |container| {
-        node.sh(
-            container,
-            "cd /proc/self/ns; for kind in ipc net; do readlink $kind; done",
-        )
-    };
-    assert_eq!(of(one), of(two), "one namespace for both");
-    let pids = |container| node.sh(container, "readlink /proc/self/ns/pid");
-    assert_ne!(pids(one), pids(two), "one each");
+    assert_eq!(shared, also_shared, "one namespace of each kind for both");
+    assert_ne!(apart, also_apart, "one each");
 }
 
 /// As `shareProcessNamespace: true` has it.
@@ -114,17 +111,12 @@ pub(crate) fn processes_shared(node: &Node, pod: &Pod) {
     let one = shared("sees", &["sleep", "1001"]);
     let two = shared("seen", &["sleep", "1002"]);
     step("processes are shared", || {
-        let all = node.sh(
-            &one,
-            "for p in /proc/[0-9]*; do tr '\\0' ' ' < $p/cmdline; echo; done",
-        );
+        let script = "cat /proc/[0-9]*/cmdline; \
+             for p in $(pidof sleep); do [ $p -lt ${last:-0} ] || last=$p; done; kill -9 $last";
+        let all = node.sh(&one, script).replace('\0', " ");
         for line in ["/pause", "sleep 1001", "sleep 1002"] {
             assert!(all.contains(line), "{line} is not among {all}");
         }
-        node.sh(
-            &one,
-            "kill -9 $(pidof sleep | tr ' ' '\\n' | sort -n | tail -n 1)",
-        );
         assert_eq!(
             node.ended(&two).exit_code,
             137,

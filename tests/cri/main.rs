@@ -56,7 +56,6 @@ fn a_pod_of_two_containers() {
         identity::seen(node, &one, &two);
         network::shared(node, &pod, &one, &two);
         volumes::seen(node, &pod, &two);
-        security::cases(node, &pod);
         resources::cases(node, &pod);
         lifecycle::stopping(node, &pod);
         node.remove_pod(&pod);
@@ -77,6 +76,7 @@ fn pods_beside_each_other() {
         network::between(node, &first, &second, &plain);
         identity::processes_shared(node, &first);
         lifecycle::refusals(node);
+        security::cases(node, &second);
         lifecycle::removed_by_force(node, &second);
         node.remove_pod(&first);
         node.remove_pod(&second);

@@ -1,31 +1,28 @@
 //! The pod's network: localhost within it, its address from the host, the host's from it.
 
 use std::io::{Read, Write};
-use std::net::{TcpListener, TcpStream};
-use std::thread;
+use std::net::TcpStream;
 use std::time::Duration;
 
+use tests::network::one_caller;
 use tests::node::{self, Node, Pod, eventually, step};
 
 /// Serves a folder by HTTP in a container.
 fn serve(node: &Node, container: &str, port: u16, text: &str) {
-    node.sh(
-        container,
-        &format!(
-            "mkdir -p /tmp/www; echo {text} > /tmp/www/index.html; httpd -p {port} -h /tmp/www"
-        ),
-    );
+    let script = format!("echo {text} > /tmp/index.html; httpd -p {port} -h /tmp");
+    node.sh(container, &script);
 }
 
-/// What a web server says to a container.
-fn fetched_by(node: &Node, container: &str, address: &str, port: u16) -> String {
+/// Prints what a web server answers.
+fn fetch(address: &str) -> String {
     let request = "GET /index.html HTTP/1.0\\r\\n\\r\\n";
-    let answer = node.sh(
-        container,
-        &format!("printf '{request}' | nc -w 20 {address} {port}"),
-    );
+    format!("printf '{request}' | nc -w 20 {address} 80")
+}
+
+/// Panics unless a web server answered with the name of its pod.
+fn is_from(pod: &Pod, answer: &str) {
     let (_, text) = answer.split_once("\r\n\r\n").expect("it answers");
-    text.to_owned()
+    assert_eq!(text, pod.config.hostname);
 }
 
 /// What a web server answers this host.
@@ -44,12 +41,16 @@ fn fetched(address: &str, port: u16) -> Option<String> {
 /// Of two containers in one pod.
 pub(crate) fn shared(node: &Node, pod: &Pod, one: &str, two: &str) {
     serve(node, one, 8080, "hello");
-    assert_eq!(
-        node.sh(two, "wget -q -O - http://127.0.0.1:8080/index.html"),
-        "hello"
-    );
     let address = node.address(pod);
-    let shown = node.sh(two, "ip -o address show dev eth0");
+    let [got, shown, routes] = node.sh_each(
+        two,
+        [
+            "wget -q -O - http://127.0.0.1:8080/index.html",
+            "ip -o address show dev eth0",
+            "ip route",
+        ],
+    );
+    assert_eq!(got, "hello");
     assert!(
         shown.contains(&format!("{address}/24")),
         "{address} is not in {shown}"
@@ -60,7 +61,6 @@ pub(crate) fn shared(node: &Node, pod: &Pod, one: &str, two: &str) {
         });
     });
     let gateway = gateway(&address);
-    let routes = node.sh(two, "ip route");
     assert!(
         routes.contains(&format!("default via {gateway} dev eth0")),
         "{routes}"
@@ -68,7 +68,6 @@ pub(crate) fn shared(node: &Node, pod: &Pod, one: &str, two: &str) {
     step("the pod reaches the host", || {
         reaches_the_host(node, two, &gateway)
     });
-    node.sh(one, "kill $(pidof httpd)");
 }
 
 /// The bridge's address is the first of its network.
@@ -78,17 +77,9 @@ fn gateway(address: &str) -> String {
 }
 
 fn reaches_the_host(node: &Node, container: &str, gateway: &str) {
-    let listener = TcpListener::bind((gateway, 0)).expect("the bridge has the address");
-    let port = listener.local_addr().unwrap().port();
-    let server = thread::spawn(move || {
-        let (mut stream, peer) = listener.accept().unwrap();
-        let mut text = [0; 5];
-        stream.read_exact(&mut text).unwrap();
-        stream.write_all(b"well received\n").unwrap();
-        (String::from_utf8_lossy(&text).into_owned(), peer)
-    });
+    let (port, server) = one_caller(gateway);
     let answer = node.sh(container, &format!("echo knock | nc {gateway} {port}"));
-    let (text, _) = server.join().unwrap();
+    let text = server.join().unwrap();
     assert_eq!((text.as_str(), answer.as_str()), ("knock", "well received"));
 }
 
@@ -105,25 +96,31 @@ pub(crate) fn between(node: &Node, first: &Pod, second: &Pod, plain: &Pod) {
         serve(node, &container, 80, &pod.config.hostname);
         container
     });
-    for (from, to) in [(0, 1), (1, 0), (0, 2), (2, 1)] {
-        let got = fetched_by(node, &containers[from], &addresses[to], 80);
-        assert_eq!(
-            got, pods[to].config.hostname,
-            "from {}",
-            pods[from].config.hostname
-        );
-    }
-    let apart = |at: usize| node.sh(&containers[at], "echo mine > /dev/shm/note; hostname");
-    assert_eq!([apart(0), apart(1)], ["first", "second"]);
-    assert_eq!(
-        node.sh(&containers[2], "ls /dev/shm"),
-        "",
-        "memory is a pod's own"
+    const NOTE: &str = "echo mine > /dev/shm/note; hostname";
+    let [to_second, to_plain, name, kernel] = node.sh_each(
+        &containers[0],
+        [
+            &fetch(&addresses[1]),
+            &fetch(&addresses[2]),
+            NOTE,
+            "uname -r",
+        ],
     );
+    is_from(second, &to_second);
+    is_from(plain, &to_plain);
+    assert_eq!(name, "first");
+    let [to_first, name] = node.sh_each(&containers[1], [&fetch(&addresses[0]), NOTE]);
+    is_from(first, &to_first);
+    assert_eq!(name, "second");
+    let [to_second, notes, of_the_host] = node.sh_each(
+        &containers[2],
+        [&fetch(&addresses[1]), "ls /dev/shm", "uname -r"],
+    );
+    is_from(second, &to_second);
+    assert_eq!(notes, "", "memory is a pod's own");
     if node.is_podvmm() {
-        let kernels = [0, 2].map(|at| node.sh(&containers[at], "uname -r"));
         assert_ne!(
-            kernels[0], kernels[1],
+            kernel, of_the_host,
             "a virtual machine has a kernel of its own"
         );
     }

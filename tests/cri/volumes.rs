@@ -49,15 +49,16 @@ pub(crate) fn add(node: &Node, pod: &Pod, config: &mut ContainerConfig) {
 
 pub(crate) fn seen(node: &Node, pod: &Pod, container: &str) {
     let data = node.folder().join("data");
-    assert_eq!(
-        node.sh(container, "cat /data/sub/file /etc/single"),
-        "of the host\none file"
-    );
-    assert_eq!(node.sh(container, "cat /link/single"), "one file");
-    node.sh(
+    let [files, by_link, _] = node.sh_each(
         container,
-        "echo of the pod > /data/new; chown 12:34 /data/new; echo more >> /etc/single",
+        [
+            "cat /data/sub/file /etc/single",
+            "cat /link/single",
+            "echo of the pod > /data/new; chown 12:34 /data/new; echo more >> /etc/single",
+        ],
     );
+    assert_eq!(files, "of the host\none file");
+    assert_eq!(by_link, "one file");
     assert_eq!(
         fs::read_to_string(data.join("new")).unwrap(),
         "of the pod\n"
@@ -69,42 +70,40 @@ pub(crate) fn seen(node: &Node, pod: &Pod, container: &str) {
         "one file\nmore\n"
     );
     fs::write(data.join("later"), "written later\n").unwrap();
-    assert_eq!(node.sh(container, "cat /data/later"), "written later");
-    let exec = node.exec(
+    let [later, read_only, kind, notes, modes] = node.sh_each(
         container,
-        &["sh", "-c", "cat /read-only/single; echo x > /read-only/x"],
+        [
+            "cat /data/later",
+            "cat /read-only/single; { echo x > /read-only/x; } 2>&1 || echo refused",
+            "awk '$2 == \"/memory\" { print $3 }' /proc/mounts",
+            "for to in /memory /disk; do echo of $to > $to/note; \
+                 dd if=/dev/zero of=$to/zeros bs=64k count=16 2>/dev/null || exit; done; \
+             cat /memory/note /disk/note",
+            "stat -c %a /memory /disk",
+        ],
     );
-    assert_ne!(exec.status, 0);
-    assert!(exec.stderr.contains("Read-only file system"), "{exec:?}");
+    assert_eq!(later, "written later");
+    assert!(read_only.contains("one file\nmore\n"), "{read_only}");
+    assert!(read_only.contains("Read-only file system"), "{read_only}");
+    assert!(read_only.ends_with("refused"), "{read_only}");
     assert!(!data.join("x").exists(), "it cannot be written");
-    empty(node, pod, container);
+    assert_eq!(kind, "tmpfs");
+    assert_eq!(notes, "of /memory\nof /disk");
+    assert_eq!(modes, "777\n777");
+    let zeros = on_disk(node, pod).join("zeros");
+    assert_eq!(fs::metadata(zeros).unwrap().len(), 1 << 20);
+    also_seen(node, pod);
 }
 
-fn empty(node: &Node, pod: &Pod, container: &str) {
-    let kind = node.sh(
-        container,
-        "stat -f -c %T /memory; awk '$2 == \"/memory\" { print $3 }' /proc/mounts",
-    );
-    assert!(kind.ends_with("tmpfs"), "memory: {kind}");
-    node.sh(
-        container,
-        "echo warm > /memory/note; head -c 4194304 /dev/zero > /memory/zeros",
-    );
-    node.sh(
-        container,
-        "echo cold > /disk/note; head -c 4194304 /dev/zero > /disk/zeros",
-    );
-    assert_eq!(
-        node.sh(container, "cat /memory/note /disk/note"),
-        "warm\ncold"
-    );
-    assert_eq!(node.sh(container, "stat -c %a /memory /disk"), "777\n777");
+/// Both empty volumes are the pod's.
+fn also_seen(node: &Node, pod: &Pod) {
     step("another container sees both", || {
         let mut config = tests::node::waiting("also");
         config.mounts.push(mount(&in_memory(node, pod), "/m"));
         config.mounts.push(mount(&on_disk(node, pod), "/d"));
         let also = node.run(pod, &config);
-        assert_eq!(node.sh(&also, "cat /m/note /d/note"), "warm\ncold");
+        let notes = node.sh(&also, "cat /m/note /d/note");
+        assert_eq!(notes, "of /memory\nof /disk");
         node.cri.stop(&also, 30).unwrap();
         node.cri.remove(&also).unwrap();
     });

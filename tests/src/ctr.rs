@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use tempfile::NamedTempFile;
 
 use crate::containerd::{self, BUSYBOX, Containerd, Ran};
-use crate::node::{Node, processes_with, within};
+use crate::node::{Node, processes_with, took, within};
 
 /// The name of one container, which no other test's has, and what it is run with.
 #[derive(Debug)]
@@ -87,12 +87,8 @@ impl Container {
         let start = Instant::now();
         let output = self.exec_command(containerd, options, words).output();
         let ran: Ran = output.expect("containerd is installed").into();
-        let seconds = start.elapsed().as_secs_f32();
-        eprintln!(
-            "{seconds:7.1}s exec {}: status {:?}",
-            words.join(" "),
-            ran.code
-        );
+        let words = words.join(" ");
+        took(start, &format!("exec {words}: status {:?}", ran.code));
         ran
     }
 

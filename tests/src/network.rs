@@ -1,9 +1,11 @@
 //! Networks that only a test sees. Needs root.
 
 use std::fs::{File, OpenOptions};
+use std::io::{Read, Write};
+use std::net::TcpListener;
 use std::os::fd::AsRawFd;
 use std::process::Command;
-use std::thread;
+use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 /// Runs `test` on a thread that sees a network of its own, as do the programs it starts.
@@ -95,6 +97,22 @@ impl Drop for PodNetwork {
             let _ = Command::new("ip").args(["netns", "delete", name]).status();
         }
     }
+}
+
+/// Listens on an address of the host's for one caller, who says five letters and is thanked. Gives
+/// the port, and what was said once the call has come.
+pub fn one_caller(address: &str) -> (u16, JoinHandle<String>) {
+    let listener = TcpListener::bind((address, 0)).expect("it is the host's own address");
+    let port = listener.local_addr().expect("it listens").port();
+    let server = thread::spawn(move || {
+        let (mut stream, _) = listener.accept().expect("somebody calls");
+        let mut text = [0; 5];
+        stream.read_exact(&mut text).expect("the caller speaks");
+        let thanks = stream.write_all(b"well received\n");
+        thanks.expect("the caller listens");
+        String::from_utf8_lossy(&text).into_owned()
+    });
+    (port, server)
 }
 
 /// The links of this thread's network, as the kernel lists them.

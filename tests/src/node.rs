@@ -27,8 +27,13 @@ const PATIENCE: Duration = Duration::from_secs(120);
 pub fn step<T>(name: &str, action: impl FnOnce() -> T) -> T {
     let start = Instant::now();
     let result = action();
-    eprintln!("{:7.1}s {name}", start.elapsed().as_secs_f32());
+    took(start, name);
     result
+}
+
+/// Says how long something took.
+pub(crate) fn took(start: Instant, what: &str) {
+    eprintln!("{:7.1}s {what}", start.elapsed().as_secs_f32());
 }
 
 /// Waits for `condition`, and panics if it never holds.
@@ -225,12 +230,8 @@ impl Node {
         let answer = self.cri.exec_sync(container, words, 0);
         let answer = answer.unwrap_or_else(|refusal| panic!("{words:?}: {refusal}"));
         let exec = Exec::from(answer);
-        let seconds = start.elapsed().as_secs_f32();
-        eprintln!(
-            "{seconds:7.1}s exec {}: status {}",
-            words.join(" "),
-            exec.status
-        );
+        let words = words.join(" ").replace('\n', " ");
+        took(start, &format!("exec {words}: status {}", exec.status));
         exec
     }
 
@@ -239,6 +240,18 @@ impl Node {
         let exec = self.exec(container, &["sh", "-c", script]);
         assert_eq!(exec.status, 0, "{script}: {exec:?}");
         exec.stdout.trim_end().to_owned()
+    }
+
+    /// The same for several scripts at once: it is the start of a program that takes long where the
+    /// guest's kernel is interpreted.
+    pub fn sh_each<const N: usize>(&self, container: &str, scripts: [&str; N]) -> [String; N] {
+        const END: char = '\u{1}';
+        let all = scripts.map(|script| format!("{{ {script}\n}} || exit\nprintf '\\001'\n"));
+        let printed = self.sh(container, &all.concat());
+        let parts: Vec<_> = printed.split_terminator(END).collect();
+        let parts = parts.into_iter().map(|part| part.trim_end().to_owned());
+        let parts: Vec<_> = parts.collect();
+        parts.try_into().expect("each script has succeeded")
     }
 
     /// How a container ended, once it has.
@@ -303,9 +316,9 @@ pub fn container(name: &str, words: &[&str]) -> ContainerConfig {
     }
 }
 
-/// A container that runs until it is told to end, at once then.
+/// A container that runs until it is told to end, at once then. Its log says when it can be told.
 pub fn waiting(name: &str) -> ContainerConfig {
-    let script = "trap 'exit 0' TERM; while :; do sleep 1000 & wait $!; done";
+    let script = "trap 'exit 0' TERM; echo waits; while :; do sleep 1000 & wait $!; done";
     container(name, &["sh", "-c", script])
 }
 
