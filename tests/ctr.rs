@@ -15,7 +15,7 @@ use serde_json::Value;
 use tests::containerd::{self, Containerd, Ran, has_templates};
 use tests::ctr::{Container, Events, signal};
 use tests::guest;
-use tests::network::PodNetwork;
+use tests::network::{PodNetwork, one_caller};
 use tests::node::{Node, eventually, processes_with, step};
 
 /// Runs `cases` on a node, which has to be clean afterwards.
@@ -118,10 +118,10 @@ fn pods_take_vms_that_wait() {
         if !node.is_podvmm() {
             return;
         }
-        let mut templates = containerd::templates();
-        if templates.as_os_str().is_empty() {
-            templates = node.folder().join("templates");
-        }
+        let templates = match has_templates() {
+            true => containerd::templates(),
+            false => node.folder().join("templates"),
+        };
         let config = node.folder().join("pool.toml");
         let pool = |size: usize| {
             containerd::write_config(&config, &templates, size);
@@ -444,4 +444,65 @@ fn the_hosts_network_is_refused() {
             "it says why: {ran:?}"
         );
     });
+}
+
+/// An interface that comes between a container's creation and its start is the guest's.
+#[test]
+fn a_network_that_comes_late() {
+    on_a_node(|node| {
+        let from_template = node.is_podvmm() && has_templates();
+        if from_template {
+            step("there is a template", || make_template(node));
+        }
+        let networks = node.containerd.folder().join("cni");
+        let text = fs::read_to_string(networks.join("10-podvmm.conflist")).unwrap();
+        let network: Value = serde_json::from_str(&text).unwrap();
+        let range = &network["plugins"][0]["ipam"]["ranges"][0][0];
+        let gateway = range["gateway"].as_str().unwrap();
+        let (port, server) = one_caller(gateway);
+        let script = format!(
+            "ip -o -4 address show dev eth0; ip route; echo knock | nc -w 20 {gateway} {port}"
+        );
+        let container = Container::new(node, "late");
+        let command = container.run(&node.containerd, &["--rm", "--cni"], &["sh", "-c", &script]);
+        let place = node.folder().join("cni");
+        fs::create_dir(&place).unwrap();
+        let mut command = with_networks(&command, &place, &networks);
+        let ran: Ran = step("ctr run --cni", || command.output().unwrap().into());
+        assert_eq!(ran.code, Some(0), "{ran:?}");
+        let (own, _) = gateway.rsplit_once('.').unwrap();
+        assert!(ran.stdout.contains(&format!("inet {own}.")), "{ran:?}");
+        let route = format!("default via {gateway} dev eth0");
+        assert!(ran.stdout.contains(&route), "{ran:?}");
+        assert!(ran.stdout.ends_with("well received\n"), "{ran:?}");
+        assert_eq!(server.join().unwrap(), "knock");
+        let went_on = node.containerd.log().contains("\\\"renewal\\\":");
+        assert_eq!(went_on, from_template);
+    });
+}
+
+/// As an administrator makes one ahead of the pods, unless there is one.
+fn make_template(node: &Node) {
+    let config = node.containerd.runtime_config().unwrap();
+    let mut make = Command::new(containerd::shim());
+    let made = make.args(["template", "-config"]).arg(config).output();
+    let made: Ran = made.unwrap().into();
+    assert_eq!(made.code, Some(0), "{made:?}");
+}
+
+/// ctr looks for networks and plugins in places of its own: a command that sees them there.
+fn with_networks(command: &Command, place: &Path, networks: &Path) -> Command {
+    const SCRIPT: &str = r#"
+        mount -t tmpfs none "$0" && mkdir -p "$0/etc/cni" "$0/opt/cni" &&
+        ln -s "$1" "$0/etc/cni/net.d" && ln -s /usr/lib/cni "$0/opt/cni/bin" &&
+        mount -t overlay -o "lowerdir=$0/etc:/etc" none /etc &&
+        mount -t overlay -o "lowerdir=$0/opt:/opt" none /opt &&
+        shift && exec "$@""#;
+    let mut sees = Command::new("unshare");
+    sees.args(["--mount", "sh", "-c", SCRIPT])
+        .arg(place)
+        .arg(networks);
+    sees.arg(command.get_program()).args(command.get_args());
+    sees.stdin(Stdio::null());
+    sees
 }

@@ -130,7 +130,7 @@ fn the_vmm_of_a_clone(node: &Node) {
         let entries = std::fs::read_dir(&templates).into_iter().flatten();
         entries.filter(|entry| entry.as_ref().unwrap().path().join("spoilt").exists())
     };
-    if templates.as_os_str().is_empty() {
+    if !containerd::has_templates() {
         return;
     }
     let before = spoilt().count();
