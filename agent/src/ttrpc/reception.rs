@@ -13,7 +13,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::retry_on_intr;
 use rustix::net::{RecvFlags, SendFlags, SocketFlags, accept_with, recv, send};
 
-use super::{Service, Workers, serve};
+use super::{Service, Workers, frame, serve};
 
 /// Threads that wait at first.
 const SPARE: usize = 3;
@@ -54,6 +54,7 @@ impl Reception {
             .name("connection".into())
             .stack_size(Workers::STACK);
         let spawned = thread.spawn(move || {
+            reception.rehearse();
             loop {
                 if let Err(error) = reception.take_in() {
                     (reception.complain)(&error);
@@ -64,6 +65,14 @@ impl Reception {
             self.free.fetch_sub(1, Ordering::SeqCst);
         }
         spawned.map(drop)
+    }
+
+    /// Answers what nobody asks, so that the memory this takes is this thread's before somebody waits.
+    fn rehearse(&self) {
+        let mut nonsense = Vec::new();
+        let written = frame::write(&mut nonsense, 0, frame::REQUEST, &[]);
+        written.expect("there is memory for ten bytes");
+        let _ = serve(&nonsense[..], io::sink(), &self.service, &self.workers);
     }
 
     /// Waits for one connection, and serves it to its end.
