@@ -22,6 +22,8 @@ use tests::{code, guest};
 
 const RUNS: usize = 30;
 const CLONES: u64 = 10;
+/// How long Linux is left to itself before it is written down, as a template made ahead is.
+const SETTLING: Duration = Duration::from_secs(5);
 const MIB: u64 = 1 << 20;
 /// How long clones are left to themselves before their memory is looked at.
 const IDLE: Duration = Duration::from_secs(10);
@@ -172,6 +174,7 @@ fn main() {
     }
 
     let (service, mut client) = boot_linux();
+    thread::sleep(SETTLING);
     let full = || json!({"destination_url": url(&at("linux"))});
     let pause = ask(&mut client, "vm.pause", None);
     let whole = ask(&mut client, "vm.snapshot", Some(full()));
