@@ -1,6 +1,9 @@
 //! Where a pod's things are on the host: one folder below `/run/podvmm`, named so that the shim, a
 //! later shim started to clean up, and a person all find it.
 
+use std::fs;
+use std::io;
+use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 
 pub(crate) const ROOT: &str = "/run/podvmm";
@@ -48,6 +51,12 @@ impl Place {
     pub(crate) fn record(&self) -> PathBuf {
         self.0.join("record.json")
     }
+}
+
+/// Makes a folder that is root's alone, and those above it, unless they are there.
+pub(crate) fn make_private(folder: &Path) -> io::Result<()> {
+    let mut builder = fs::DirBuilder::new();
+    builder.recursive(true).mode(0o700).create(folder)
 }
 
 /// FNV-1a, folded: short, and the same in every version of the shim.

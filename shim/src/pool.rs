@@ -7,7 +7,6 @@
 
 use std::fs::{self, File};
 use std::io::{self, BufRead, BufReader, Read, Write};
-use std::os::unix::fs::DirBuilderExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -20,7 +19,7 @@ use rustix::fs::{FlockOperation, flock};
 use crate::config::Config;
 use crate::error::Error;
 use crate::orders::Orders;
-use crate::place::{self, Place, fnv1a};
+use crate::place::{self, Place, fnv1a, make_private};
 use crate::size::Size;
 use crate::teardown;
 use crate::template::{Stamp, Template};
@@ -119,9 +118,7 @@ impl Pool {
 
     /// Makes the folder of one more. None if there are enough.
     fn enroll(&self) -> io::Result<Option<PathBuf>> {
-        let mut builder = fs::DirBuilder::new();
-        builder.recursive(true).mode(0o700);
-        builder.create(&self.folder)?;
+        make_private(&self.folder)?;
         // The others' turn comes when this is dropped.
         let lock = File::open(&self.folder)?;
         flock(&lock, FlockOperation::LockExclusive)?;
@@ -130,7 +127,7 @@ impl Pool {
         }
         let name = format!("{}{}", self.prefix, std::process::id());
         let folder = self.folder.join(name);
-        builder.create(&folder)?;
+        make_private(&folder)?;
         Ok(Some(folder))
     }
 }

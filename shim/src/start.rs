@@ -4,7 +4,6 @@
 use std::fs;
 use std::io::{self, IsTerminal, Read};
 use std::os::fd::{AsFd, AsRawFd};
-use std::os::unix::fs::DirBuilderExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -19,7 +18,7 @@ use crate::config::Config;
 use crate::guest;
 use crate::orders::Orders;
 use crate::phases;
-use crate::place::Place;
+use crate::place::{Place, make_private};
 use crate::pool::{self, Pool};
 use crate::service::config_path;
 use crate::spec;
@@ -98,7 +97,7 @@ fn begin(
     let pool = pool(spec);
     let orders = Orders::new(arguments, bundle, asked.into());
     let above = place.path().parent().unwrap_or_else(|| place.path());
-    make_private(above)?;
+    make_private(above).map_err(io_error("make", above))?;
     let mut waited = pool.as_ref().is_some_and(|pool| pool.take(place));
     if waited && pool::hand_over(place, &orders).is_err() {
         // It has died, or does not answer.
@@ -136,15 +135,9 @@ fn pool(spec: &Spec) -> Option<Pool> {
     Pool::of(&path, &config, &template)
 }
 
-fn make_private(folder: &Path) -> Result<(), Error> {
-    let mut private = fs::DirBuilder::new();
-    private.recursive(true).mode(0o700);
-    private.create(folder).map_err(io_error("make", folder))
-}
-
 /// Starts the shim that serves, which goes on when this process has ended.
 fn spawn(arguments: &Arguments, bundle: &Path, place: &Place, asked: &str) -> Result<(), Error> {
-    make_private(place.path())?;
+    make_private(place.path()).map_err(io_error("make", place.path()))?;
     let socket = place.shim();
     let listener = UnixListener::bind(&socket).map_err(io_error("listen on", &socket))?;
     let keep = rustix::io::FdFlags::empty();

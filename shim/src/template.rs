@@ -11,7 +11,7 @@
 
 use std::fs::{self, File};
 use std::io;
-use std::os::unix::fs::{DirBuilderExt, MetadataExt};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -21,7 +21,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::config::Config;
-use crate::place::fnv1a;
+use crate::place::{fnv1a, make_private};
 use crate::size::Size;
 use crate::vm::{self, Vm};
 
@@ -153,8 +153,7 @@ impl Template {
     /// The right to make it. None if somebody else has that, or it cannot be.
     pub(crate) fn claim(&self) -> Option<Claim> {
         let claim = || {
-            let mut builder = fs::DirBuilder::new();
-            builder.recursive(true).mode(0o700).create(&self.folder)?;
+            make_private(&self.folder)?;
             let mut options = File::options();
             let options = options.create(true).write(true).truncate(false);
             let file = options.open(self.folder.join(INPUTS))?;

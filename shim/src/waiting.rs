@@ -1,7 +1,6 @@
 //! A VM without a pod: it went on from a template, or is to become one. With an agent that has
 //! answered it stands still, until a pod takes it.
 
-use std::fs;
 use std::path::PathBuf;
 use std::thread;
 use std::time::Duration;
@@ -11,7 +10,7 @@ use crate::config::Config;
 use crate::error::{Error, asked};
 use crate::guest::{CLONE_PATIENCE, seed};
 use crate::mounts::Shared;
-use crate::place::Place;
+use crate::place::{Place, make_private};
 use crate::record::Record;
 use crate::size;
 use crate::teardown;
@@ -73,7 +72,7 @@ pub(crate) fn template(config: &Config) -> Result<Template, Error> {
         return Ok(template);
     }
     let folder = PathBuf::from(format!("/run/podvmm/template-{}", std::process::id()));
-    fs::create_dir_all(&folder).map_err(Error::Folder)?;
+    make_private(&folder).map_err(Error::Folder)?;
     let place = Place::at(&folder);
     match Waiting::make(config, template, &place) {
         Ok(waiting) => waiting.end(&place),
