@@ -127,8 +127,8 @@ mod tests {
             ),
             (
                 "version",
-                json!(2),
-                "its format is version 2, this podvmm reads 1",
+                json!(1),
+                "its format is version 1, this podvmm reads 2",
             ),
             (
                 "length",
