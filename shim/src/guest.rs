@@ -5,7 +5,8 @@ use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use agent::protocol::agent::{CreateContainerRequest, CreateSandboxRequest, Storage};
 use agent::protocol::oci::Spec;
@@ -30,6 +31,9 @@ use crate::waiting::Waiting;
 
 /// How long a guest that goes on from a template may take to answer.
 pub(crate) const CLONE_PATIENCE: Duration = Duration::from_secs(20);
+/// Which part of its boot's time a guest is left to itself before it becomes a template, while its pod
+/// waits.
+const SETTLING_SHARE: u32 = 8;
 /// For a guest's randomness.
 const SEED_BYTES: usize = 64;
 
@@ -341,15 +345,21 @@ fn start(
         Start::Clone => config.agent_timeout().min(CLONE_PATIENCE),
         Start::Booted | Start::Model(_) => config.agent_timeout(),
     };
+    let since = Instant::now();
+    let reach = || Agent::reach(&place.vsock(), timeout, &lives);
     let meet = || {
-        let agent = Agent::reach(&place.vsock(), timeout, &lives)?;
+        let mut agent = reach()?;
         birth.note("guest");
         match &vm.start {
             Start::Booted => {}
             Start::Model(claim) => {
+                // What the guest has still to do, and ends of connections, each clone has before it.
+                drop(agent);
+                thread::sleep(since.elapsed() / SETTLING_SHARE);
                 if let Err(error) = claim.make(&vm) {
                     log::warn!("there is no template: {}", api::chain(&error).join(": "));
                 }
+                agent = reach()?;
                 birth.note("template");
             }
             Start::Clone => renew(birth, &agent)?,
