@@ -1,3 +1,5 @@
+mod restore;
+
 use std::io::{ErrorKind, Read, Write};
 use std::net::Shutdown;
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -483,108 +485,6 @@ fn a_guest_that_takes_no_resets_is_not_heard_until_it_does() {
         while bench.guest.take(TX).is_some() {}
     }
     assert!(resets >= 256, "{resets}");
-}
-
-#[test]
-fn a_restored_guest_is_told_that_its_connections_are_gone() {
-    let mut bench = Bench::new();
-    let (mut stream, _) = bench.connected();
-    bench.guest.add(2, &[Buffer::In(8)]).unwrap();
-    let Bench { folder, guest } = bench;
-    let mut guest = guest.move_to(|| device(&folder));
-    assert!(is_at_its_end(&mut stream));
-    guest.transport.resume().unwrap();
-    guest.settle();
-    assert_eq!(guest.take(2), Some(vec![0; 4]));
-}
-
-#[test]
-fn a_restored_guest_without_connections_hears_of_new_ones_at_once() {
-    let mut bench = Bench::new();
-    let (_stream, header) = bench.connected();
-    bench.say(with(header, Op::Reset), &[]);
-    let old = header.dst_port;
-    bench.guest.add(2, &[Buffer::In(8)]).unwrap();
-    let Bench { folder, guest } = bench;
-    let guest = guest.move_to(|| device(&folder));
-    let mut bench = Bench { folder, guest };
-    let _stream = bench.caller("CONNECT 1024\n");
-    bench.guest.transport.resume().unwrap();
-    let (request, _) = bench.hear().unwrap();
-    assert_eq!(request.op, Op::Request as u16);
-    assert_ne!(request.src_port, old);
-    assert_eq!(bench.guest.take(2), None);
-}
-
-#[test]
-fn a_reset_the_guest_has_not_taken_outlives_the_device() {
-    let mut bench = Bench::new();
-    bench.say(from_guest(Op::Data, 9, 52), b"x");
-    bench.guest.add(2, &[Buffer::In(8)]).unwrap();
-    let Bench { folder, guest } = bench;
-    let mut guest = guest.move_to(|| device(&folder));
-    guest.transport.resume().unwrap();
-    guest.settle();
-    assert_eq!(guest.take(2), Some(vec![0; 4]));
-}
-
-#[test]
-fn a_guest_that_was_not_told_of_a_restore_is_told_after_the_next() {
-    let mut bench = Bench::new();
-    let _connected = bench.connected();
-    let Bench { folder, guest } = bench;
-    let mut guest = guest.move_to(|| device(&folder));
-    guest.add(2, &[Buffer::In(8)]).unwrap();
-    let mut guest = guest.move_to(|| device(&folder));
-    guest.transport.resume().unwrap();
-    guest.settle();
-    assert_eq!(guest.take(2), Some(vec![0; 4]));
-}
-
-#[test]
-fn a_guest_whose_address_is_another_is_told() {
-    let mut bench = Bench::new();
-    bench.guest.add(2, &[Buffer::In(8)]).unwrap();
-    let Bench { folder, guest } = bench;
-    let mut guest = guest.carry_to(|| {
-        let socket = folder.as_path().join("vsock");
-        let config = VsockConfig {
-            cid: CID + 1,
-            socket,
-        };
-        Vsock::new(config).unwrap()
-    });
-    guest.transport.resume().unwrap();
-    guest.settle();
-    assert_eq!(guest.take(2), Some(vec![0; 4]));
-}
-
-#[test]
-fn new_connections_wait_until_the_guest_has_ended_the_old_ones() {
-    let mut bench = Bench::new();
-    let (_, old) = bench.connected();
-    let two = [0; 2].map(|_| bench.guest.add(2, &[Buffer::In(8)]).unwrap());
-    assert_eq!(two.len(), 2);
-    let Bench { folder, guest } = bench;
-    let guest = guest.move_to(|| device(&folder));
-    let mut bench = Bench { folder, guest };
-    let _stream = bench.caller("CONNECT 1024\n");
-    bench.guest.transport.resume().unwrap();
-    assert_eq!(bench.hear(), None);
-    assert_eq!(bench.guest.take(2), Some(vec![0; 4]));
-    assert_eq!(bench.hear(), None);
-    // A driver kicks only when asked to: by avail_event, at the end of the used ring.
-    let used = bench.guest.areas(2)[2];
-    let avail_event = GuestAddress(used + 4 + 8 * 16);
-    let asked: u16 = bench.guest.ram().read_obj(avail_event).unwrap();
-    assert_eq!(asked, 2, "a kick for the third buffer");
-    // Its buffer comes back when the driver has done as it was told.
-    bench.guest.add(2, &[Buffer::In(8)]).unwrap();
-    bench.guest.kick(2);
-    bench.guest.settle();
-    let (request, _) = bench.hear().unwrap();
-    assert_eq!(request.op, Op::Request as u16);
-    assert_ne!(request.src_port, old.dst_port);
 }
 
 #[test]
