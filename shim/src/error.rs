@@ -1,5 +1,7 @@
 //! Why containerd is told that something cannot be done.
 
+use std::path::PathBuf;
+
 use agent::ttrpc::{CallError, Code, Status};
 
 use crate::agent::ReachError;
@@ -48,8 +50,11 @@ pub(crate) enum Error {
     Random(#[source] std::io::Error),
     #[error("make a folder for the VM")]
     Folder(#[source] std::io::Error),
-    #[error("wait in the pool")]
-    Pool(#[source] std::io::Error),
+    #[error("the pool {}", .folder.display())]
+    Pool {
+        folder: PathBuf,
+        source: std::io::Error,
+    },
     #[error(
         "there can be no template: templates are off, or the pods' default is too small for one"
     )]

@@ -15,6 +15,7 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{FlockOperation, flock};
+use rustix::io::retry_on_intr;
 
 use crate::config::Config;
 use crate::error::Error;
@@ -66,6 +67,11 @@ impl Pool {
         })
     }
 
+    fn failed(&self, source: io::Error) -> Error {
+        let folder = self.folder.clone();
+        Error::Pool { folder, source }
+    }
+
     /// The folders of those that wait or will, in order.
     fn members(&self) -> Vec<PathBuf> {
         let is_ours = |path: &PathBuf| name(path).starts_with(&self.prefix);
@@ -95,12 +101,14 @@ impl Pool {
 
     /// Starts as many that are to wait as are missing.
     pub(crate) fn fill(&self) -> io::Result<()> {
-        let (living, dead): (Vec<_>, Vec<_>) = self.members().into_iter().partition(|it| lives(it));
-        for member in dead {
-            leave(&member);
+        // Of other sizes, too: nobody may ever ask for those again.
+        for member in members(&self.folder) {
+            if !lives(&member) {
+                leave(&member);
+            }
         }
         let program = std::env::current_exe()?;
-        for _ in living.len()..self.wanted {
+        for _ in self.members().len()..self.wanted {
             Command::new(&program)
                 .args(["-memory", &self.size.memory_mib.to_string(), "-config"])
                 .arg(&self.config)
@@ -194,7 +202,8 @@ pub(crate) fn wait(path: &Path, memory_mib: u64) -> Result<Option<Called>, Error
     let Some((config, template, pool)) = wanted(path, memory_mib) else {
         return Ok(None);
     };
-    let Some(folder) = pool.enroll().map_err(Error::Pool)? else {
+    let failed = |source| pool.failed(source);
+    let Some(folder) = pool.enroll().map_err(failed)? else {
         return Ok(None);
     };
     let is_wanted = |waiting: &Waiting| {
@@ -208,14 +217,14 @@ pub(crate) fn wait(path: &Path, memory_mib: u64) -> Result<Option<Called>, Error
         if !template.await_made(config.agent_timeout(), || folder.exists()) {
             return Ok(None);
         }
-        let shim = Stamp::of_program().map_err(Error::Pool)?;
+        let shim = Stamp::of_program().map_err(failed)?;
         let place = Place::at(&folder);
         let waiting = Waiting::make(&config, template, &place)?;
-        let listener = UnixListener::bind(place.shim()).map_err(Error::Pool)?;
+        let listener = UnixListener::bind(place.shim()).map_err(failed)?;
         let since = Instant::now();
         loop {
             let taken = !folder.exists();
-            if comes(&listener).map_err(Error::Pool)? {
+            if comes(&listener).map_err(failed)? {
                 match answer(&listener) {
                     Ok(orders) => {
                         return Ok(Some(Called {
@@ -271,7 +280,8 @@ fn comes(listener: &UnixListener) -> io::Result<bool> {
         tv_nsec: 0,
     };
     let mut polled = [PollFd::new(listener, PollFlags::IN)];
-    Ok(poll(&mut polled, Some(&timeout))? > 0)
+    let count = retry_on_intr(|| poll(&mut polled, Some(&timeout)))?;
+    Ok(count > 0)
 }
 
 /// Hears which pod this shim is for.
@@ -305,7 +315,7 @@ pub(crate) fn adjust(path: &Path, config: &Config) -> Result<usize, Error> {
         above.for_each(|folder| drop(fs::remove_dir(folder)));
         return Ok(0);
     };
-    pool.fill().map_err(Error::Pool)?;
+    pool.fill().map_err(|source| pool.failed(source))?;
     let deadline = Instant::now() + config.agent_timeout();
     loop {
         let count = pool.ready().count();
@@ -365,6 +375,21 @@ mod tests {
         pool.prefix = "4567cdef-".into();
         assert!(!pool.take(&Place::at(&folder.path().join("pod"))));
         assert!(pool.enroll().unwrap().is_some());
+    }
+
+    #[test]
+    fn who_died_in_the_pool_is_taken_away_whatever_the_size() {
+        let (_folder, mut pool) = pool(1);
+        let living = pool.enroll().unwrap().unwrap();
+        let mut child = Command::new("true").spawn().unwrap();
+        child.wait().unwrap();
+        let dead = ["0123abcd", "4567cdef"].map(|size| format!("{size}-{}", child.id()));
+        for name in dead {
+            make_private(&pool.folder.join(name)).unwrap();
+        }
+        pool.wanted = 0;
+        pool.fill().unwrap();
+        assert_eq!(members(&pool.folder), [living]);
     }
 
     #[test]
