@@ -1,6 +1,7 @@
 //! The agent in the guest, asked over vsock. Nothing here depends on which agent it is, beyond the
 //! protocol.
 
+use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
@@ -14,6 +15,7 @@ use agent::protocol::{AGENT_SERVICE, HEALTH_SERVICE, PORT};
 use agent::ttrpc::{CallError, Client};
 use prost::Message;
 
+use crate::error::{Error, asked};
 use crate::network::Settings;
 use crate::stdio::Target;
 
@@ -23,6 +25,8 @@ const PATIENCE: Duration = Duration::from_secs(60);
 const KILL_PATIENCE: Duration = Duration::from_secs(5);
 /// How long the guest has to write its files when it ends.
 const FAREWELL: Duration = Duration::from_secs(2);
+/// For a guest's randomness.
+const SEED_BYTES: usize = 64;
 /// Between tries to reach it.
 const PAUSE: Duration = Duration::from_millis(10);
 
@@ -88,16 +92,18 @@ impl Agent {
 
     /// Makes the guest, which was written down and goes on, one of its own: its randomness, which
     /// others went on from as well, and the time of day, which it slept over.
-    pub(crate) fn renew(&self, seed: Vec<u8>) -> Result<(), CallError> {
-        let reseed = messages::ReseedRandomDevRequest { data: seed };
-        self.tell("ReseedRandomDev", &reseed)?;
+    pub(crate) fn renew(&self) -> Result<(), Error> {
+        let failed = asked("become another guest");
+        let data = random(SEED_BYTES).map_err(Error::Random)?;
+        let reseed = messages::ReseedRandomDevRequest { data };
+        self.tell("ReseedRandomDev", &reseed).map_err(&failed)?;
         let now = SystemTime::now().duration_since(UNIX_EPOCH);
         let now = now.unwrap_or_default();
         let time = messages::SetGuestDateTimeRequest {
             sec: i64::try_from(now.as_secs()).unwrap_or(i64::MAX),
             usec: now.subsec_micros().into(),
         };
-        self.tell("SetGuestDateTime", &time)
+        self.tell("SetGuestDateTime", &time).map_err(failed)
     }
 
     fn ask<A: Message + Default>(
@@ -342,6 +348,12 @@ impl Agent {
 }
 
 /// Connects to the agent's port through podvmm, which holds the connection until the guest is up.
+fn random(len: usize) -> io::Result<Vec<u8>> {
+    let mut bytes = vec![0; len];
+    File::open("/dev/urandom")?.read_exact(&mut bytes)?;
+    Ok(bytes)
+}
+
 fn dial(vsock: &Path, timeout: Duration) -> io::Result<UnixStream> {
     let mut stream = UnixStream::connect(vsock)?;
     stream.set_read_timeout(Some(timeout))?;

@@ -1,18 +1,15 @@
 //! A pod's guest: its VM, the agent that speaks for it, and what it sees of the host.
 
-use std::fs::File;
-use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
-use std::thread;
 use std::time::{Duration, Instant};
 
 use agent::protocol::agent::{CreateContainerRequest, CreateSandboxRequest, Storage};
 use agent::protocol::oci::Spec;
 use agent::ttrpc::{CallError, Code};
 
-use crate::agent::Agent;
+use crate::agent::{Agent, ReachError};
 use crate::cgroup::Cgroup;
 use crate::config::Config;
 use crate::error::{Error, asked};
@@ -30,12 +27,10 @@ use crate::vm::{self, Plan, Start, Vm};
 use crate::waiting::Waiting;
 
 /// How long a guest that goes on from a template may take to answer.
-pub(crate) const CLONE_PATIENCE: Duration = Duration::from_secs(20);
+const CLONE_PATIENCE: Duration = Duration::from_secs(20);
 /// Which part of its boot's time a guest is left to itself before it becomes a template, while its pod
 /// waits.
 const SETTLING_SHARE: u32 = 8;
-/// For a guest's randomness.
-const SEED_BYTES: usize = 64;
 
 /// What a guest is made for.
 #[derive(Clone, Copy)]
@@ -340,26 +335,18 @@ fn start(
         error: error.into(),
     })?;
     birth.note("vmm");
-    let lives = || !vm.life.has_ended();
-    let timeout = match vm.start {
-        Start::Clone => config.agent_timeout().min(CLONE_PATIENCE),
-        Start::Booted | Start::Model(_) => config.agent_timeout(),
-    };
     let since = Instant::now();
-    let reach = || Agent::reach(&place.vsock(), timeout, &lives);
-    let meet = || {
-        let mut agent = reach()?;
+    let ready = || {
+        let mut agent = meet(&vm, place, config)?;
         birth.note("guest");
         match &vm.start {
             Start::Booted => {}
             Start::Model(claim) => {
-                // What the guest has still to do, and ends of connections, each clone has before it.
                 drop(agent);
-                thread::sleep(since.elapsed() / SETTLING_SHARE);
-                if let Err(error) = claim.make(&vm) {
+                if let Err(error) = claim.make(&vm, since.elapsed() / SETTLING_SHARE) {
                     log::warn!("there is no template: {}", api::chain(&error).join(": "));
                 }
-                agent = reach()?;
+                agent = meet(&vm, place, config)?;
                 birth.note("template");
             }
             Start::Clone => renew(birth, &agent)?,
@@ -367,7 +354,7 @@ fn start(
         connect(birth, &agent, settings)?;
         Ok(agent)
     };
-    match meet() {
+    match ready() {
         Ok(agent) => Ok(Met { vm, agent, shared }),
         Err(error) => {
             // Whoever was killed does not show what its template is worth.
@@ -377,10 +364,18 @@ fn start(
     }
 }
 
+/// Waits for the agent of a VM in the folder `place`.
+pub(crate) fn meet(vm: &Vm, place: &Place, config: &Config) -> Result<Agent, ReachError> {
+    let patience = match vm.start {
+        Start::Clone => config.agent_timeout().min(CLONE_PATIENCE),
+        Start::Booted | Start::Model(_) => config.agent_timeout(),
+    };
+    Agent::reach(&place.vsock(), patience, &|| !vm.life.has_ended())
+}
+
 /// Makes the guest, which went on from a template, another than all that did.
 fn renew(birth: &Birth<'_>, agent: &Agent) -> Result<(), Error> {
-    let renewed = agent.renew(seed()?);
-    renewed.map_err(asked("become another guest"))?;
+    agent.renew()?;
     birth.note("renewal");
     Ok(())
 }
@@ -427,14 +422,6 @@ pub(crate) fn template_of(config: &Config, spec: &Spec) -> Result<Option<Templat
 
 fn size_of(config: &Config, spec: &Spec) -> Size {
     size::size(config, [foretold(spec)].into_iter())
-}
-
-/// Random bytes for a guest.
-pub(crate) fn seed() -> Result<Vec<u8>, Error> {
-    let mut bytes = vec![0; SEED_BYTES];
-    let random = File::open("/dev/urandom");
-    let read = random.and_then(|mut random| random.read_exact(&mut bytes));
-    read.map(|()| bytes).map_err(Error::Random)
 }
 
 /// Or it could not be taken away.

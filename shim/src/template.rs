@@ -200,8 +200,11 @@ pub(crate) struct Claim {
 }
 
 impl Claim {
-    /// Makes the template of a VM whose agent has just answered, which then goes on.
-    pub(crate) fn make(&self, vm: &Vm) -> Result<(), vm::Error> {
+    /// Makes the template of a VM whose agent has answered and which nobody is connected to, after it
+    /// was left to itself for so long; then it goes on. What it has still to do when it is written
+    /// down each clone has: Linux ends connections, and reports free memory two seconds later.
+    pub(crate) fn make(&self, vm: &Vm, settling: Duration) -> Result<(), vm::Error> {
+        thread::sleep(settling);
         vm.write_down(&self.folder)?;
         if let Some(templates) = self.folder.parent() {
             remove_stale(templates);

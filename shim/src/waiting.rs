@@ -2,13 +2,12 @@
 //! answered it stands still, until a pod takes it.
 
 use std::path::PathBuf;
-use std::thread;
 use std::time::Duration;
 
 use crate::agent::Agent;
 use crate::config::Config;
-use crate::error::{Error, asked};
-use crate::guest::{CLONE_PATIENCE, seed};
+use crate::error::Error;
+use crate::guest::meet;
 use crate::mounts::Shared;
 use crate::place::{Place, make_private};
 use crate::record::Record;
@@ -17,8 +16,7 @@ use crate::teardown;
 use crate::template::Template;
 use crate::vm::{Plan, Start, Vm};
 
-/// How long a guest that no pod waits for is left to itself before it is written down. What it has
-/// still to do then, each clone has: Linux ends connections, and reports free memory after two seconds.
+/// How long a guest that no pod waits for is left to itself before it is written down.
 const SETTLING: Duration = Duration::from_secs(5);
 
 /// A VM that waits for its pod. Dropping it does not end it.
@@ -41,7 +39,7 @@ impl Waiting {
             network: None,
         };
         let (vm, _) = Vm::boot(&plan, &mut Record::default())?;
-        let made = ready(&vm, place, config.agent_timeout()).inspect_err(|_| vm.kill());
+        let made = ready(&vm, place, config).inspect_err(|_| vm.kill());
         Ok(Self {
             agent: made?,
             template,
@@ -85,24 +83,16 @@ pub(crate) fn template(config: &Config) -> Result<Template, Error> {
 }
 
 /// Waits for the agent, and has the VM stand still.
-fn ready(vm: &Vm, place: &Place, patience: Duration) -> Result<Agent, Error> {
-    let patience = match vm.start {
-        Start::Clone => patience.min(CLONE_PATIENCE),
-        Start::Booted | Start::Model(_) => patience,
-    };
-    let reach = || Agent::reach(&place.vsock(), patience, &|| !vm.life.has_ended());
-    let mut agent = reach()?;
+fn ready(vm: &Vm, place: &Place, config: &Config) -> Result<Agent, Error> {
+    let mut agent = meet(vm, place, config)?;
     if let Start::Model(claim) = &vm.start {
         drop(agent);
-        thread::sleep(SETTLING);
-        claim.make(vm)?;
-        agent = reach()?;
+        claim.make(vm, SETTLING)?;
+        agent = meet(vm, place, config)?;
     }
     // Not for its randomness, which is renewed for the pod: what that takes of the template's
     // memory is the guest's own then.
-    agent
-        .renew(seed()?)
-        .map_err(asked("become another guest"))?;
+    agent.renew()?;
     vm.pause()?;
     Ok(agent)
 }
