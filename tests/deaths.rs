@@ -3,6 +3,7 @@
 
 #![expect(clippy::unwrap_used, reason = "its steps are functions of their own")]
 
+use std::fs::DirEntry;
 use std::io::Read;
 use std::path::Path;
 use std::process::Stdio;
@@ -125,15 +126,17 @@ fn the_shim(node: &Node) {
 
 /// At once, which its template is not to suffer for.
 fn the_vmm_of_a_clone(node: &Node) {
-    let templates = containerd::templates();
-    let spoilt = || {
-        let entries = std::fs::read_dir(&templates).into_iter().flatten();
-        entries.filter(|entry| entry.as_ref().unwrap().path().join("spoilt").exists())
-    };
     if !containerd::has_templates() {
         return;
     }
-    let before = spoilt().count();
+    let spoilt = || {
+        let entries = std::fs::read_dir(containerd::templates())
+            .into_iter()
+            .flatten();
+        let is_spoilt = |entry: &DirEntry| entry.path().join("spoilt").exists();
+        entries.flatten().filter(is_spoilt).count()
+    };
+    let before = spoilt();
     let container = Container::new(node, "clone");
     let mut command = container.run(&node.containerd, &["--detach", "--null-io"], &["true"]);
     let run = command.stderr(Stdio::piped()).spawn().unwrap();
@@ -143,7 +146,7 @@ fn the_vmm_of_a_clone(node: &Node) {
     signal(container.vmm(), libc::SIGKILL);
     let ran: Ran = run.wait_with_output().unwrap().into();
     assert_eq!(ran.code, Some(1), "{ran:?}");
-    assert_eq!(spoilt().count(), before);
+    assert_eq!(spoilt(), before);
     forget(node, &container);
 }
 

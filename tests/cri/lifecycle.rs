@@ -37,12 +37,11 @@ pub(crate) fn exec(node: &Node, container: &str) {
         (exec.stdout.as_str(), exec.stderr.as_str(), exec.status),
         ("one\n", "two\n", 7)
     );
-    // More than a pipe holds.
     let much = node.sh(
         container,
-        "yes | head -c 100000 | wc -c; yes | head -c 100000 >&2",
+        "yes | head -c 300000 | wc -c; yes | head -c 300000 >&2",
     );
-    assert_eq!(much, "100000");
+    assert_eq!(much, "300000");
     let refusal = node
         .cri
         .exec_sync(container, &["/no/such/program"], 0)

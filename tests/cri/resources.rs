@@ -97,7 +97,7 @@ fn grow(node: &Node, container: &str) {
 fn stats(node: &Node, pod: &Pod, container: &str) {
     node.sh(
         container,
-        "dd if=/dev/zero of=/dev/shm/ballast bs=1M count=12 2>/dev/null",
+        "dd if=/dev/zero of=/dev/shm/ballast bs=1M count=20 2>/dev/null",
     );
     let of = || node.cri.stats(container).unwrap();
     let used = |stats: &tests::cri::status::ContainerStats| {
@@ -107,7 +107,7 @@ fn stats(node: &Node, pod: &Pod, container: &str) {
     let first = of();
     let memory = first.memory.unwrap_or_default();
     let memory = memory.working_set_bytes.map_or(0, |value| value.value);
-    assert!(memory > 12_000_000, "the ballast counts: {memory}");
+    assert!(memory > 19_000_000, "the ballast counts: {memory}");
     assert!(used(&first) > 0, "{first:?}");
     node.sh(
         container,

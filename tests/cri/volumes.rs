@@ -77,7 +77,7 @@ pub(crate) fn seen(node: &Node, pod: &Pod, container: &str) {
             "cat /read-only/single; { echo x > /read-only/x; } 2>&1 || echo refused",
             "awk '$2 == \"/memory\" { print $3 }' /proc/mounts",
             "for to in /memory /disk; do echo of $to > $to/note; \
-                 dd if=/dev/zero of=$to/zeros bs=64k count=16 2>/dev/null || exit; done; \
+                 dd if=/dev/zero of=$to/zeros bs=64k count=64 2>/dev/null || exit; done; \
              cat /memory/note /disk/note",
             "stat -c %a /memory /disk",
         ],
@@ -91,7 +91,7 @@ pub(crate) fn seen(node: &Node, pod: &Pod, container: &str) {
     assert_eq!(notes, "of /memory\nof /disk");
     assert_eq!(modes, "777\n777");
     let zeros = on_disk(node, pod).join("zeros");
-    assert_eq!(fs::metadata(zeros).unwrap().len(), 1 << 20);
+    assert_eq!(fs::metadata(zeros).unwrap().len(), 4 << 20);
     also_seen(node, pod);
 }
 
