@@ -120,7 +120,13 @@ impl Template {
             size,
             inputs,
         };
-        (!template.folder.join(SPOILT).exists()).then_some(template)
+        match fs::read_to_string(template.folder.join(SPOILT)) {
+            Ok(why) => {
+                log::warn!("template {} is spoilt: {why}", template.folder.display());
+                None
+            }
+            Err(_) => Some(template),
+        }
     }
 
     pub(crate) fn folder(&self) -> &Path {
