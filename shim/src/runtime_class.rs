@@ -3,7 +3,7 @@
 
 use crate::config::Config;
 
-/// What the shim, podvmm and the host's kernel take for a pod: 4.5, 4.4 and 1.5 MiB by
+/// What the shim, podvmm and the host's kernel take for a pod: 4.7, 4.4 and 1.5 MiB by
 /// `benches/pods`, rounded up, as they grow with the files that the guest has open.
 const HOST_MIB: u32 = 12;
 /// What they take of a processor while a pod does nothing much, in thousandths: the shim and podvmm
