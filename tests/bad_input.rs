@@ -3,6 +3,7 @@
 
 use std::os::unix::process::CommandExt;
 use std::path::Path;
+use std::process::Command;
 
 use tests::payload::{Protocol, image};
 use tests::podvmm::kvm_is_here;
@@ -217,7 +218,7 @@ fn a_forbidden_kvm_is_named_with_the_remedy() {
     std::fs::copy(tests::podvmm::binary(), &binary).unwrap();
     let kernel = Path::new("/etc/hostname");
     let mut podvmm = Podvmm::new(["--kernel".as_ref(), kernel]);
-    *podvmm.command() = std::process::Command::new(binary);
+    *podvmm.command() = Command::new(binary);
     podvmm
         .command()
         .args(["--kernel".as_ref(), kernel])
@@ -228,4 +229,37 @@ fn a_forbidden_kvm_is_named_with_the_remedy() {
         said.contains("open /dev/kvm: may this user open it?"),
         "{said}"
     );
+}
+
+/// By the command that makes it, and in the log of each pod that boots for that.
+#[test]
+fn a_spoilt_template_is_named_with_the_reason() {
+    if !kvm_is_here() {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let (config, templates) = (
+        folder.path().join("config"),
+        folder.path().join("templates"),
+    );
+    let text = format!(
+        "podvmm = {:?}\nkernel = '/dev/null'\ninitramfs = '/dev/null'\ntemplates = {templates:?}",
+        tests::podvmm::binary()
+    );
+    std::fs::write(&config, text).unwrap();
+    let refused = || {
+        let mut command = Command::new(tests::containerd::shim());
+        let output = command.arg("template").arg("-config").arg(&config).output();
+        let output = output.unwrap();
+        assert_eq!(output.status.code(), Some(1), "{output:?}");
+        String::from_utf8(output.stderr).unwrap()
+    };
+    let said = refused();
+    assert!(said.contains("boot the VM"), "{said}");
+    let mut made = std::fs::read_dir(&templates).unwrap();
+    let template = made.next().unwrap().unwrap().path();
+    std::fs::write(template.join("spoilt"), "it is cursed").unwrap();
+    let said = refused();
+    let why = format!("{} is spoilt: it is cursed", template.display());
+    assert!(said.contains(&why), "{said}");
 }
