@@ -270,10 +270,13 @@ fn shim_folder() -> &'static Path {
     shim().parent().expect("it lies in a folder")
 }
 
-/// The folder with the images, made if it is not there.
+/// The folder with the images: `PODVMM_TEST_IMAGES`, or the one that resources/images makes.
 fn images() -> &'static Path {
     static IMAGES: OnceLock<PathBuf> = OnceLock::new();
     IMAGES.get_or_init(|| {
+        if let Some(folder) = std::env::var_os("PODVMM_TEST_IMAGES") {
+            return folder.into();
+        }
         let output = Command::new(script("images"))
             .stderr(Stdio::inherit())
             .output()

@@ -53,10 +53,13 @@ pub fn root(applets: &[&str]) -> TempDir {
     root
 }
 
-/// The static program with the guest's ends of transfers.
+/// The static program with the guest's ends of transfers: `PODVMM_GUEST_LOAD`, or the one cargo builds.
 fn guest_load() -> &'static Path {
     static TOOL: OnceLock<PathBuf> = OnceLock::new();
     TOOL.get_or_init(|| {
+        if let Some(path) = std::env::var_os("PODVMM_GUEST_LOAD") {
+            return path.into();
+        }
         const TARGET: &str = "x86_64-unknown-linux-gnu";
         let workspace = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
         let target = std::env::var_os("CARGO_TARGET_DIR")
