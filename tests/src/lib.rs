@@ -20,6 +20,7 @@ pub mod node;
 pub mod payload;
 pub mod pod;
 pub mod podvmm;
+pub mod probe;
 pub mod service;
 pub mod template;
 pub mod transfer;

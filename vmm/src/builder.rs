@@ -10,7 +10,8 @@ use api::VmConfig;
 use arch::boot::{self, BootError, BootInfo, Entry, KernelImage};
 use arch::irqchip::IrqchipError;
 use arch::mptable::MptableError;
-use arch::state::CpuFeatures;
+use arch::state::{CpuFeatures, VcpuState};
+use arch::vcpu::Identity;
 use arch::{irqchip, mptable, ram, vcpu as arch_vcpu};
 use devices::bus::{Bus, BusError};
 use devices::virtio::{Memory, MmioTransport};
@@ -241,7 +242,12 @@ pub fn build(
             .create_vcpu(index.into())
             .map_err(|source| BuildError::CreateVcpu { index, source })?;
         if let Some(entry) = entry {
-            arch_vcpu::configure(&fd, index, count, &cpuid, entry)
+            let identity = Identity {
+                index,
+                count,
+                supported: &cpuid,
+            };
+            arch_vcpu::configure(&fd, identity, entry)
                 .map_err(|source| BuildError::ConfigureVcpu { index, source })?;
         }
         fds.push(fd);
@@ -384,9 +390,15 @@ fn restore_cpus(
     cpuid: &CpuId,
 ) -> Result<(), BuildError> {
     let states = loaded.vcpus(count)?;
+    let tsc = VcpuState::tsc(states);
     for (index, (fd, state)) in (0..).zip(fds.iter().zip(states)) {
+        let identity = Identity {
+            index,
+            count,
+            supported: cpuid,
+        };
         state
-            .restore(fd, index, count, cpuid)
+            .restore(fd, identity, tsc)
             .map_err(|source| BuildError::VcpuState { index, source })?;
     }
     loaded.board().restore(vm).map_err(BuildError::BoardState)

@@ -10,4 +10,5 @@ pub mod msr;
 mod raw;
 pub mod regs;
 pub mod state;
+pub mod tsc;
 pub mod vcpu;

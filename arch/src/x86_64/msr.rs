@@ -26,6 +26,19 @@ pub(super) fn set_boot(vcpu: &VcpuFd) -> Result<(), VcpuError> {
     set(vcpu, &BOOT.map(|(index, data)| entry(index, data)))
 }
 
+/// Sets the time stamp counter of `vcpu`.
+pub(super) fn set_tsc(vcpu: &VcpuFd, value: u64) -> Result<(), VcpuError> {
+    set(vcpu, &[entry(IA32_TSC, value)])
+}
+
+/// The time stamp counter among `entries`.
+pub(super) fn tsc(entries: &[kvm_msr_entry]) -> Option<u64> {
+    let mut entries = entries.iter();
+    entries
+        .find(|entry| entry.index == IA32_TSC)
+        .map(|entry| entry.data)
+}
+
 /// `indices` and the memory type range registers (Intel SDM volume 3, 12.11), which KVM's list
 /// leaves out.
 pub(super) fn with_memory_types(indices: &[u32]) -> Vec<u32> {
@@ -54,8 +67,7 @@ pub(super) fn read(
         rest = &rest[passed..];
     }
     let is_deadline = |entry: &&mut kvm_msr_entry| entry.index == IA32_TSC_DEADLINE;
-    let now = read.iter().find(|entry| entry.index == IA32_TSC);
-    let now = now.map_or(0, |entry| entry.data);
+    let now = tsc(&read).unwrap_or(0);
     if let Some(deadline) = read.iter_mut().find(is_deadline).filter(|it| it.data == 0) {
         // No deadline, or one that has passed but whose interrupt has not reached the vCPU: which of
         // them nobody can tell. A timer that fires once too often does no harm, one that never fires

@@ -13,9 +13,10 @@ use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
+use super::msr;
 use super::raw::{Raw, RawList};
-use super::vcpu::{VcpuError, wire_local_interrupts};
-use super::{cpuid, msr};
+use super::tsc::{self, Tsc};
+use super::vcpu::{Identity, VcpuError, power_on};
 
 const CHIPS: [u32; 3] = [
     KVM_IRQCHIP_PIC_MASTER,
@@ -32,7 +33,7 @@ pub struct StateError {
 }
 
 /// For `map_err`.
-fn failed(act: &'static str) -> impl Fn(kvm_ioctls::Error) -> StateError {
+pub(super) fn failed(act: &'static str) -> impl Fn(kvm_ioctls::Error) -> StateError {
     move |source| StateError { act, source }
 }
 
@@ -91,7 +92,7 @@ impl CpuFeatures {
         Self(RawList(supported.as_slice().to_vec()))
     }
 
-    /// As KVM_SET_CPUID2 takes them, adapted to each vCPU by [`cpuid::for_vcpu`]. None if there are
+    /// As KVM_SET_CPUID2 takes them, adapted to each vCPU by [`super::cpuid::for_vcpu`]. None if there are
     /// more than KVM knows.
     pub fn cpuid(&self) -> Option<CpuId> {
         CpuId::from_entries(&self.0.0).ok()
@@ -147,21 +148,29 @@ impl VcpuState {
         })
     }
 
-    /// Gives it to vCPU `index` of `count`, which has run nothing yet.
+    /// The time stamp counter of the vCPUs of a snapshot: that of the first one that was started.
+    pub fn tsc(vcpus: &[Self]) -> Option<Tsc> {
+        let started = vcpus.iter().find_map(|vcpu| vcpu.started.as_deref())?;
+        Some(Tsc {
+            khz: started.tsc_khz,
+            value: msr::tsc(&started.msrs.0)?,
+        })
+    }
+
+    /// Gives it to a vCPU that has run nothing yet. One that was never started takes `tsc`, which is
+    /// the others', so they must have been restored within the last second.
     pub fn restore(
         &self,
         vcpu: &VcpuFd,
-        index: u8,
-        count: u8,
-        features: &CpuId,
+        identity: Identity<'_>,
+        tsc: Option<Tsc>,
     ) -> Result<(), VcpuError> {
-        let cpuid = cpuid::for_vcpu(features, index, count);
-        vcpu.set_cpuid2(&cpuid).map_err(VcpuError::SetCpuid)?;
+        identity.give(vcpu)?;
         match &self.started {
             Some(started) => started.restore(vcpu)?,
             None => {
-                msr::set_boot(vcpu)?;
-                wire_local_interrupts(vcpu)?;
+                power_on(vcpu)?;
+                tsc.map_or(Ok(()), |tsc| tsc.set(vcpu))?;
             }
         }
         vcpu.set_mp_state(self.mp.0)
@@ -207,12 +216,7 @@ impl Started {
 
     fn restore(&self, vcpu: &VcpuFd) -> Result<(), VcpuError> {
         let registers = failed("set its registers");
-        let tsc_khz = vcpu.get_tsc_khz().map_err(failed("read its clock rate"))?;
-        if tsc_khz != self.tsc_khz {
-            // Fails on hosts that cannot make up for the difference.
-            vcpu.set_tsc_khz(self.tsc_khz)
-                .map_err(failed("set its clock rate, which is not this host's"))?;
-        }
+        tsc::set_khz(vcpu, self.tsc_khz)?;
         vcpu.set_regs(&self.regs.0).map_err(&registers)?;
         vcpu.set_sregs(&self.sregs.0).map_err(&registers)?;
         self.restore_xsave(vcpu).map_err(&registers)?;

@@ -41,20 +41,31 @@ pub enum VcpuError {
     State(#[from] StateError),
 }
 
-/// Prepares vCPU `index` of `count`. The first one starts at `entry`; the
-/// others wait for the start-up interrupt the first one sends.
-pub fn configure(
-    vcpu: &VcpuFd,
-    index: u8,
-    count: u8,
-    supported: &CpuId,
-    entry: Entry,
-) -> Result<(), VcpuError> {
-    let cpuid = cpuid::for_vcpu(supported, index, count);
-    vcpu.set_cpuid2(&cpuid).map_err(VcpuError::SetCpuid)?;
-    msr::set_boot(vcpu)?;
-    wire_local_interrupts(vcpu)?;
-    if index == 0 {
+/// Which vCPU of which VM one is.
+#[derive(Clone, Copy, Debug)]
+pub struct Identity<'a> {
+    /// Its index, which is its APIC id, too.
+    pub index: u8,
+    /// How many vCPUs the VM can have.
+    pub count: u8,
+    /// The CPUID that KVM supported when the guest started.
+    pub supported: &'a CpuId,
+}
+
+impl Identity<'_> {
+    /// Makes `vcpu` the one it is to be, whatever state it has.
+    pub(super) fn give(self, vcpu: &VcpuFd) -> Result<(), VcpuError> {
+        let cpuid = cpuid::for_vcpu(self.supported, self.index, self.count);
+        vcpu.set_cpuid2(&cpuid).map_err(VcpuError::SetCpuid)
+    }
+}
+
+/// Prepares a vCPU. The first one starts at `entry`; the others wait for the
+/// start-up interrupt the first one sends.
+pub fn configure(vcpu: &VcpuFd, identity: Identity<'_>, entry: Entry) -> Result<(), VcpuError> {
+    identity.give(vcpu)?;
+    power_on(vcpu)?;
+    if identity.index == 0 {
         let reset = vcpu.get_sregs().map_err(VcpuError::SetSregs)?;
         vcpu.set_sregs(&regs::system(entry, reset))
             .map_err(VcpuError::SetSregs)?;
@@ -64,8 +75,14 @@ pub fn configure(
     Ok(())
 }
 
+/// The state that firmware would leave a vCPU in that waits to be started.
+pub(super) fn power_on(vcpu: &VcpuFd) -> Result<(), VcpuError> {
+    msr::set_boot(vcpu)?;
+    wire_local_interrupts(vcpu)
+}
+
 /// LINT0 carries the PIC's interrupts, LINT1 NMIs: what firmware would leave.
-pub(super) fn wire_local_interrupts(vcpu: &VcpuFd) -> Result<(), VcpuError> {
+fn wire_local_interrupts(vcpu: &VcpuFd) -> Result<(), VcpuError> {
     let mut lapic = vcpu.get_lapic().map_err(VcpuError::SetLapic)?;
     for (at, mode) in [(APIC_LVT0, DELIVER_EXTINT), (APIC_LVT1, DELIVER_NMI)] {
         for (byte, value) in lapic.regs[at..].iter_mut().zip(mode.to_le_bytes()) {
