@@ -1,8 +1,16 @@
 //! What guests of a few instructions find of their CPUs, interrupts and clocks.
 
 use tempfile::TempDir;
+use tests::payload::Protocol;
 use tests::podvmm::kvm_is_here;
 use tests::probe::{ClockFlags, Probe};
+use tests::{Outcome, Payload, Podvmm, code};
+
+/// Boots `code` and waits for its end.
+fn run(code: &[u8], more: &[&str]) -> Outcome {
+    let payload = Payload::new(code, Protocol::Pvh);
+    Podvmm::new(payload.arguments().iter().chain(more)).run()
+}
 
 #[test]
 fn a_vcpu_started_after_a_restore_has_the_time_of_the_first() {
@@ -25,4 +33,34 @@ fn a_vcpu_started_after_a_restore_has_the_time_of_the_first() {
     assert_eq!(clone.clock_flags(), expected);
     assert_eq!(clone.start_next_cpu(), '=');
     clone.end();
+}
+
+code!(
+    core_level,
+    ".code32",
+    // Leaf 0xb, subleaf 1: the type of the level, and how many vCPUs the package has.
+    "mov eax, 0xb",
+    "mov ecx, 1",
+    "cpuid",
+    "mov dx, 0x3f8",
+    "mov al, ch",
+    "add al, '0'",
+    "out dx, al",
+    "mov al, bl",
+    "add al, '0'",
+    "out dx, al",
+    "mov al, 0xfe",
+    "out 0x64, al",
+    "1: hlt",
+    "jmp 1b",
+);
+
+#[test]
+fn vcpus_are_cores_of_one_package() {
+    if !kvm_is_here() {
+        return;
+    }
+    let outcome = run(core_level(), &["--cpus", "boot=1,max=5"]);
+    // Level type 2 is cores.
+    assert_eq!(outcome.stdout, "25", "{outcome:?}");
 }

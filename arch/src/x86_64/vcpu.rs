@@ -21,6 +21,9 @@ pub enum VcpuError {
     /// KVM_SET_CPUID2 failed.
     #[error("set CPUID")]
     SetCpuid(#[source] kvm_ioctls::Error),
+    /// CPUID has no room for the VM's topology.
+    #[error("more CPUID leaves than KVM takes")]
+    ManyLeaves,
     /// KVM_SET_MSRS failed.
     #[error("set model-specific registers")]
     SetMsrs(#[source] kvm_ioctls::Error),
@@ -56,6 +59,7 @@ impl Identity<'_> {
     /// Makes `vcpu` the one it is to be, whatever state it has.
     pub(super) fn give(self, vcpu: &VcpuFd) -> Result<(), VcpuError> {
         let cpuid = cpuid::for_vcpu(self.supported, self.index, self.count);
+        let cpuid = cpuid.ok_or(VcpuError::ManyLeaves)?;
         vcpu.set_cpuid2(&cpuid).map_err(VcpuError::SetCpuid)
     }
 }
