@@ -64,3 +64,34 @@ fn vcpus_are_cores_of_one_package() {
     // Level type 2 is cores.
     assert_eq!(outcome.stdout, "25", "{outcome:?}");
 }
+
+code!(
+    read_a_counter,
+    ".code32",
+    "mov dx, 0x3f8",
+    "mov al, 'A'",
+    "out dx, al",
+    "xor ecx, ecx",
+    // Without counters this is a general protection fault, for which the guest is not prepared.
+    "rdpmc",
+    "mov al, 'B'",
+    "mov dx, 0x3f8",
+    "out dx, al",
+    "mov al, 0xfe",
+    "out 0x64, al",
+    "1: hlt",
+    "jmp 1b",
+);
+
+#[test]
+fn there_are_no_performance_counters() {
+    if !kvm_is_here() {
+        return;
+    }
+    let outcome = run(read_a_counter(), &[]);
+    assert_eq!(
+        (outcome.code, outcome.stdout.as_str()),
+        (Some(121), "A"),
+        "{outcome:?}"
+    );
+}

@@ -12,7 +12,7 @@ use arch::irqchip::IrqchipError;
 use arch::mptable::MptableError;
 use arch::state::{CpuFeatures, VcpuState};
 use arch::vcpu::Identity;
-use arch::{irqchip, mptable, ram, vcpu as arch_vcpu};
+use arch::{irqchip, mptable, pmu, ram, vcpu as arch_vcpu};
 use devices::bus::{Bus, BusError};
 use devices::virtio::{Memory, MmioTransport};
 use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES};
@@ -190,6 +190,8 @@ pub fn build(
     // RAM alone waits for readers, and long after another one has just begun.
     ram.register(&vm)?;
     irqchip::create(&vm)?;
+    pmu::disable(&vm)
+        .map_err(|source| BuildError::Kvm("disable performance counters".into(), source))?;
     timeline.mark("vm");
 
     let kernel = match &origin {

@@ -4,6 +4,8 @@ mod topology;
 
 use kvm_bindings::CpuId;
 
+use super::pmu;
+
 /// Leaf 1, ECX: TSC deadline timer and "runs under a hypervisor".
 const ECX_VMX: u32 = 1 << 5;
 const ECX_TSC_DEADLINE: u32 = 1 << 24;
@@ -18,6 +20,7 @@ pub fn for_vcpu(supported: &CpuId, index: u8, count: u8) -> Option<CpuId> {
     let mut entries = place.with_levels(supported);
     for entry in &mut entries {
         place.adapt(entry);
+        pmu::hide(entry);
         match entry.function {
             0x1 => {
                 entry.ecx |= ECX_TSC_DEADLINE | ECX_HYPERVISOR;
@@ -25,9 +28,6 @@ pub fn for_vcpu(supported: &CpuId, index: u8, count: u8) -> Option<CpuId> {
                 entry.ecx &= !ECX_VMX;
             }
             0x8000_0001 => entry.ecx &= !ECX_SVM,
-            // The performance counters are the host's; KVM's offer of them to
-            // every guest is not one a sandbox should pass on.
-            0xa => (entry.eax, entry.ebx, entry.ecx, entry.edx) = (0, 0, 0, 0),
             _ => {}
         }
     }
@@ -143,7 +143,7 @@ mod tests {
             0,
             1,
         );
-        assert_eq!((vmx.ecx, svm.ecx), (!(1 << 5), !(1 << 2)));
+        assert_eq!((vmx.ecx & ECX_VMX, svm.ecx & ECX_SVM), (0, 0));
     }
 
     #[test]
@@ -170,14 +170,23 @@ mod tests {
 
     #[test]
     fn performance_counters_are_hidden() {
-        let entry = adapted(
+        let eax = 0x0730_0802;
+        let intel = adapted(
             kvm_cpuid_entry2 {
-                eax: 0x0730_0802,
+                eax,
                 ..leaf(0xa, 0)
             },
             0,
             1,
         );
-        assert_eq!(entry.eax, 0);
+        let amd = adapted(
+            kvm_cpuid_entry2 {
+                eax: 1,
+                ..leaf(0x8000_0022, 0)
+            },
+            0,
+            1,
+        );
+        assert_eq!((intel.eax, amd.eax), (0, 0));
     }
 }

@@ -7,6 +7,7 @@ pub mod irqchip;
 pub mod layout;
 pub mod mptable;
 pub mod msr;
+pub mod pmu;
 mod raw;
 pub mod regs;
 pub mod state;
