@@ -95,3 +95,81 @@ fn there_are_no_performance_counters() {
         "{outcome:?}"
     );
 }
+
+code!(
+    late_ticks,
+    ".code32",
+    "mov esp, 0x80000",
+    // The PIC's first input unmasked, and no CPU that takes interrupts: the guest asks the PIC.
+    "mov al, 0x11",
+    "out 0x20, al",
+    "mov al, 0x20",
+    "out 0x21, al",
+    "mov al, 0x04",
+    "out 0x21, al",
+    "mov al, 0x01",
+    "out 0x21, al",
+    "mov al, 0xfe",
+    "out 0x21, al",
+    // Channel 0 ticks each 2 ms (2386 periods of 1.193 MHz).
+    "mov al, 0x34",
+    "out 0x43, al",
+    "mov al, 0x52",
+    "out 0x40, al",
+    "mov al, 0x09",
+    "out 0x40, al",
+    // Sleep through 40 ticks, then count those that come during the next 5.
+    "mov ebp, 40",
+    "xor ebx, ebx",
+    "call 5f",
+    "xor edi, edi",
+    "mov ebp, 5",
+    "inc ebx",
+    "call 5f",
+    "mov dx, 0x3f8",
+    "mov al, 'f'", // few
+    "cmp edi, 15",
+    "jbe 1f",
+    "mov al, 'm'", // many
+    "1: out dx, al",
+    "mov al, 0xfe",
+    "out 0x64, al",
+    "2: hlt",
+    "jmp 2b",
+    // Until the channel's counter has started anew EBP times. Counts ticks in EDI if EBX is set.
+    "5: mov esi, 0xffff",
+    "6: test ebx, ebx",
+    "jz 7f",
+    // A tick is taken and acknowledged as by a handler.
+    "mov al, 0x0a",
+    "out 0x20, al",
+    "in al, 0x20",
+    "test al, 1",
+    "jz 7f",
+    "mov al, 0x0c",
+    "out 0x20, al",
+    "in al, 0x20",
+    "inc edi",
+    "7: xor eax, eax",
+    "out 0x43, al",
+    "in al, 0x40",
+    "mov cl, al",
+    "in al, 0x40",
+    "mov ch, al",
+    "movzx ecx, cx",
+    "cmp ecx, esi",
+    "mov esi, ecx",
+    "jbe 6b",
+    "dec ebp",
+    "jnz 6b",
+    "ret",
+);
+
+#[test]
+fn ticks_that_were_missed_do_not_come_later() {
+    if !kvm_is_here() {
+        return;
+    }
+    let outcome = run(late_ticks(), &[]);
+    assert_eq!(outcome.stdout, "f", "{outcome:?}");
+}
