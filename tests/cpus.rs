@@ -173,3 +173,17 @@ fn ticks_that_were_missed_do_not_come_later() {
     let outcome = run(late_ticks(), &[]);
     assert_eq!(outcome.stdout, "f", "{outcome:?}");
 }
+
+#[test]
+fn a_guest_learns_once_that_it_was_paused() {
+    if !kvm_is_here() {
+        return;
+    }
+    let mut guest = Probe::boot(1);
+    assert!(!guest.clock_flags().was_stopped);
+    guest.pause();
+    guest.resume();
+    assert!(guest.clock_flags().was_stopped);
+    assert!(!guest.clock_flags().was_stopped);
+    guest.end();
+}

@@ -286,6 +286,7 @@ impl Thread {
             match command {
                 Command::Run => {}
                 Command::Park(reply) => {
+                    self.announce_pause();
                     let _ = reply.send(());
                     return Step::Park;
                 }
@@ -300,6 +301,13 @@ impl Thread {
             }
         }
         Step::Continue
+    }
+
+    /// Has KVM's clock tell the guest, once it runs again, that the host had stopped this vCPU
+    /// (KVM_KVMCLOCK_CTRL, kvm/api.rst 4.76). Linux's watchdog would report a soft lockup otherwise.
+    fn announce_pause(&mut self) {
+        // This fails if the guest does not use KVM's clock. There is no other way to tell it.
+        let _ = self.kick.vcpu().kvmclock_ctrl();
     }
 
     fn is_halted(&mut self) -> bool {
