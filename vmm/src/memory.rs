@@ -13,6 +13,7 @@
 
 mod image;
 mod pages;
+mod placement;
 mod remote;
 mod written;
 
@@ -277,19 +278,28 @@ impl Ram {
 fn map(start: GuestAddress, len_bytes: u64, config: &MemoryConfig) -> Result<MmapRegion, RamError> {
     let size = ByteSize(len_bytes);
     let len = usize::try_from(len_bytes).expect("RAM is 1 TiB at most");
-    let builder = MmapRegionBuilder::new(len).with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE);
-    let region = if config.shared || config.hugepages {
-        let file = memfd(len_bytes, config.hugepages)
-            .map_err(|source| RamError::Memfd { size, source })?;
-        // Without MAP_NORESERVE the kernel sets huge pages aside now: better
-        // an error here than a SIGBUS when the guest touches one too many.
-        builder
-            .with_file_offset(FileOffset::new(file, 0))
-            .with_mmap_flags(libc::MAP_SHARED)
+    let file = if config.shared || config.hugepages {
+        let file = memfd(len_bytes, config.hugepages);
+        let file = file.map_err(|source| RamError::Memfd { size, source })?;
+        Some(FileOffset::new(file, 0))
     } else {
-        builder.with_mmap_flags(libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE)
+        None
     };
-    let region = region.build().map_err(|source| {
+    let build = || {
+        let builder = MmapRegionBuilder::new(len);
+        let builder = builder.with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE);
+        let builder = match &file {
+            // Without MAP_NORESERVE the kernel sets huge pages aside now: better
+            // an error here than a SIGBUS when the guest touches one too many.
+            Some(file) => builder
+                .with_file_offset(file.clone())
+                .with_mmap_flags(libc::MAP_SHARED),
+            None => builder
+                .with_mmap_flags(libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE),
+        };
+        builder.build()
+    };
+    let region = placement::aligned(len, build).map_err(|source| {
         if config.hugepages {
             RamError::HugePages {
                 size,
@@ -376,6 +386,25 @@ mod tests {
             .read_slice(&mut bytes, START.unchecked_add(from))
             .unwrap();
         bytes
+    }
+
+    #[test]
+    fn addresses_of_guest_and_host_agree_modulo_2_mib() {
+        for shared in [false, true] {
+            let config = MemoryConfig {
+                size: "3274M".parse().unwrap(),
+                hotplug_size: ByteSize(128 << 20),
+                shared,
+                ..Default::default()
+            };
+            let ram = Ram::new(&config).unwrap();
+            let offset = |region: &GuestRegionMmap| {
+                region.as_ptr().addr() as u64 - region.start_addr().raw_value()
+            };
+            let offsets = ram.memory().iter().map(offset);
+            let rests: Vec<_> = offsets.map(|it| it % HUGE_PAGE_BYTES).collect();
+            assert_eq!(rests, [0; 3], "shared: {shared}");
+        }
     }
 
     #[test]
