@@ -1,9 +1,15 @@
 //! What guests of a few instructions find of their CPUs, interrupts and clocks.
 
+use std::fs;
+use std::path::Path;
+
+use rustix::process::{Pid, Resource, Rlimit, getrlimit, prlimit};
+use serde_json::json;
 use tempfile::TempDir;
 use tests::payload::Protocol;
 use tests::podvmm::kvm_is_here;
 use tests::probe::{ClockFlags, Probe};
+use tests::service::{get, put, refusal};
 use tests::{Outcome, Payload, Podvmm, code};
 
 /// Boots `code` and waits for its end.
@@ -20,7 +26,9 @@ fn a_vcpu_started_after_a_restore_has_the_time_of_the_first() {
     let folder = TempDir::new().unwrap();
     let mut original = Probe::boot(2);
     let stable = original.clock_flags().is_stable;
+    original.pause();
     original.snapshot(folder.path());
+    original.resume();
     // The snapshot's vCPU 1 has not been started: it has no time of its own.
     assert_eq!(original.start_next_cpu(), '=');
     original.end();
@@ -33,6 +41,123 @@ fn a_vcpu_started_after_a_restore_has_the_time_of_the_first() {
     assert_eq!(clone.clock_flags(), expected);
     assert_eq!(clone.start_next_cpu(), '=');
     clone.end();
+}
+
+#[test]
+fn vcpus_are_made_when_the_vm_grows_to_them() {
+    if !kvm_is_here() {
+        return;
+    }
+    let mut guest = Probe::boot(1);
+    guest.has_vcpu_threads(1);
+    let stable = guest.clock_flags().is_stable;
+    guest.resize(2);
+    guest.has_vcpu_threads(2);
+    assert_eq!(guest.start_next_cpu(), '=');
+    guest.resize(3);
+    guest.has_vcpu_threads(3);
+    assert_eq!(guest.start_next_cpu(), '=');
+    assert_eq!(guest.clock_flags().is_stable, stable);
+    // Those that are not to run any more stay: KVM cannot take them away.
+    guest.resize(1);
+    guest.resize(3);
+    guest.has_vcpu_threads(3);
+    guest.end();
+}
+
+#[test]
+fn a_restored_vm_grows_as_the_original_would() {
+    if !kvm_is_here() {
+        return;
+    }
+    let folder = TempDir::new().unwrap();
+    let mut original = Probe::boot(1);
+    let stable = original.clock_flags().is_stable;
+    original.pause();
+    original.snapshot(folder.path());
+    original.resume();
+    original.end();
+
+    let mut clone = Probe::restore(folder.path());
+    clone.has_vcpu_threads(1);
+    clone.resize(3);
+    assert_eq!((clone.start_next_cpu(), clone.start_next_cpu()), ('=', '='));
+    assert_eq!(clone.clock_flags().is_stable, stable);
+
+    // Its guest goes on with what it has started, though one vCPU alone is to run.
+    clone.resize(1);
+    clone.pause();
+    clone.snapshot(folder.path());
+    clone.resume();
+    clone.end();
+    let again = Probe::restore(folder.path());
+    again.has_vcpu_threads(3);
+    again.end();
+}
+
+#[test]
+fn a_paused_vm_grows_when_it_is_resumed() {
+    if !kvm_is_here() {
+        return;
+    }
+    let folder = TempDir::new().unwrap();
+    let mut guest = Probe::boot(1);
+    guest.pause();
+    guest.resize(2);
+    guest.snapshot(folder.path());
+    guest.resume();
+    assert_eq!(guest.start_next_cpu(), '=');
+    guest.end();
+
+    let mut clone = Probe::restore(folder.path());
+    clone.has_vcpu_threads(2);
+    assert_eq!(clone.start_next_cpu(), '=');
+    clone.end();
+}
+
+/// Limits a resource of podvmm. Returns what limited it before.
+fn limit(guest: &Probe, resource: Resource, limit: Rlimit) -> Rlimit {
+    let pid = i32::try_from(guest.service.running.pid()).expect("pids are positive");
+    prlimit(Pid::from_raw(pid), resource, limit).expect("the hard limit stays")
+}
+
+#[test]
+fn a_vm_that_cannot_grow_stays_as_it_is_and_may_grow_later() {
+    if !kvm_is_here() {
+        return;
+    }
+    let mut guest = Probe::boot(1);
+    let proc = format!("/proc/{}", guest.service.running.pid());
+    let free_fd = || (0..).find(|fd| !Path::new(&format!("{proc}/fd/{fd}")).exists());
+    let used_pages = || -> u64 {
+        let statm = fs::read_to_string(format!("{proc}/statm")).unwrap();
+        statm.split(' ').next().unwrap().parse().unwrap()
+    };
+    // A vCPU needs a descriptor, and its thread a stack of 2 MiB.
+    let descriptors = || free_fd().unwrap();
+    let bytes = || 4096 * used_pages() + (1 << 20);
+    let shortages: [(Resource, &dyn Fn() -> u64, &str); 2] = [
+        (Resource::Nofile, &descriptors, "create vCPU 1"),
+        (Resource::As, &bytes, "start the thread of vCPU 1"),
+    ];
+    for (resource, most, why) in shortages {
+        let little = Rlimit {
+            current: Some(most()),
+            maximum: getrlimit(resource).maximum,
+        };
+        let before = limit(&guest, resource, little);
+        let size = json!({"desired_vcpus": 3});
+        let (status, refused) = refusal(put(&mut guest.client, "vm.resize", Some(size)));
+        limit(&guest, resource, before);
+        assert_eq!(status, 500);
+        assert!(refused.starts_with(why), "{refused}");
+        let info = get(&mut guest.client, "vm.info");
+        assert_eq!(info["vcpus_actual"], 1);
+        assert_eq!(info["config"]["cpus"]["boot_vcpus"], 1);
+    }
+    guest.resize(3);
+    assert_eq!((guest.start_next_cpu(), guest.start_next_cpu()), ('=', '='));
+    guest.end();
 }
 
 code!(

@@ -1,8 +1,10 @@
 //! A guest that tells what its clocks are and starts its other CPUs when asked.
 
+use std::fs;
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
+use std::thread;
 use std::time::Duration;
 
 use api::http::Client;
@@ -157,6 +159,21 @@ impl Probe {
         self.ask(b'n')
     }
 
+    /// Asserts how many threads of vCPUs podvmm has.
+    pub fn has_vcpu_threads(&self, expected: usize) {
+        // A new thread has its creator's name until it runs for the first time.
+        thread::sleep(Duration::from_millis(100));
+        assert_eq!(self.vcpu_threads(), expected);
+    }
+
+    fn vcpu_threads(&self) -> usize {
+        let tasks = format!("/proc/{}/task", self.service.running.pid());
+        let tasks = fs::read_dir(tasks).expect("podvmm runs");
+        let name = |task: fs::DirEntry| fs::read_to_string(task.path().join("comm"));
+        let names = tasks.flatten().map(name);
+        names.flatten().filter(|it| it.starts_with("vcpu")).count()
+    }
+
     pub fn pause(&mut self) {
         put(&mut self.client, "vm.pause", None).expect("it runs");
     }
@@ -170,12 +187,10 @@ impl Probe {
         put(&mut self.client, "vm.resize", Some(size)).expect("it is within bounds");
     }
 
-    /// Takes a snapshot and goes on.
+    /// Takes a snapshot of the paused guest.
     pub fn snapshot(&mut self, folder: &Path) {
-        self.pause();
         let body = json!({"destination_url": url(folder)});
         put(&mut self.client, "vm.snapshot", Some(body)).expect("the folder can be written");
-        self.resume();
     }
 
     pub fn end(mut self) {

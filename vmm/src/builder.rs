@@ -10,13 +10,12 @@ use api::VmConfig;
 use arch::boot::{self, BootError, BootInfo, Entry, KernelImage};
 use arch::irqchip::IrqchipError;
 use arch::mptable::MptableError;
-use arch::state::{CpuFeatures, VcpuState};
-use arch::vcpu::Identity;
+use arch::state::CpuFeatures;
 use arch::{irqchip, mptable, pmu, ram, vcpu as arch_vcpu};
 use devices::bus::{Bus, BusError};
 use devices::virtio::{Memory, MmioTransport};
-use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES};
-use kvm_ioctls::{Kvm, VcpuFd, VmFd};
+use kvm_bindings::KVM_MAX_CPUID_ENTRIES;
+use kvm_ioctls::Kvm;
 use thiserror::Error;
 use vm_memory::GuestAddress;
 
@@ -24,7 +23,7 @@ pub(crate) use self::parts::rates;
 use self::parts::{Ports, attach_devices, attach_memory, port_devices};
 use crate::attach::{AttachError, Attacher};
 use crate::command::Command;
-use crate::control::{Event, Inbox};
+use crate::control::Inbox;
 use crate::events::Timeline;
 use crate::host::KvmKind;
 use crate::image::{LoadError, load_initramfs, load_kernel};
@@ -35,7 +34,8 @@ use crate::remote_ram::{RemoteRam, RemoteRamError};
 use crate::snapshot::{Loaded, Pages, RestoreError};
 use crate::streams::StreamError;
 use crate::transcript::Transcript;
-use crate::vcpu::{Buses, Vcpu};
+use crate::vcpu::Buses;
+use crate::vcpus::{Common, Vcpus};
 
 /// Why a machine could not be made.
 #[derive(Debug, Error)]
@@ -237,45 +237,28 @@ pub fn build(
         ports: Arc::new(bus),
         mmio: Arc::new(mmio),
     };
-    let exits = Arc::default();
-    let mut fds = Vec::with_capacity(count.into());
-    for index in 0..count {
-        let fd = vm
-            .create_vcpu(index.into())
-            .map_err(|source| BuildError::CreateVcpu { index, source })?;
-        if let Some(entry) = entry {
-            let identity = Identity {
-                index,
-                count,
-                supported: &cpuid,
-            };
-            arch_vcpu::configure(&fd, identity, entry)
-                .map_err(|source| BuildError::ConfigureVcpu { index, source })?;
+    let common = Common {
+        possible: count,
+        supported: cpuid,
+        buses,
+        memory: ram.memory().clone(),
+        exits: Arc::default(),
+        inbox: around.inbox.clone(),
+    };
+    let running = config.cpus.boot().get();
+    let vcpus = match &origin {
+        Origin::Kernel => {
+            let entry = entry.expect("a guest that boots has a kernel");
+            Vcpus::boot(common, &vm, running, entry)?
         }
-        fds.push(fd);
-    }
-    if let Origin::Snapshot(loaded) = &origin {
-        restore_cpus(loaded, &vm, &fds, count, &cpuid)?;
-    }
+        Origin::Snapshot(loaded) => {
+            let vcpus = Vcpus::restore(common, &vm, running, loaded.vcpus(count)?)?;
+            let board = loaded.board();
+            board.restore(&vm).map_err(BuildError::BoardState)?;
+            vcpus
+        }
+    };
     drop(patience);
-    let mut vcpus = Vec::with_capacity(count.into());
-    for (index, fd) in (0..).zip(fds) {
-        let inbox = around.inbox.clone();
-        let ended = Box::new(move |ending| {
-            // Nobody listens any more when the machine is being taken down.
-            let _ = inbox.send(Event::Ended(ending));
-        });
-        let vcpu = Vcpu::spawn(
-            index,
-            fd,
-            buses.clone(),
-            ram.memory().clone(),
-            Arc::clone(&exits),
-            ended,
-        )
-        .map_err(|source| BuildError::Thread(format!("vCPU {index}"), source))?;
-        vcpus.push(vcpu);
-    }
     timeline.mark("vcpus");
     let source = match &origin {
         Origin::Kernel => None,
@@ -285,11 +268,10 @@ pub fn build(
         timeline,
         button,
         vcpus,
-        running: config.cpus.boot().get().into(),
+        running,
         shrinking: None,
         transports,
         memory,
-        exits,
         _io: io,
         _sockets: sockets,
         serial,
@@ -382,28 +364,6 @@ fn restore(
             Ok(Some(remote))
         }
     }
-}
-
-fn restore_cpus(
-    loaded: &Loaded,
-    vm: &VmFd,
-    fds: &[VcpuFd],
-    count: u8,
-    cpuid: &CpuId,
-) -> Result<(), BuildError> {
-    let states = loaded.vcpus(count)?;
-    let tsc = VcpuState::tsc(states);
-    for (index, (fd, state)) in (0..).zip(fds.iter().zip(states)) {
-        let identity = Identity {
-            index,
-            count,
-            supported: cpuid,
-        };
-        state
-            .restore(fd, identity, tsc)
-            .map_err(|source| BuildError::VcpuState { index, source })?;
-    }
-    loaded.board().restore(vm).map_err(BuildError::BoardState)
 }
 
 fn open_kvm() -> Result<Kvm, BuildError> {

@@ -45,5 +45,6 @@ mod top;
 mod transcript;
 mod userfault;
 pub mod vcpu;
+mod vcpus;
 
 pub use ending::{EXIT_FAILURE, Ending};

@@ -387,6 +387,7 @@ impl Vm {
     }
 
     fn resize(&mut self, sizes: Resize) -> Result<(), ApiError> {
+        let paused = matches!(self.phase, Phase::Paused(..));
         let (Phase::Running(definition, machine) | Phase::Paused(definition, machine)) =
             &mut self.phase
         else {
@@ -404,7 +405,7 @@ impl Vm {
                     "desired_vcpus: {wanted}: this VM can have 1 to {max}"
                 )]));
             }
-            machine.resize_vcpus(wanted.into());
+            machine.resize_vcpus(wanted, paused).map_err(refusal)?;
             definition.json["cpus"]["boot_vcpus"] = json!(wanted);
         }
         machine
@@ -435,7 +436,6 @@ impl Vm {
             .definition()
             .ok_or_else(|| self.wrong("vm.info", "created"))?;
         let size = definition.config.memory.size.bytes();
-        let vcpus = self.phase.machine().map_or(0, Machine::vcpus_running);
         Ok(VmInfo {
             config: definition.json.clone(),
             state: self.phase.state(),
@@ -443,7 +443,7 @@ impl Vm {
                 Some(machine) => machine.memory.actual(size),
                 None => size,
             },
-            vcpus_actual: u8::try_from(vcpus).unwrap_or(u8::MAX),
+            vcpus_actual: self.phase.machine().map_or(0, Machine::vcpus_running),
         })
     }
 

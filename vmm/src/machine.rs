@@ -11,6 +11,7 @@ use devices::virtio::{Counters, MmioTransport, TransportState};
 use kvm_ioctls::VmFd;
 use thiserror::Error;
 
+use crate::builder::BuildError;
 use crate::events::Timeline;
 use crate::io::IoThreads;
 use crate::memory::Ram;
@@ -20,6 +21,7 @@ use crate::snapshot::Source;
 use crate::socket_console::SocketConsole;
 use crate::streams::PowerButton;
 use crate::vcpu::{ExitCounters, Vcpu};
+use crate::vcpus::Vcpus;
 
 /// A device could not be put back on its loop.
 #[derive(Debug, Error)]
@@ -30,11 +32,11 @@ pub struct ResumeError(#[source] io::Error);
 /// first nobody runs, then nobody serves, then KVM lets go of RAM, then RAM goes.
 #[derive(Debug)]
 pub struct Machine {
-    pub(crate) vcpus: Vec<Vcpu>,
+    pub(crate) vcpus: Vcpus,
     /// How many of them may run, and do unless they are parked.
-    pub(crate) running: usize,
-    /// Until when vCPUs beyond `running` may take to halt.
-    pub(crate) shrinking: Option<Instant>,
+    pub(crate) running: u8,
+    /// vCPUs beyond `running` that the guest has not given up yet.
+    pub(crate) shrinking: Option<Shrinking>,
     pub(crate) transports: Vec<(String, Arc<Mutex<MmioTransport>>)>,
     pub(crate) memory: MemoryHandles,
     pub(crate) _io: Arc<IoThreads>,
@@ -43,7 +45,6 @@ pub struct Machine {
     pub(crate) button: Option<PowerButton>,
     /// How it came to be.
     pub(crate) timeline: Timeline,
-    pub(crate) exits: Arc<ExitCounters>,
     pub(crate) serial: Option<Arc<Mutex<Serial>>>,
     /// What KVM could do for the vCPUs when the guest started.
     pub(crate) features: CpuFeatures,
@@ -55,10 +56,19 @@ pub struct Machine {
     pub(crate) ram: Ram,
 }
 
+/// vCPUs that are too many and run all the same.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Shrinking {
+    /// How many run with them.
+    from: u8,
+    /// When they are stopped at the latest.
+    deadline: Instant,
+}
+
 impl Machine {
     /// Lets the vCPUs into the guest.
     pub fn start(&self) {
-        self.vcpus.iter().take(self.running).for_each(Vcpu::run);
+        self.active().for_each(Vcpu::run);
     }
 
     /// Takes the vCPUs out of the guest and the devices off their loops. Nothing
@@ -106,12 +116,17 @@ impl Machine {
     /// Whether the guest can never do anything again: every vCPU that runs has
     /// halted with interrupts off.
     pub fn is_halted(&self) -> bool {
-        self.vcpus.iter().take(self.running).all(Vcpu::is_halted)
+        self.active().all(Vcpu::is_halted)
     }
 
     /// Exits to user space so far.
     pub fn exits(&self) -> &ExitCounters {
-        &self.exits
+        self.vcpus.exits()
+    }
+
+    /// The vCPUs that may run.
+    fn active(&self) -> impl Iterator<Item = &Vcpu> {
+        self.vcpus.iter().take(self.running.into())
     }
 
     /// Each device's id and what it has done.
@@ -122,42 +137,51 @@ impl Machine {
     }
 
     /// vCPUs that the host lets run.
-    pub fn vcpus_running(&self) -> usize {
-        if self.shrinking.is_some() {
-            self.vcpus.len()
-        } else {
-            self.running
-        }
+    pub fn vcpus_running(&self) -> u8 {
+        self.shrinking.as_ref().map_or(self.running, |it| it.from)
     }
 
-    /// Lets `count` vCPUs run, from 1 to all there are. More run at once, as far
-    /// as the guest starts them. Those that are too many are parked when the
-    /// guest has taken them offline, at the latest after [`Self::PATIENCE`]: the
-    /// guest is asked first, by others, and the host has the last word.
-    pub fn resize_vcpus(&mut self, count: usize) {
-        if count > self.running {
-            self.vcpus[self.running..count].iter().for_each(Vcpu::run);
-        }
-        if count < self.running {
-            self.shrinking = Some(Instant::now() + Self::PATIENCE);
-        }
+    /// Lets `count` vCPUs run, from 1 to all that are possible; where the machine is `paused`, once it is
+    /// resumed. More run at once, as far as the guest starts them. Those that are too many are parked
+    /// when the guest has taken them offline, at the latest after [`Self::PATIENCE`]: the guest is asked
+    /// first, by others, and the host has the last word. If one cannot be made, as many run as before.
+    pub fn resize_vcpus(&mut self, count: u8, paused: bool) -> Result<(), BuildError> {
+        self.vcpus.grow(&self.vm, count)?;
+        let (before, old) = (self.vcpus_running(), self.running);
         self.running = count;
+        if !paused {
+            self.active().skip(old.into()).for_each(Vcpu::run);
+        }
+        let deadline = match self.shrinking {
+            Some(earlier) if count >= old => earlier.deadline,
+            _ => Instant::now() + Self::PATIENCE,
+        };
+        self.shrinking = (count < before).then_some(Shrinking {
+            from: before,
+            deadline,
+        });
         self.settle_vcpus();
+        Ok(())
     }
 
     /// Parks vCPUs that are too many as soon as they may be.
     pub(crate) fn settle_vcpus(&mut self) {
-        let Some(deadline) = self.shrinking else {
+        let Some(Shrinking { from, deadline }) = self.shrinking else {
             return;
         };
-        let extra = &self.vcpus[self.running..];
+        let extra = || {
+            self.vcpus
+                .iter()
+                .take(from.into())
+                .skip(self.running.into())
+        };
         let late = Instant::now() >= deadline;
-        if late || extra.iter().all(Vcpu::is_halted) {
+        if late || extra().all(Vcpu::is_halted) {
             if late {
                 log::warn!("the guest kept vCPUs that it should give up; they are stopped");
             }
             let _patience = self.patience();
-            extra.iter().for_each(Vcpu::park);
+            extra().for_each(Vcpu::park);
             self.shrinking = None;
         }
     }

@@ -82,7 +82,8 @@ pub(crate) struct Vcpu {
 }
 
 impl Vcpu {
-    /// Starts the thread, parked. `ended` gets at most one message.
+    /// Starts the thread, parked. `ended` gets at most one message. If there can be no thread, the vCPU is
+    /// given back.
     pub(crate) fn spawn(
         index: u8,
         fd: VcpuFd,
@@ -90,10 +91,16 @@ impl Vcpu {
         memory: GuestMemoryMmap,
         exits: Arc<ExitCounters>,
         ended: Box<dyn Fn(Ending) + Send>,
-    ) -> io::Result<Self> {
-        kick::install_handler()?;
+    ) -> Result<Self, (io::Error, VcpuFd)> {
+        if let Err(error) = kick::install_handler() {
+            return Err((error, fd));
+        }
         let (commands, inbox) = channel();
-        let thread = Builder::new().name(format!("vcpu{index}")).spawn(move || {
+        // A thread that cannot be started drops its closure, so that does not hold the vCPU yet.
+        let (give, given) = channel();
+        let name = format!("vcpu{index}");
+        let thread = Builder::new().name(name).spawn(move || {
+            let Ok(fd) = given.recv() else { return };
             Thread {
                 kick: Kick::for_this_thread(fd),
                 buses,
@@ -103,7 +110,12 @@ impl Vcpu {
                 ended,
             }
             .main();
-        })?;
+        });
+        let thread = match thread {
+            Ok(thread) => thread,
+            Err(error) => return Err((error, fd)),
+        };
+        give.send(fd).expect("the thread waits for it");
         Ok(Self {
             index,
             commands,

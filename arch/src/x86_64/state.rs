@@ -148,6 +148,22 @@ impl VcpuState {
         })
     }
 
+    /// One that was never started.
+    pub fn not_started() -> Self {
+        let mp = kvm_mp_state {
+            mp_state: KVM_MP_STATE_UNINITIALIZED,
+        };
+        Self {
+            mp: Raw(mp),
+            started: None,
+        }
+    }
+
+    /// Whether the guest had started it.
+    pub fn was_started(&self) -> bool {
+        self.started.is_some()
+    }
+
     /// The time stamp counter of the vCPUs of a snapshot: that of the first one that was started.
     pub fn tsc(vcpus: &[Self]) -> Option<Tsc> {
         let started = vcpus.iter().find_map(|vcpu| vcpu.started.as_deref())?;

@@ -79,6 +79,13 @@ pub fn configure(vcpu: &VcpuFd, identity: Identity<'_>, entry: Entry) -> Result<
     Ok(())
 }
 
+/// Prepares a vCPU for a guest that runs already. It waits for the start-up interrupt
+/// that another one sends, and has had the others' time stamp counter since KVM made it.
+pub fn add(vcpu: &VcpuFd, identity: Identity<'_>) -> Result<(), VcpuError> {
+    identity.give(vcpu)?;
+    power_on(vcpu)
+}
+
 /// The state that firmware would leave a vCPU in that waits to be started.
 pub(super) fn power_on(vcpu: &VcpuFd) -> Result<(), VcpuError> {
     msr::set_boot(vcpu)?;

@@ -43,9 +43,9 @@ pub enum SaveError {
     #[error("read the state of the VM")]
     Board(#[source] StateError),
     #[error("read the state of vCPU {index}")]
-    Vcpu { index: usize, source: StateError },
+    Vcpu { index: u8, source: StateError },
     #[error("vCPU {0} is gone")]
-    NoVcpu(usize),
+    NoVcpu(u8),
     #[error("open /dev/kvm")]
     Kvm(#[source] kvm_ioctls::Error),
     #[error("write the state down")]
@@ -123,9 +123,8 @@ fn layer_state(layer: &Layer) -> LayerState {
 fn vcpus(machine: &Machine) -> Result<Vec<VcpuState>, SaveError> {
     let kvm = Kvm::new().map_err(SaveError::Kvm)?;
     let indices = Arc::new(MsrIndices::of(&kvm).map_err(SaveError::Board)?);
-    let vcpus = machine.vcpus.iter().enumerate();
-    let states = vcpus.map(|(index, vcpu)| {
-        let state = vcpu.save(&indices).ok_or(SaveError::NoVcpu(index))?;
+    let states = machine.vcpus.save(&indices).map(|(index, state)| {
+        let state = state.ok_or(SaveError::NoVcpu(index))?;
         state.map_err(|source| SaveError::Vcpu { index, source })
     });
     states.collect()
