@@ -1,18 +1,52 @@
-//! The pod's cgroup on the host: the shim moves there, and what it starts is born there. Hosts have
-//! cgroups of version 2, or a hierarchy for each controller (kernel, admin-guide/cgroup-v1).
+//! The pod's cgroup on the host: the shim and the VM are in it. Hosts have cgroups of version 2, or a
+//! hierarchy for each controller (kernel, admin-guide/cgroup-v1).
+//!
+//! Of version 2 under systemd it is a scope of systemd's ([`crate::systemd`]), if its path is of
+//! systemd's form. Others are made by hand, as folders.
+
+mod figures;
+mod limits;
 
 use std::fs;
 use std::io;
+use std::os::unix::fs::FileTypeExt;
 use std::path::{Component, Path, PathBuf};
+use std::sync::Mutex;
 
-use crate::protocol::figures::{Cpu, Memory, MemoryEvents, Metrics, Pids};
+use crate::protocol::figures::Metrics;
+use crate::systemd::{self, Property, Value};
+
+pub(crate) use limits::Limits;
+
+/// What the VM and the shim may open of the host's devices; a guest that has podvmm open another
+/// gets nothing. Making nodes is not using them, and pods unpack images.
+const DEVICES: [(&str, &str); 15] = [
+    ("/dev/kvm", "rw"),
+    ("/dev/net/tun", "rw"),
+    ("/dev/vhost-net", "rw"),
+    ("/dev/vhost-vsock", "rw"),
+    ("/dev/userfaultfd", "rw"),
+    ("/dev/null", "rw"),
+    ("/dev/zero", "rw"),
+    ("/dev/full", "rw"),
+    ("/dev/random", "rw"),
+    ("/dev/urandom", "rw"),
+    ("/dev/tty", "rw"),
+    ("/dev/ptmx", "rw"),
+    ("char-pts", "rw"),
+    ("char-*", "m"),
+    ("block-*", "m"),
+];
 
 /// What could not be done to a cgroup.
 #[derive(Debug, thiserror::Error)]
-#[error("cgroup {}", .path.display())]
-pub(crate) struct Error {
-    path: PathBuf,
-    source: io::Error,
+pub(crate) enum Error {
+    #[error("cgroup {}", .path.display())]
+    File { path: PathBuf, source: io::Error },
+    #[error(transparent)]
+    Systemd(#[from] systemd::Error),
+    #[error("systemd started {unit}, but not as the cgroup {}", .path.display())]
+    Elsewhere { unit: String, path: PathBuf },
 }
 
 /// One hierarchy: where it is mounted, and its controllers; none for version 2.
@@ -68,21 +102,40 @@ fn hierarchies(mountinfo: &str) -> Vec<Hierarchy> {
     found
 }
 
-/// Where an OCI `cgroupsPath` is below a hierarchy's root. systemd's form is `SLICE:PREFIX:NAME`, of
-/// which `a-b.slice` is below `a.slice` (systemd.slice(5)).
-fn relative(cgroups_path: &str) -> Option<PathBuf> {
+/// A unit of systemd's by the three parts of an OCI `cgroupsPath` of systemd's form,
+/// `SLICE:PREFIX:NAME`: the slice, and the scope in it.
+fn unit(cgroups_path: &str) -> Option<(&str, String)> {
     let parts: Vec<_> = cgroups_path.split(':').collect();
-    let path = match parts[..] {
-        [slice, prefix, name] => {
+    let [slice, prefix, name] = parts[..] else {
+        return None;
+    };
+    let slice = if slice.is_empty() {
+        "system.slice"
+    } else {
+        slice
+    };
+    slice
+        .ends_with(".slice")
+        .then(|| (slice, format!("{prefix}-{name}.scope")))
+}
+
+/// Where an OCI `cgroupsPath` is below a hierarchy's root. Of systemd's, `a-b.slice` is below
+/// `a.slice`, and `-.slice` is the root (systemd.slice(5)).
+fn relative(cgroups_path: &str) -> Option<PathBuf> {
+    let path = match unit(cgroups_path) {
+        Some((slice, scope)) => {
             let stem = slice.strip_suffix(".slice")?;
             let mut path = PathBuf::new();
-            let ends = stem.match_indices('-').map(|(at, _)| at);
-            for end in ends.chain([stem.len()]).filter(|end| *end > 0) {
-                path.push(format!("{}.slice", &stem[..end]));
+            if stem != "-" {
+                let ends = stem.match_indices('-').map(|(at, _)| at);
+                for end in ends.chain([stem.len()]).filter(|end| *end > 0) {
+                    path.push(format!("{}.slice", &stem[..end]));
+                }
             }
-            path.join(format!("{prefix}-{name}.scope"))
+            path.join(scope)
         }
-        _ => PathBuf::from(cgroups_path),
+        None if cgroups_path.split(':').count() == 3 => return None,
+        None => PathBuf::from(cgroups_path),
     };
     let names = path
         .components()
@@ -91,71 +144,153 @@ fn relative(cgroups_path: &str) -> Option<PathBuf> {
     (!path.as_os_str().is_empty()).then_some(path)
 }
 
-/// A pod's cgroup in each hierarchy.
+/// The cgroup in one hierarchy.
+#[derive(Debug)]
+struct Place {
+    hierarchy: Hierarchy,
+    path: PathBuf,
+}
+
+impl Place {
+    fn is_unified(&self) -> bool {
+        self.hierarchy.controllers.is_empty()
+    }
+
+    /// Whether what the controller counts is there. In version 2 all are at one place.
+    fn has(&self, controller: &str) -> bool {
+        let names = &self.hierarchy.controllers;
+        names.is_empty() || names.iter().any(|name| name == controller)
+    }
+}
+
+/// A pod's cgroup, with this process in it.
 #[derive(Debug)]
 pub(crate) struct Cgroup {
-    places: Vec<(Hierarchy, PathBuf)>,
+    places: Vec<Place>,
     made: Vec<PathBuf>,
+    /// The unit, if it is systemd's.
+    scope: Option<String>,
+    /// Where this process was before, in a hierarchy of version 2.
+    before: Option<PathBuf>,
+    limits: Mutex<Limits>,
 }
 
 impl Cgroup {
-    /// Makes the cgroup that `cgroups_path` names, if it is not there. None if it names none.
-    pub(crate) fn make(cgroups_path: &str) -> Result<Option<Self>, Error> {
+    /// Makes the cgroup that `cgroups_path` names, if it is not there, and moves this process into it.
+    /// What it starts from now on begins there. None if the path names none.
+    pub(crate) fn enter(cgroups_path: &str, limits: Limits) -> Result<Option<Self>, Error> {
         let Some(relative) = relative(cgroups_path) else {
             return Ok(None);
         };
         let mountinfo = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
-        let mut cgroup = Self {
-            places: Vec::new(),
-            made: Vec::new(),
+        let place = |hierarchy: Hierarchy| Place {
+            path: hierarchy.root.join(&relative),
+            hierarchy,
         };
-        for hierarchy in hierarchies(&mountinfo) {
-            let path = hierarchy.root.join(&relative);
-            if let Err(error) = cgroup.make_path(&hierarchy, &relative) {
-                remove(&cgroup.made);
-                return Err(error);
+        let places: Vec<_> = hierarchies(&mountinfo).into_iter().map(place).collect();
+        let before = places.first().filter(|place| place.is_unified());
+        let mut cgroup = Self {
+            before: before.and_then(|place| own(&place.hierarchy.root)),
+            places,
+            made: Vec::new(),
+            scope: None,
+            limits: Mutex::new(limits),
+        };
+        let is_unified = cgroup.places.iter().all(Place::is_unified);
+        match unit(cgroups_path) {
+            Some((slice, scope)) if is_unified && systemd::is_running() => {
+                cgroup.start(slice, scope, limits)?;
             }
-            cgroup.places.push((hierarchy, path));
+            _ => {
+                let made = cgroup.make(&relative).and_then(|()| cgroup.take(0));
+                if let Err(error) = made {
+                    remove(&cgroup.made);
+                    return Err(error);
+                }
+                cgroup.limit();
+            }
         }
         Ok(Some(cgroup))
     }
 
-    fn make_path(&mut self, hierarchy: &Hierarchy, relative: &Path) -> Result<(), Error> {
-        let mut path = hierarchy.root.clone();
-        for name in relative {
-            let parent = path.clone();
-            path.push(name);
-            match fs::create_dir(&path) {
-                Ok(()) => self.made.push(path.clone()),
-                Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
-                Err(source) => return Err(Error { path, source }),
-            }
-            if hierarchy.controllers.iter().any(|name| name == "cpuset") {
-                // A new one of version 1 takes nobody before it is told where they may run.
-                for file in ["cpuset.cpus", "cpuset.mems"] {
-                    inherit(&parent.join(file), &path.join(file));
+    /// Has systemd make it, with this process in it.
+    fn start(&mut self, slice: &str, scope: String, limits: Limits) -> Result<(), Error> {
+        let text = |name, value: &str| Property::new(name, Value::Text(value.into()));
+        let flag = |name, value| Property::new(name, Value::Flag(value));
+        let mut properties = vec![
+            text("Description", &format!("podvmm pod {scope}")),
+            text("Slice", slice),
+            // Or systemd would take away the controllers that it needs nowhere itself.
+            flag("Delegate", true),
+            flag("CPUAccounting", true),
+            flag("MemoryAccounting", true),
+            flag("IOAccounting", true),
+            flag("TasksAccounting", true),
+            // It is containerd that ends pods, when the host goes down as well.
+            flag("DefaultDependencies", false),
+            // One whose VM the kernel killed would stay as a failed unit.
+            text("CollectMode", "inactive-or-failed"),
+            text("DevicePolicy", "strict"),
+            allow(&DEVICES),
+            Property::new("PIDs", Value::Numbers(vec![std::process::id()])),
+        ];
+        let limits = limits.properties().into_iter();
+        properties.extend(limits.filter(|limit| limit.value != Value::Number(u64::MAX)));
+        systemd::start(&scope, &properties)?;
+        let path = self.places.first().map(|place| place.path.clone());
+        let path = path.unwrap_or_default();
+        self.scope = Some(scope.clone());
+        if path.is_dir() {
+            return Ok(());
+        }
+        self.leave()?;
+        stop(&scope);
+        Err(Error::Elsewhere { unit: scope, path })
+    }
+
+    fn make(&mut self, relative: &Path) -> Result<(), Error> {
+        for place in &self.places {
+            let mut path = place.hierarchy.root.clone();
+            for name in relative {
+                let parent = path.clone();
+                path.push(name);
+                if place.is_unified() {
+                    enable_controllers(&parent);
+                }
+                match fs::create_dir(&path) {
+                    Ok(()) => self.made.push(path.clone()),
+                    Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+                    Err(source) => return Err(Error::File { path, source }),
+                }
+                if !place.is_unified() && place.has("cpuset") {
+                    // A new one of version 1 takes nobody before it is told where they may run.
+                    for file in ["cpuset.cpus", "cpuset.mems"] {
+                        inherit(&parent.join(file), &path.join(file));
+                    }
                 }
             }
         }
         Ok(())
     }
 
-    /// Moves this process there. What it starts from now on begins there.
-    pub(crate) fn enter(&self) -> Result<(), Error> {
-        self.take(0)
-    }
-
-    /// Moves a process there; 0 is this one. What it has used so far stays where it was.
+    /// Moves a process there; 0 is this one. What it has used so far stays where it was. systemd
+    /// leaves what is in a delegated scope to whoever asked for it.
     pub(crate) fn take(&self, pid: u32) -> Result<(), Error> {
         let mut places = self.places.iter();
-        places.try_for_each(|(_, path)| move_to(path, pid))
+        places.try_for_each(|place| move_to(&place.path, pid))
     }
 
-    /// Moves it to the root of each hierarchy, so that the cgroup can go.
+    /// Moves this process back to where it was, or else to the root of each hierarchy, so that the
+    /// cgroup can go.
     pub(crate) fn leave(&self) -> Result<(), Error> {
+        if let Some(before) = &self.before
+            && move_to(before, 0).is_ok()
+        {
+            return Ok(());
+        }
         self.places
             .iter()
-            .try_for_each(|(hierarchy, _)| move_to(&hierarchy.root, 0))
+            .try_for_each(|place| move_to(&place.hierarchy.root, 0))
     }
 
     /// What was made for it, to be removed in the opposite order.
@@ -163,41 +298,93 @@ impl Cgroup {
         &self.made
     }
 
+    /// The unit of systemd's that it is, if it is one.
+    pub(crate) fn scope(&self) -> Option<&str> {
+        self.scope.as_deref()
+    }
+
+    /// Lets what is in it read and write the disk at `path`, if there is one.
+    pub(crate) fn allow_disk(&self, path: &Path) -> Result<(), Error> {
+        let Some(scope) = &self.scope else {
+            return Ok(());
+        };
+        let is_disk = fs::metadata(path).is_ok_and(|file| file.file_type().is_block_device());
+        if is_disk && let Ok(path) = fs::canonicalize(path) {
+            let path = path.to_string_lossy();
+            systemd::change(scope, &[allow(&[(&path, "rw")])])?;
+        }
+        Ok(())
+    }
+
+    /// Changes its limits, with `update` as they are.
+    pub(crate) fn update(&self, update: impl FnOnce(Limits) -> Limits) {
+        {
+            let mut limits = self.limits.lock().expect("a panic ends the process");
+            let before = *limits;
+            *limits = update(before);
+            if *limits == before {
+                return;
+            }
+        }
+        self.limit();
+    }
+
+    /// Holds it to its limits. Where that is not possible the guest still keeps them.
+    fn limit(&self) {
+        let limits = *self.limits.lock().expect("a panic ends the process");
+        if let Some(scope) = &self.scope {
+            if let Err(error) = systemd::change(scope, &limits.properties()) {
+                log::warn!("limits of the pod: {}", api::chain(&error).join(": "));
+            }
+            return;
+        }
+        for place in self.places.iter().filter(|place| place.is_unified()) {
+            for (file, value) in limits.files() {
+                let path = place.path.join(file);
+                // It has what it is to have where there is no such controller, and no limit.
+                let default = Limits::default().files();
+                if !path.exists() && default.contains(&(file, value.clone())) {
+                    continue;
+                }
+                if let Err(error) = fs::write(&path, &value) {
+                    log::warn!("write {value} to {}: {error}", path.display());
+                }
+            }
+        }
+    }
+
     /// What the pod has used of the host: the VM with its guest, and the shim.
     pub(crate) fn figures(&self) -> Metrics {
-        let place = |controller: &str| {
-            let has =
-                |names: &[String]| names.is_empty() || names.iter().any(|name| name == controller);
-            let found = self
-                .places
-                .iter()
-                .find(|(hierarchy, _)| has(&hierarchy.controllers));
-            found.map(|(hierarchy, path)| (path.as_path(), hierarchy.controllers.is_empty()))
-        };
-        Metrics {
-            pids: place("pids").map(|(path, _)| Pids {
-                current: number(path, "pids.current"),
-                limit: number(path, "pids.max"),
-            }),
-            cpu: place("cpuacct").map(|(path, unified)| match unified {
-                true => cpu_v2(path),
-                false => cpu_v1(path),
-            }),
-            memory: place("memory").map(|(path, unified)| memory(path, unified)),
-            io: None,
-            hugetlb: Vec::new(),
-            memory_events: place("memory").map(|(path, unified)| {
-                let file = if unified {
-                    "memory.events"
-                } else {
-                    "memory.oom_control"
-                };
-                MemoryEvents {
-                    max: entry(path, file, "max"),
-                    oom: entry(path, file, "oom"),
-                    oom_kill: entry(path, file, "oom_kill"),
-                }
-            }),
+        figures::of(&self.places)
+    }
+}
+
+fn allow(devices: &[(&str, &str)]) -> Property {
+    let pair = |(path, access): &(&str, &str)| ((*path).to_owned(), (*access).to_owned());
+    Property::new(
+        "DeviceAllow",
+        Value::Pairs(devices.iter().map(pair).collect()),
+    )
+}
+
+/// The cgroup that this process is in, below the hierarchy of version 2 mounted at `root`.
+fn own(root: &Path) -> Option<PathBuf> {
+    let text = fs::read_to_string("/proc/self/cgroup").ok()?;
+    let path = text.lines().find_map(|line| line.strip_prefix("0::/"))?;
+    Some(root.join(path))
+}
+
+/// Lets what is below `folder` be limited and counted by all that the folder itself is (kernel,
+/// admin-guide/cgroup-v2, Enabling and Disabling).
+fn enable_controllers(folder: &Path) {
+    let available = fs::read_to_string(folder.join("cgroup.controllers")).unwrap_or_default();
+    let control = folder.join("cgroup.subtree_control");
+    let enabled = fs::read_to_string(&control).unwrap_or_default();
+    let is_enabled = |controller: &&str| enabled.split_whitespace().any(|it| it == *controller);
+    for controller in available.split_whitespace().filter(|it| !is_enabled(it)) {
+        // One at a time: a host without one of them has the others.
+        if let Err(error) = fs::write(&control, format!("+{controller}")) {
+            log::debug!("enable {controller} in {}: {error}", folder.display());
         }
     }
 }
@@ -213,9 +400,16 @@ pub(crate) fn remove(made: &[PathBuf]) {
     }
 }
 
+/// Has systemd take a scope away.
+pub(crate) fn stop(scope: &str) {
+    if let Err(error) = systemd::stop(scope) {
+        log::warn!("clean up {scope}: {}", api::chain(&error).join(": "));
+    }
+}
+
 fn move_to(path: &Path, pid: u32) -> Result<(), Error> {
     let procs = path.join("cgroup.procs");
-    fs::write(&procs, pid.to_string()).map_err(|source| Error {
+    fs::write(&procs, pid.to_string()).map_err(|source| Error::File {
         path: procs,
         source,
     })
@@ -226,91 +420,6 @@ fn inherit(from: &Path, to: &Path) {
     if is_empty && let Ok(value) = fs::read(from) {
         // If it cannot be, entering the cgroup says so.
         let _ = fs::write(to, value);
-    }
-}
-
-fn read(path: &Path, file: &str) -> String {
-    fs::read_to_string(path.join(file)).unwrap_or_default()
-}
-
-/// The number in a file. `max` is no limit.
-fn number(path: &Path, file: &str) -> u64 {
-    match read(path, file).trim() {
-        "max" => u64::MAX,
-        text => text.parse().unwrap_or(0),
-    }
-}
-
-/// The number behind `key` in a file of keys and numbers.
-fn entry(path: &Path, file: &str, key: &str) -> u64 {
-    let text = read(path, file);
-    let mut entries = text.lines().filter_map(|line| line.split_once(' '));
-    let found = entries.find(|(name, _)| *name == key);
-    found
-        .and_then(|(_, value)| value.trim().parse().ok())
-        .unwrap_or(0)
-}
-
-fn cpu_v2(path: &Path) -> Cpu {
-    let value = |key| entry(path, "cpu.stat", key);
-    Cpu {
-        usage_usec: value("usage_usec"),
-        user_usec: value("user_usec"),
-        system_usec: value("system_usec"),
-        nr_periods: value("nr_periods"),
-        nr_throttled: value("nr_throttled"),
-        throttled_usec: value("throttled_usec"),
-    }
-}
-
-/// Nanoseconds, and without the quota, which another hierarchy has.
-fn cpu_v1(path: &Path) -> Cpu {
-    Cpu {
-        usage_usec: number(path, "cpuacct.usage") / 1000,
-        user_usec: number(path, "cpuacct.usage_user") / 1000,
-        system_usec: number(path, "cpuacct.usage_sys") / 1000,
-        ..Cpu::default()
-    }
-}
-
-/// The two versions have other names for the same things, but for swap, which the first has not apart.
-fn memory(path: &Path, unified: bool) -> Memory {
-    let [prefix, anon, file, current, max, peak] = if unified {
-        [
-            "",
-            "anon",
-            "file",
-            "memory.current",
-            "memory.max",
-            "memory.peak",
-        ]
-    } else {
-        [
-            "total_",
-            "rss",
-            "cache",
-            "memory.usage_in_bytes",
-            "memory.limit_in_bytes",
-            "memory.max_usage_in_bytes",
-        ]
-    };
-    let value = |key: &str| entry(path, "memory.stat", &format!("{prefix}{key}"));
-    Memory {
-        anon: value(anon),
-        file: value(file),
-        shmem: value("shmem"),
-        inactive_anon: value("inactive_anon"),
-        active_anon: value("active_anon"),
-        inactive_file: value("inactive_file"),
-        active_file: value("active_file"),
-        pgfault: value("pgfault"),
-        pgmajfault: value("pgmajfault"),
-        usage: number(path, current),
-        usage_limit: number(path, max),
-        swap_usage: number(path, "memory.swap.current"),
-        swap_limit: number(path, "memory.swap.max"),
-        max_usage: number(path, peak),
-        ..Memory::default()
     }
 }
 
@@ -346,25 +455,23 @@ mod tests {
     }
 
     #[test]
-    fn figures_are_found_by_either_versions_names() {
+    fn the_root_slice_and_the_default_one_have_their_places() {
+        let path = |text| relative(text).map(|path| path.display().to_string());
+        assert_eq!(path("-.slice:p:n").as_deref(), Some("p-n.scope"));
+        assert_eq!(path(":p:n").as_deref(), Some("system.slice/p-n.scope"));
+        let named = unit("a-b.slice:cri-containerd:x");
+        assert_eq!(named, Some(("a-b.slice", "cri-containerd-x.scope".into())));
+        assert_eq!((unit("/default/x"), unit("a:b:c")), (None, None));
+    }
+
+    #[test]
+    fn all_controllers_are_enabled_that_are_not() {
         let folder = tempfile::tempdir().unwrap();
-        let path = folder.path();
-        for (file, text) in [
-            (
-                "memory.stat",
-                "anon 1\nrss 2\ntotal_rss 3\ntotal_shmem 4\nshmem 5\n",
-            ),
-            ("memory.current", "6\n"),
-            ("memory.max", "max\n"),
-            ("memory.usage_in_bytes", "7\n"),
-        ] {
-            fs::write(path.join(file), text).unwrap();
-        }
-        let seen = |unified| {
-            let memory = memory(path, unified);
-            (memory.anon, memory.shmem, memory.usage, memory.usage_limit)
-        };
-        assert_eq!(seen(true), (1, 5, 6, u64::MAX));
-        assert_eq!(seen(false), (3, 4, 7, 0));
+        let write = |file: &str, text| fs::write(folder.path().join(file), text).unwrap();
+        write("cgroup.controllers", "cpu memory pids\n");
+        write("cgroup.subtree_control", "cpu pids\n");
+        enable_controllers(folder.path());
+        let control = folder.path().join("cgroup.subtree_control");
+        assert_eq!(fs::read_to_string(control).unwrap(), "+memory");
     }
 }

@@ -10,7 +10,7 @@ use agent::protocol::oci::Spec;
 use agent::ttrpc::{CallError, Code};
 
 use crate::agent::{Agent, ReachError};
-use crate::cgroup::Cgroup;
+use crate::cgroup::{self, Cgroup};
 use crate::config::Config;
 use crate::error::{Error, asked};
 use crate::mounts::Shared;
@@ -83,13 +83,18 @@ impl Guest {
         // A VM that waited is in it.
         let mut record = Record::read(place);
         let linux = spec.linux.clone().unwrap_or_default();
-        let cgroup = Cgroup::make(&linux.cgroups_path)?;
-        if let Some(cgroup) = &cgroup {
-            record.cgroups = cgroup.made().to_vec();
-            record.write(place).map_err(vm::Error::Record)?;
-        }
+        let limits = cgroup::Limits::of(&config, spec);
+        let cgroup = Cgroup::enter(&linux.cgroups_path, limits)?;
         let make = || {
-            cgroup.as_ref().map_or(Ok(()), Cgroup::enter)?;
+            if let Some(cgroup) = &cgroup {
+                record.cgroups = cgroup.made().to_vec();
+                record.scope = cgroup.scope().map(String::from);
+                record.write(place).map_err(vm::Error::Record)?;
+                config
+                    .image
+                    .iter()
+                    .try_for_each(|image| cgroup.allow_disk(image))?;
+            }
             let met = reach(birth, &config, record, cgroup.as_ref())?;
             Self::settle(birth, config, met)
         };
@@ -152,6 +157,10 @@ impl Guest {
             .root
             .as_ref()
             .map_or("rootfs", |root| root.path.as_str());
+        if let Some(cgroup) = &self.cgroup {
+            let mut sources = rootfs.iter().map(|mount| Path::new(&mount.source));
+            sources.try_for_each(|source| cgroup.allow_disk(source))?;
+        }
         self.shared.root(id, rootfs, &bundle.join(root))?;
         let storages = self.shared.volumes(id, &mut spec)?;
         let sandbox_pidns = spec::shares_pids(&spec);

@@ -26,6 +26,7 @@ mod size;
 mod spec;
 mod start;
 mod stdio;
+mod systemd;
 mod task;
 mod teardown;
 mod template;

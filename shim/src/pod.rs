@@ -519,6 +519,12 @@ impl Pod {
             *limits = before.updated(&resources);
             (before, *limits)
         };
+        if id == self.id
+            && !guest.is_sandbox(id, &self.id)
+            && let Some(cgroup) = &guest.cgroup
+        {
+            cgroup.update(|limits| limits.updated(&guest.config, &resources));
+        }
         spec::resources_for_guest(&mut resources);
         let update = || -> Result<(), Error> {
             // What grows has room before it is used, what shrinks is used no more before it goes.

@@ -18,6 +18,8 @@ pub(crate) struct Record {
     pub(crate) network: Option<PathBuf>,
     /// Cgroups that were made, the parent first.
     pub(crate) cgroups: Vec<PathBuf>,
+    /// The scope of systemd's that was started.
+    pub(crate) scope: Option<String>,
 }
 
 impl Record {
@@ -61,6 +63,7 @@ mod tests {
             vmm: Some((me, start_of(me).unwrap())),
             network: Some("/run/netns/x".into()),
             cgroups: vec!["/sys/fs/cgroup/a".into()],
+            scope: Some("cri-containerd-a.scope".into()),
         };
         record.write(&place).unwrap();
         assert_eq!(Record::read(&place), record);

@@ -26,6 +26,7 @@ pub(crate) fn pod(place: &Place) {
     let above = above.take_while(|folder| folder.starts_with(place::ROOT));
     above.for_each(|folder| drop(fs::remove_dir(folder)));
     cgroup::remove(&record.cgroups);
+    record.scope.as_deref().into_iter().for_each(cgroup::stop);
 }
 
 /// The pod's VM and what was made for it, so that another can take its place.
