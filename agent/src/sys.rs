@@ -22,6 +22,31 @@ fn check(result: c_int) -> io::Result<c_int> {
     }
 }
 
+/// Makes a mount read-only, by a descriptor of its root, with all that is mounted below it.
+pub(crate) fn make_all_readonly(root: BorrowedFd<'_>) -> io::Result<()> {
+    let attributes = libc::mount_attr {
+        attr_set: libc::MOUNT_ATTR_RDONLY,
+        attr_clr: 0,
+        propagation: 0,
+        userns_fd: 0,
+    };
+    // SAFETY: path and attributes outlive the call, and the size is that of what is pointed to.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_mount_setattr,
+            root.as_raw_fd(),
+            c"".as_ptr(),
+            libc::AT_EMPTY_PATH | libc::AT_RECURSIVE,
+            &raw const attributes,
+            size_of::<libc::mount_attr>(),
+        )
+    };
+    match result {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
 pub(crate) fn mount(
     source: &CStr,
     target: &CStr,
@@ -507,5 +532,30 @@ mod tests {
         let mut buffer = b"abc".to_vec();
         assert_eq!(read(from.as_fd(), &mut buffer, 2).unwrap(), 2);
         assert_eq!(buffer, b"abcde");
+    }
+
+    #[test]
+    fn what_is_mounted_below_is_read_only_too() {
+        let outer = std::env::temp_dir().join(format!("podvmm-agent-rro-{}", std::process::id()));
+        let inner = outer.join("inner");
+        std::fs::create_dir(&outer).unwrap();
+        let at = |path: &Path| CString::new(path.as_os_str().as_encoded_bytes()).unwrap();
+        mount(c"tmpfs", &at(&outer), c"tmpfs", 0, c"").expect("this test needs root");
+        std::fs::create_dir(&inner).unwrap();
+        mount(c"tmpfs", &at(&inner), c"tmpfs", 0, c"").unwrap();
+        let root = rustix::fs::open(&outer, rustix::fs::OFlags::PATH, rustix::fs::Mode::empty());
+        let made = make_all_readonly(root.unwrap().as_fd());
+        let written = [&outer, &inner].map(|folder| std::fs::write(folder.join("file"), "x"));
+        for place in [&inner, &outer] {
+            rustix::mount::unmount(place, rustix::mount::UnmountFlags::DETACH).unwrap();
+        }
+        std::fs::remove_dir(&outer).unwrap();
+        made.unwrap();
+        for result in written {
+            assert_eq!(
+                result.unwrap_err().kind(),
+                io::ErrorKind::ReadOnlyFilesystem
+            );
+        }
     }
 }

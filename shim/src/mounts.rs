@@ -43,7 +43,7 @@ impl Shared {
             let below = rustix::fs::open(&path, flags, Mode::empty())?;
             rustix::mount::mount_bind(&path, &path)?;
             rustix::mount::mount_change(&path, MountPropagationFlags::PRIVATE)?;
-            make_readonly(&path)?;
+            make_readonly(&path, Depth::All)?;
             Ok(below)
         };
         match make() {
@@ -106,23 +106,29 @@ impl Shared {
         for (index, mount) in spec.mounts.iter_mut().enumerate() {
             match volume(mount) {
                 Volume::Guests => {}
-                Volume::Shm => mount.source = format!("{GUEST_SANDBOX}/shm"),
+                Volume::Shm => {
+                    mount.source = format!("{GUEST_SANDBOX}/shm");
+                    readonly_in_guest(mount, true);
+                }
                 Volume::Memory(name) => {
                     let storage = memory(name, Path::new(&mount.source));
                     mount.source.clone_from(&storage.mount_point);
                     storages.push(storage);
+                    readonly_in_guest(mount, true);
                 }
                 Volume::Hosts => {
                     let name = format!("{index}-{}", basename(&mount.destination));
-                    self.bind(mount, id, &name)?;
+                    let is_plain = self.bind(mount, id, &name)?;
                     mount.source = format!("{GUEST_SHARED}/{id}/{name}");
+                    readonly_in_guest(mount, is_plain);
                 }
             }
         }
         Ok(storages)
     }
 
-    fn bind(&self, mount: &Mount, id: &str, name: &str) -> Result<(), Error> {
+    /// Whether nothing is mounted below it that might be written to though the volume is read-only.
+    fn bind(&self, mount: &Mount, id: &str, name: &str) -> Result<bool, Error> {
         let (seen, below) = self.of(id);
         let place = &seen.join(name);
         let bind = || {
@@ -139,22 +145,41 @@ impl Shared {
                 rustix::mount::mount_bind_recursive(source, place)?;
             }
             // What the host mounts there later is seen if that is wanted; never the other way.
-            let propagation = if has("rslave") || has("slave") {
+            let is_slave = has("rslave") || has("slave");
+            let propagation = if is_slave {
                 MountPropagationFlags::DOWNSTREAM
             } else {
                 MountPropagationFlags::PRIVATE
             };
             rustix::mount::mount_change(place, propagation | MountPropagationFlags::REC)?;
-            if has("ro") {
-                make_readonly(place)?;
+            if has("rro") {
+                make_readonly(place, Depth::All)?;
+                return Ok(true);
             }
-            Ok(())
+            if has("ro") {
+                make_readonly(place, Depth::Top)?;
+            }
+            let mountinfo = fs::read("/proc/self/mountinfo")?;
+            Ok(!is_slave && mounted_below(&mountinfo, place).len() == 1)
         };
         bind().map_err(|source| Error {
             what: mount.source.clone(),
             place: place.into(),
             source,
         })
+    }
+}
+
+/// Makes a mount's options those of the guest's agent. All that a guest sees of a volume is one file
+/// system to it, so read-only there is so for all of it. Where the host lets what is mounted below be
+/// written to, it is the host alone that refuses the rest.
+fn readonly_in_guest(mount: &mut Mount, is_plain: bool) {
+    let options = &mut mount.options;
+    if options.iter().any(|option| option == "rro") {
+        options.retain(|option| option != "rro" && option != "ro");
+        options.push("ro".into());
+    } else if !is_plain {
+        options.retain(|option| option != "ro");
     }
 }
 
@@ -270,13 +295,22 @@ fn mount_as_told(mount: &task::Mount, place: &Path) -> io::Result<()> {
         }
     }
     if flags.contains(MountFlags::RDONLY) {
-        make_readonly(place)?;
+        make_readonly(place, Depth::All)?;
     }
     Ok(())
 }
 
-/// Makes a mount read-only, and all below it.
-fn make_readonly(place: &Path) -> io::Result<()> {
+/// How much of a mount is changed.
+#[derive(Clone, Copy, PartialEq)]
+enum Depth {
+    /// The mount alone.
+    Top,
+    /// With all that is mounted below it.
+    All,
+}
+
+/// Makes a mount read-only.
+fn make_readonly(place: &Path, depth: Depth) -> io::Result<()> {
     let path = CString::new(place.as_os_str().as_bytes())?;
     let attributes = libc::mount_attr {
         attr_set: libc::MOUNT_ATTR_RDONLY,
@@ -284,13 +318,17 @@ fn make_readonly(place: &Path) -> io::Result<()> {
         propagation: 0,
         userns_fd: 0,
     };
+    let flags = match depth {
+        Depth::Top => 0,
+        Depth::All => libc::AT_RECURSIVE,
+    };
     // SAFETY: path and attributes outlive the call, and the size is that of what is pointed to.
     let result = unsafe {
         libc::syscall(
             libc::SYS_mount_setattr,
             libc::AT_FDCWD,
             path.as_ptr(),
-            libc::AT_RECURSIVE,
+            flags,
             &raw const attributes,
             size_of::<libc::mount_attr>(),
         )
@@ -428,21 +466,17 @@ mod tests {
         assert!(!seen.exists());
     }
 
-    #[test]
-    fn a_read_only_volume_is_so_on_the_host() {
+    /// A volume with these options, in which another file system is mounted: whether it can be written
+    /// to, whether what is mounted in it can be, and its options in the guest.
+    fn written(option: &str) -> (bool, bool, Vec<String>) {
         let folder = tempfile::tempdir().unwrap();
         let source = folder.path().join("kubelet");
-        fs::create_dir_all(source.join("inner")).unwrap();
-        rustix::mount::mount(
-            "tmpfs",
-            source.join("inner"),
-            "tmpfs",
-            MountFlags::empty(),
-            None,
-        )
-        .expect("this test needs root");
+        let inner = source.join("inner");
+        fs::create_dir_all(&inner).unwrap();
+        let tmpfs = rustix::mount::mount("tmpfs", &inner, "tmpfs", MountFlags::empty(), None);
+        tmpfs.expect("this test needs root");
         let mut volume = mount("bind", source.to_str().unwrap(), "/data/x");
-        volume.options.push("ro".into());
+        volume.options.push(option.into());
         let mut spec = Spec {
             mounts: vec![volume],
             ..Spec::default()
@@ -451,13 +485,36 @@ mod tests {
         fs::create_dir(Path::new(&shared.of("c").1)).unwrap();
         assert!(shared.volumes("c", &mut spec).unwrap().is_empty());
         assert_eq!(spec.mounts[0].source, format!("{GUEST_SHARED}/c/0-x"));
-        for place in ["c/0-x/file", "c/0-x/inner/file"] {
-            let error = fs::write(folder.path().join("shared").join(place), "x").unwrap_err();
-            assert_eq!(error.kind(), io::ErrorKind::ReadOnlyFilesystem, "{place}");
-        }
+        let [top, below] = ["c/0-x/file", "c/0-x/inner/file"].map(|place| {
+            match fs::write(folder.path().join("shared").join(place), "x") {
+                Ok(()) => true,
+                Err(error) => {
+                    assert_eq!(error.kind(), io::ErrorKind::ReadOnlyFilesystem, "{place}");
+                    false
+                }
+            }
+        });
         clear(&folder.path().join("shared")).unwrap();
         fs::write(source.join("inner/file"), "x").unwrap();
-        rustix::mount::unmount(source.join("inner"), UnmountFlags::DETACH).unwrap();
+        rustix::mount::unmount(inner, UnmountFlags::DETACH).unwrap();
+        (top, below, spec.mounts.remove(0).options)
+    }
+
+    #[test]
+    fn a_read_only_volume_is_so_on_the_host_and_below_it_if_that_is_asked_for() {
+        let words = |words: &[&str]| words.iter().map(|&word| word.into()).collect();
+        assert_eq!(written("ro"), (false, true, words(&["rbind"])));
+        assert_eq!(written("rro"), (false, false, words(&["rbind", "ro"])));
+        assert_eq!(written("rw"), (true, true, words(&["rbind", "rw"])));
+    }
+
+    #[test]
+    fn the_guest_has_a_plain_volume_read_only_too() {
+        let mut volume = mount("bind", "/x", "/x");
+        volume.options = vec!["rbind".into(), "ro".into()];
+        let before = volume.options.clone();
+        readonly_in_guest(&mut volume, true);
+        assert_eq!(volume.options, before);
     }
 
     #[test]

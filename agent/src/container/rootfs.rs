@@ -11,6 +11,8 @@ use agent::protocol::oci::{LinuxDevice, Mount, Spec};
 use rustix::fs::{CWD, FileType, Mode, OFlags, ResolveFlags};
 use rustix::mount::{MountFlags, MountPropagationFlags, UnmountFlags};
 
+use crate::sys;
+
 type Error = Box<dyn std::error::Error>;
 
 /// Character devices that every container has: name, major and minor number.
@@ -78,6 +80,8 @@ struct Options {
     flags: MountFlags,
     propagation: Vec<MountPropagationFlags>,
     bind: Option<bool>,
+    /// Read-only with all that is mounted below.
+    all_readonly: bool,
     /// For the file system.
     data: Vec<String>,
 }
@@ -87,10 +91,15 @@ fn options(words: &[String]) -> Options {
         flags: MountFlags::empty(),
         propagation: Vec::new(),
         bind: None,
+        all_readonly: false,
         data: Vec::new(),
     };
     for word in words {
         let (flag, on) = match word.as_str() {
+            "rro" => {
+                options.all_readonly = true;
+                (MountFlags::RDONLY, true)
+            }
             "bind" => {
                 options.bind = Some(options.bind.unwrap_or(false));
                 continue;
@@ -183,6 +192,9 @@ fn apply(root: BorrowedFd<'_>, mount: &Mount) -> Result<(), Error> {
     }
     for flags in options.propagation {
         rustix::mount::mount_change(&place, flags)?;
+    }
+    if options.all_readonly {
+        sys::make_all_readonly(mounted.as_fd())?;
     }
     Ok(())
 }
@@ -378,9 +390,20 @@ mod tests {
                     MountPropagationFlags::PRIVATE | MountPropagationFlags::REC,
                 ],
                 bind: Some(true),
+                all_readonly: false,
                 data: vec!["size=64k".into(), "mode=755".into()],
             }
         );
+    }
+
+    #[test]
+    fn a_read_only_mount_is_so_below_if_that_is_asked_for() {
+        let read_only = |word: &str| {
+            let options = options(&["bind".into(), word.into()]);
+            (options.flags, options.all_readonly)
+        };
+        assert_eq!(read_only("ro"), (MountFlags::RDONLY, false));
+        assert_eq!(read_only("rro"), (MountFlags::RDONLY, true));
     }
 
     #[test]
