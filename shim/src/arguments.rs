@@ -12,6 +12,8 @@ pub(crate) enum Action {
     Start,
     /// Clean up after a shim that is gone.
     Delete,
+    /// Say what the runtime can do.
+    Info,
     /// Be the shim.
     Serve,
     /// For people: print the RuntimeClass for this node's configuration.
@@ -35,6 +37,8 @@ pub(crate) struct Arguments {
     pub(crate) namespace: String,
     /// containerd's socket.
     pub(crate) address: String,
+    /// Its socket for events, if that is said elsewhere than in the environment.
+    pub(crate) events: Option<PathBuf>,
     pub(crate) id: String,
     pub(crate) debug: bool,
     pub(crate) bundle: Option<PathBuf>,
@@ -51,6 +55,7 @@ impl Arguments {
             action: Action::Serve,
             namespace: String::new(),
             address: String::new(),
+            events: None,
             id: String::new(),
             debug: false,
             bundle: None,
@@ -90,6 +95,7 @@ impl Arguments {
                 Some("publish-binary" | "socket") => drop(value()?),
                 Some("debug") => arguments.debug = true,
                 Some("h" | "help") => arguments.action = Action::Help,
+                Some("info") => arguments.action = Action::Info,
                 Some("v" | "version") => arguments.action = Action::Version,
                 _ => {
                     arguments.action = match name {
@@ -170,6 +176,7 @@ mod tests {
             parse("-id=demo -bundle=/b delete").unwrap().action,
             Action::Delete
         );
+        assert_eq!(parse("-info").unwrap().action, Action::Info);
     }
 
     #[test]

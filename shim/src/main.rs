@@ -9,6 +9,7 @@ mod config;
 mod error;
 mod figures;
 mod guest;
+mod info;
 mod logging;
 mod mounts;
 mod network;
@@ -70,6 +71,7 @@ for the runtime io.containerd.podvmm.v2
 
 Without -config it is /etc/podvmm/config.toml. containerd itself uses:
   -namespace NS -address SOCKET -id ID [-bundle FOLDER] [-debug] start | delete
+  -info                         say what the runtime can do
 ";
 
 /// How long the answer to the last request has to be sent.
@@ -120,7 +122,14 @@ fn run(arguments: &Arguments) -> Result<(), Box<dyn Error>> {
             }
         }
         Action::RuntimeClass => print!("{}", runtime_class::yaml(&config()?)),
-        Action::Start => print!("{}", start::start(arguments, &bundle(arguments)?)?),
+        Action::Start => {
+            let answer = start::start(arguments, &bundle(arguments)?)?;
+            io::stdout().write_all(&answer)?;
+        }
+        Action::Info => {
+            let info = info::info(start::Asked::read(arguments).options);
+            io::stdout().write_all(&info.encode_to_vec())?;
+        }
         Action::Delete => delete(arguments)?,
         Action::Serve => {
             rustix::process::setsid()?;

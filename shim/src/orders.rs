@@ -7,6 +7,9 @@ use serde::{Deserialize, Serialize};
 use crate::arguments::Arguments;
 use crate::place::Place;
 
+/// By it containerd says where events go.
+pub(crate) const EVENTS: &str = "TTRPC_ADDRESS";
+
 /// What a shim is told of its pod, by its command line or where it waits.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub(crate) struct Orders {
@@ -26,7 +29,8 @@ pub(crate) struct Orders {
 impl Orders {
     /// As `arguments` and the environment say.
     pub(crate) fn new(arguments: &Arguments, bundle: &Path, asked: String) -> Self {
-        let events = std::env::var_os("TTRPC_ADDRESS").map(PathBuf::from);
+        let said = || std::env::var_os(EVENTS).map(PathBuf::from);
+        let events = arguments.events.clone().or_else(said);
         Self {
             namespace: arguments.namespace.clone(),
             address: arguments.address.clone(),

@@ -1,6 +1,7 @@
 //! What containerd and its shims say to each other (containerd, api/runtime/task/v2, api/events,
 //! api/services/ttrpc/events/v1), and the figures of a cgroup (containerd/cgroups, cgroup2/stats).
 
+pub(crate) mod bootstrap;
 pub(crate) mod events;
 pub(crate) mod figures;
 pub(crate) mod task;

@@ -263,9 +263,14 @@ fn invalid(error: spec::Error) -> Status {
     Status::from(crate::error::Error::from(error))
 }
 
+/// Whether it is the options of a runtime that containerd does not know itself.
+pub(crate) fn is_options(any: &prost_types::Any) -> bool {
+    any.type_url.ends_with("runtimeoptions.v1.Options")
+}
+
 /// Where the configuration is, by containerd's runtime options.
 pub(crate) fn config_path(options: Option<&prost_types::Any>) -> PathBuf {
-    let options = options.filter(|options| options.type_url.ends_with("runtimeoptions.v1.Options"));
+    let options = options.filter(|options| is_options(options));
     let options = options.and_then(|options| Options::decode(&options.value[..]).ok());
     let path = options
         .map(|options| options.config_path)
