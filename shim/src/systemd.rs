@@ -15,11 +15,11 @@ use bus::Manager;
 use wire::Argument;
 pub(crate) use wire::{Property, Value};
 
-/// How long systemd may take to make a scope. It may be busy with the node's start.
-const START_PATIENCE: Duration = Duration::from_secs(20);
-/// How long it may take to take one away, or to change it. containerd gives all of `delete` five
-/// seconds.
-const PATIENCE: Duration = Duration::from_secs(2);
+/// How long systemd may take to make a scope, or to change it. It may be busy with the node's start.
+const PATIENCE: Duration = Duration::from_secs(20);
+/// How long it may take to take one away: containerd gives all of `delete` five seconds. An empty one
+/// goes without being told.
+const STOP_PATIENCE: Duration = Duration::from_secs(2);
 /// How long a scope of the same name may take to be gone.
 const PREDECESSOR_PATIENCE: Duration = Duration::from_secs(2);
 const PAUSE: Duration = Duration::from_millis(50);
@@ -31,7 +31,7 @@ pub(crate) fn is_running() -> bool {
 
 /// Starts the scope `unit`, with the processes that its properties name in it.
 pub(crate) fn start(unit: &str, properties: &[Property]) -> Result<(), Error> {
-    let mut manager = Manager::connect(START_PATIENCE)?;
+    let mut manager = Manager::connect(PATIENCE)?;
     let arguments = [
         Argument::Text(unit),
         // A job that waits for the same unit is none of this pod's.
@@ -69,7 +69,7 @@ pub(crate) fn change(unit: &str, properties: &[Property]) -> Result<(), Error> {
 
 /// Takes `unit` away, with whatever runs in it. One that is not there is no error.
 pub(crate) fn stop(unit: &str) -> Result<(), Error> {
-    let mut manager = Manager::connect(PATIENCE)?;
+    let mut manager = Manager::connect(STOP_PATIENCE)?;
     let stopped = manager
         .job(
             "StopUnit",

@@ -42,6 +42,13 @@ impl Container {
         self
     }
 
+    /// Made in another cgroup than one below the node's.
+    #[must_use]
+    pub fn with_cgroup(mut self, path: &str) -> Self {
+        self.cgroup = path.into();
+        self
+    }
+
     pub fn id(&self) -> &str {
         &self.id
     }
