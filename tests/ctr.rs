@@ -210,6 +210,36 @@ fn run(node: &Node, name: &str, config: &Path, network: &PodNetwork) -> Guest {
     }
 }
 
+/// A read-only volume, and what is mounted below it, which is as read-only if that is asked for.
+#[test]
+fn what_is_below_a_read_only_volume_is_so_if_that_is_asked_for() {
+    on_a_node(|node| {
+        let outer = node.folder().join("outer");
+        let inner = outer.join("inner");
+        fs::create_dir_all(&inner).unwrap();
+        let mounted = Command::new("mount")
+            .args(["-t", "tmpfs", "podvmm-test"])
+            .arg(&inner)
+            .status();
+        assert!(mounted.unwrap().success());
+        let mount = |place: &str, option: &str| {
+            let source = outer.display();
+            format!("type=bind,src={source},dst={place},options=rbind:{option}")
+        };
+        let (plain, all) = (mount("/ro", "ro"), mount("/rro", "rro"));
+        let container = Container::new(node, "volumes");
+        let script = "for file in /ro/a /ro/inner/b /rro/c /rro/inner/d; do
+            touch $file 2>/dev/null && echo $file; done; true";
+        let options = ["--rm", "--mount", &plain, "--mount", &all];
+        let mut command = container.run(&node.containerd, &options, &["sh", "-c", script]);
+        let ran: Ran = step("ctr run", || command.output().unwrap()).into();
+        assert_eq!(ran.stdout, "/ro/inner/b\n", "{ran:?}");
+        assert!(inner.join("b").exists());
+        let unmounted = Command::new("umount").arg(&inner).status();
+        assert!(unmounted.unwrap().success());
+    });
+}
+
 /// A terminal, and the end by a signal that nothing can be done about.
 #[test]
 fn a_terminal_is_one() {
