@@ -134,11 +134,13 @@ impl Manager {
         })
     }
 
-    /// Says who this process is, which the socket says as well ("Authentication Protocol").
+    /// Says who this process is, which the socket says as well ("Authentication Protocol"). All of it is
+    /// sent at once, as systemd's own clients do: a first call that comes together with BEGIN lies in
+    /// systemd's buffer until something else comes.
     fn greet(&mut self) -> io::Result<String> {
         let user = rustix::process::geteuid().as_raw().to_string();
         let hex: String = user.bytes().map(|byte| format!("{byte:02x}")).collect();
-        self.write(format!("\0AUTH EXTERNAL {hex}\r\n").as_bytes())?;
+        self.write(format!("\0AUTH EXTERNAL {hex}\r\nBEGIN\r\n").as_bytes())?;
         let mut answer = Vec::new();
         while !answer.ends_with(b"\r\n") {
             if answer.len() == MAX_GREETING_LEN {
@@ -149,7 +151,6 @@ impl Manager {
             self.read(&mut byte)?;
             answer.extend(byte);
         }
-        self.write(b"BEGIN\r\n")?;
         Ok(String::from_utf8_lossy(answer.trim_ascii_end()).into_owned())
     }
 
@@ -334,6 +335,10 @@ mod tests {
             let mut line = String::new();
             reader.read_line(&mut line).unwrap();
             assert!(line.starts_with("\0AUTH EXTERNAL 3"), "{line:?}");
+            // Before it is answered, so that no call can come together with it.
+            line.clear();
+            reader.read_line(&mut line).unwrap();
+            assert_eq!(line, "BEGIN\r\n");
             stream.write_all(greeting).unwrap();
             answers.iter().for_each(|it| stream.write_all(it).unwrap());
             // Until the other end is closed.
