@@ -1,6 +1,7 @@
 //! What a user can get wrong, and the message for it. Nothing here runs a guest
 //! for longer than it takes to refuse it.
 
+use std::os::unix::fs::MetadataExt;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::Command;
@@ -231,9 +232,9 @@ fn a_forbidden_kvm_is_named_with_the_remedy() {
     );
 }
 
-/// By the command that makes it, and in the log of each pod that boots for that.
+/// By the command that makes it, which does so at once, however often it failed before.
 #[test]
-fn a_spoilt_template_is_named_with_the_reason() {
+fn a_template_that_was_set_aside_is_named_with_the_reason() {
     if !kvm_is_here() {
         return;
     }
@@ -247,19 +248,43 @@ fn a_spoilt_template_is_named_with_the_reason() {
         tests::podvmm::binary()
     );
     std::fs::write(&config, text).unwrap();
-    let refused = || {
+    let template = || {
         let mut command = Command::new(tests::containerd::shim());
         let output = command.arg("template").arg("-config").arg(&config).output();
         let output = output.unwrap();
-        assert_eq!(output.status.code(), Some(1), "{output:?}");
-        String::from_utf8(output.stderr).unwrap()
+        let said = String::from_utf8(output.stderr).unwrap();
+        (output.status.code(), said)
     };
-    let said = refused();
-    assert!(said.contains("boot the VM"), "{said}");
+    let (code, said) = template();
+    assert!(code == Some(1) && said.contains("boot the VM"), "{said}");
+
     let mut made = std::fs::read_dir(&templates).unwrap();
-    let template = made.next().unwrap().unwrap().path();
-    std::fs::write(template.join("spoilt"), "it is cursed").unwrap();
-    let said = refused();
-    let why = format!("{} is spoilt: it is cursed", template.display());
-    assert!(said.contains(&why), "{said}");
+    let made = made.next().unwrap().unwrap().path();
+    let (state, failures) = (made.join("state.json"), made.join("failures"));
+    std::fs::write(&state, "{}").unwrap();
+    let stamp = std::fs::metadata(&state).unwrap();
+    let failure = serde_json::json!({
+        "snapshot": {
+            "path": state,
+            "inode": stamp.ino(),
+            "len": stamp.len(),
+            "changed_s": stamp.ctime(),
+            "changed_ns": stamp.ctime_nsec(),
+        },
+        "at_s": 1,
+        "why": "it is cursed",
+    });
+    std::fs::write(&failures, format!("{failure}\n").repeat(2)).unwrap();
+    let (code, said) = template();
+    assert!(
+        code == Some(0) && said.is_empty(),
+        "two are too few: {said}"
+    );
+    std::fs::write(&failures, format!("{failure}\n").repeat(3)).unwrap();
+    let (code, said) = template();
+    let folder = made.display();
+    let why = format!("template {folder} was set aside and is made anew: it is cursed");
+    assert!(code == Some(1) && said.contains(&why), "{said}");
+    assert!(said.contains("boot the VM"), "{said}");
+    assert!(!state.exists() && !failures.exists());
 }

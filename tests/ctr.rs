@@ -6,7 +6,7 @@
 
 use std::fs;
 use std::io::Write;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -75,7 +75,8 @@ fn with_input(command: &mut Command, input: &[u8]) -> Ran {
 }
 
 /// The first pod makes a template, the next goes on from it as a guest of its own, with the pod's
-/// networks, and one whose template is broken boots.
+/// networks, and one whose template is broken boots. One failure changes nothing for the pods after
+/// it; after three in a row a pod boots and makes the template anew.
 #[test]
 fn pods_go_on_from_a_template_or_boot() {
     on_a_node(|node| {
@@ -98,17 +99,38 @@ fn pods_go_on_from_a_template_or_boot() {
         assert!(second.uptime < first.uptime + 5, "{first:?} and {second:?}");
 
         let made = fs::read_dir(&templates).unwrap().next().unwrap().unwrap();
-        for file in fs::read_dir(made.path()).unwrap() {
-            let file = file.unwrap();
-            if file.file_name().to_str().unwrap().starts_with("memory-") {
-                fs::write(file.path(), "short").unwrap();
-            }
-        }
+        let (memory, hidden) = (memory_of(&made.path()), made.path().join("hidden"));
+        fs::rename(&memory, &hidden).unwrap();
         let third = run(node, "third", &config, &network);
         assert_ne!(third.boot_id, second.boot_id);
         assert_eq!(log("the VM boots, for its template"), 1);
-        assert!(made.path().join("spoilt").exists());
+        assert_eq!(log("failure 1 in a row"), 1);
+        let failures = made.path().join("failures");
+        let failure = fs::read_to_string(&failures).unwrap();
+
+        fs::rename(&hidden, &memory).unwrap();
+        run(node, "fourth", &config, &network);
+        assert_eq!((log(&phase("template")), log(&phase("renewal"))), (1, 2));
+        assert_eq!(log("its failures are forgotten"), 1);
+        assert!(!failures.exists());
+
+        // As three pods leave it.
+        fs::write(&failures, failure.repeat(3)).unwrap();
+        run(node, "fifth", &config, &network);
+        assert_eq!((log(&phase("template")), log(&phase("renewal"))), (2, 2));
+        assert_eq!(log("is made anew, for its clones failed"), 1);
+        run(node, "sixth", &config, &network);
+        assert_eq!((log(&phase("template")), log(&phase("renewal"))), (2, 3));
+        assert!(!failures.exists());
     });
+}
+
+/// The file of a snapshot's RAM.
+fn memory_of(snapshot: &Path) -> PathBuf {
+    let files = fs::read_dir(snapshot).unwrap().map(|file| file.unwrap());
+    let mut files = files.map(|file| file.path());
+    let is_memory = |path: &PathBuf| path.to_str().unwrap().contains("/memory-");
+    files.find(is_memory).unwrap()
 }
 
 /// VMs that went on from a template wait for pods, and are each a pod's of its own then.

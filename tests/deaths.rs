@@ -129,14 +129,14 @@ fn the_vmm_of_a_clone(node: &Node) {
     if !containerd::has_templates() {
         return;
     }
-    let spoilt = || {
+    let failures = || {
         let entries = std::fs::read_dir(containerd::templates())
             .into_iter()
             .flatten();
-        let is_spoilt = |entry: &DirEntry| entry.path().join("spoilt").exists();
-        entries.flatten().filter(is_spoilt).count()
+        let has_failed = |entry: &DirEntry| entry.path().join("failures").exists();
+        entries.flatten().filter(has_failed).count()
     };
-    let before = spoilt();
+    let before = failures();
     let container = Container::new(node, "clone");
     let mut command = container.run(&node.containerd, &["--detach", "--null-io"], &["true"]);
     let run = command.stderr(Stdio::piped()).spawn().unwrap();
@@ -146,7 +146,7 @@ fn the_vmm_of_a_clone(node: &Node) {
     signal(container.vmm(), libc::SIGKILL);
     let ran: Ran = run.wait_with_output().unwrap().into();
     assert_eq!(ran.code, Some(1), "{ran:?}");
-    assert_eq!(spoilt(), before);
+    assert_eq!(failures(), before);
     forget(node, &container);
 }
 

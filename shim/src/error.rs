@@ -56,8 +56,7 @@ pub(crate) enum Error {
         source: std::io::Error,
     },
     #[error(
-        "there can be no template: templates are off, the pods' default is too small for one, or it is \
-         spoilt, which the log says"
+        "there can be no template: templates are off, or the pods' default is too small for one"
     )]
     NoTemplate,
 }

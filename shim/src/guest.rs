@@ -22,7 +22,7 @@ use crate::record::Record;
 use crate::size::{self, Limits, Size};
 use crate::spec::{self, GUEST_SANDBOX, GUEST_SHARED};
 use crate::teardown;
-use crate::template::Template;
+use crate::template::{Stamp, Template};
 use crate::vm::{self, Plan, Start, Vm};
 use crate::waiting::Waiting;
 
@@ -271,19 +271,33 @@ fn reach(
     let Some(template) = template else {
         return start(birth, config, record, None).map_err(Failure::into_error);
     };
-    let started = start(birth, config, record.clone(), Some(&template));
-    let failure = match started {
-        Err(failure) if failure.of_template => failure.error,
-        other => return other.map_err(Failure::into_error),
+    let failure = match start(birth, config, record.clone(), Some(&template)) {
+        Ok(met) => {
+            if matches!(met.vm.start, Start::Clone(_)) {
+                template.worked();
+            }
+            return Ok(met);
+        }
+        Err(failure) => failure,
     };
-    let why = api::chain(&failure).join(": ");
+    let Some(snapshot) = failure.snapshot else {
+        return Err(failure.into_error());
+    };
+    let why = api::chain(&*failure.error).join(": ");
     log::warn!(
         "the VM boots, for its template {} fails: {why}",
         template.folder().display()
     );
+    if failure.ran {
+        // At once, for other pods may start while this one boots.
+        template.failed(&snapshot, &why);
+    }
     teardown::vm(birth.place, &Record::read(birth.place));
     let booted = start(birth, config, record, None).map_err(Failure::into_error)?;
-    template.spoil(&why);
+    if !failure.ran {
+        // Had the VM not booted either, the template would not be the reason.
+        template.failed(&snapshot, &why);
+    }
     Ok(booted)
 }
 
@@ -336,12 +350,17 @@ fn start(
         network: spec::network_namespace(spec),
     };
     birth.note("prepare");
+    let snapshot = || template.and_then(Template::snapshot);
+    let before = snapshot();
     let started = Vm::boot(&plan, &mut record);
     let (vm, settings) = started.map_err(|error| Failure {
-        // A VM that could not be started by booting fails again.
-        of_template: template.is_some_and(Template::is_ready)
-            && !matches!(error, vm::Error::Killed),
-        error: error.into(),
+        // Without a snapshot the VM was to boot, and would fail again. Which of the two it was is
+        // not known: the template may have been made, or set aside, while this one tried.
+        snapshot: before
+            .or_else(snapshot)
+            .filter(|_| !matches!(error, vm::Error::Killed)),
+        ran: false,
+        error: Box::new(error.into()),
     })?;
     birth.note("vmm");
     let since = Instant::now();
@@ -358,7 +377,7 @@ fn start(
                 agent = meet(&vm, place, config)?;
                 birth.note("template");
             }
-            Start::Clone => renew(birth, &agent)?,
+            Start::Clone(_) => renew(birth, &agent)?,
         }
         connect(birth, &agent, settings)?;
         Ok(agent)
@@ -366,9 +385,16 @@ fn start(
     match ready() {
         Ok(agent) => Ok(Met { vm, agent, shared }),
         Err(error) => {
-            // Whoever was killed does not show what its template is worth.
-            let of_template = !vm.fail() && matches!(vm.start, Start::Clone);
-            Err(Failure { of_template, error })
+            let snapshot = match (vm.fail(), &vm.start) {
+                (false, Start::Clone(snapshot)) => Some(snapshot.clone()),
+                // A VM that was killed says nothing about its template.
+                _ => None,
+            };
+            Err(Failure {
+                snapshot,
+                ran: true,
+                error: Box::new(error),
+            })
         }
     }
 }
@@ -376,7 +402,7 @@ fn start(
 /// Waits for the agent of a VM in the folder `place`.
 pub(crate) fn meet(vm: &Vm, place: &Place, config: &Config) -> Result<Agent, ReachError> {
     let patience = match vm.start {
-        Start::Clone => config.agent_timeout().min(CLONE_PATIENCE),
+        Start::Clone(_) => config.agent_timeout().min(CLONE_PATIENCE),
         Start::Booted | Start::Model(_) => config.agent_timeout(),
     };
     Agent::reach(&place.vsock(), patience, &|| !vm.life.has_ended())
@@ -398,22 +424,25 @@ fn connect(birth: &Birth<'_>, agent: &Agent, settings: Settings) -> Result<(), E
 
 /// A pod that does not start.
 struct Failure {
-    /// Without its template it may.
-    of_template: bool,
-    error: Error,
+    /// What its VM was restored from, if it may start by booting instead.
+    snapshot: Option<Stamp>,
+    /// Whether the VM was restored and its guest failed then.
+    ran: bool,
+    error: Box<Error>,
 }
 
 impl Failure {
     fn into_error(self) -> Error {
-        self.error
+        *self.error
     }
 }
 
 impl From<Error> for Failure {
     fn from(error: Error) -> Self {
         Self {
-            of_template: false,
-            error,
+            snapshot: None,
+            ran: false,
+            error: Box::new(error),
         }
     }
 }
@@ -426,7 +455,7 @@ pub(crate) fn template_of(config: &Config, spec: &Spec) -> Result<Option<Templat
     }
     // A VM without a network has an interface for one that may come late.
     let interfaces = spec::network_namespace(spec).map_or(Ok(1), network::count)?;
-    Ok(Template::of(config, size_of(config, spec), interfaces))
+    Ok(Template::for_pod(config, size_of(config, spec), interfaces))
 }
 
 fn size_of(config: &Config, spec: &Spec) -> Size {

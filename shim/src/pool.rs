@@ -258,7 +258,7 @@ fn wanted(path: &Path, memory_mib: u64) -> Option<(Config, Template, Pool)> {
         vcpus: 1,
         memory_mib,
     };
-    let template = Template::of(&config, size, 1)?;
+    let template = Template::for_pod(&config, size, 1)?;
     let pool = Pool::of(path, &config, &template)?;
     Some((config, template, pool))
 }

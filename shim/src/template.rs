@@ -4,10 +4,12 @@
 //! A template is a snapshot in a folder of its own, named after what it was made of: the guest's
 //! files, podvmm, the configuration, and the host since it was booted. A pod's VM that has to boot
 //! anyway is written down on the way, before anything of the pod is in it. Whatever is wrong with a
-//! template, the pod boots.
+//! template, the pod boots. What its failure means for later pods is decided in [`failures`].
 //!
 //! There is one for each size that is a power of two of memory, besides what the guest itself needs;
 //! pods in between are made larger afterwards.
+
+mod failures;
 
 use std::fs::{self, File};
 use std::io;
@@ -24,14 +26,13 @@ use crate::config::Config;
 use crate::place::{fnv1a, make_private};
 use crate::size::Size;
 use crate::vm::{self, Vm};
+use failures::{Failures, MAX_FAILURES};
 
 /// Pods whose limits are below have no template.
 const LEAST_MIB: u64 = 16;
 const MOST_MIB: u64 = 4096;
 /// What a folder was made of.
 const INPUTS: &str = "inputs.json";
-/// Why it must not be used.
-const SPOILT: &str = "spoilt";
 /// What a snapshot is not without.
 const STATE: &str = "state.json";
 /// Between looks for one that somebody is making.
@@ -115,18 +116,29 @@ impl Template {
             .inspect_err(|error| log::warn!("there can be no template: {error}"))
             .ok()?;
         let name = format!("{}M-{:08x}", size.memory_mib, fnv1a(&inputs.text()));
-        let template = Self {
+        Some(Self {
             folder: templates.join(name),
             size,
             inputs,
-        };
-        match fs::read_to_string(template.folder.join(SPOILT)) {
-            Ok(why) => {
-                log::warn!("template {} is spoilt: {why}", template.folder.display());
-                None
-            }
-            Err(_) => Some(template),
+        })
+    }
+
+    /// The same for a pod: `None` also while its snapshot is set aside and it is too early for
+    /// another.
+    pub(crate) fn for_pod(config: &Config, size: Size, interfaces: usize) -> Option<Self> {
+        let template = Self::of(config, size, interfaces)?;
+        let failures = template.failures();
+        let pause = failures.pause();
+        if template.is_ready() || pause.is_zero() {
+            return Some(template);
         }
+        log::warn!(
+            "template {} is set aside and not made anew for another {} s: {}",
+            template.folder.display(),
+            pause.as_secs() + 1,
+            failures.reason().unwrap_or_default()
+        );
+        None
     }
 
     pub(crate) fn folder(&self) -> &Path {
@@ -138,9 +150,23 @@ impl Template {
         self.inputs.interfaces
     }
 
+    /// The snapshot that pods can be restored from, unless there is none or it is set aside.
+    pub(crate) fn snapshot(&self) -> Option<Stamp> {
+        if inputs_in(&self.folder).as_ref() != Some(&self.inputs) {
+            return None;
+        }
+        let snapshot = Stamp::of(&self.folder.join(STATE)).ok()?;
+        let is_aside = self.failures().sets_aside(&snapshot);
+        (!is_aside).then_some(snapshot)
+    }
+
     /// Whether pods can go on from it.
     pub(crate) fn is_ready(&self) -> bool {
-        self.folder.join(STATE).exists() && inputs_in(&self.folder).as_ref() == Some(&self.inputs)
+        self.snapshot().is_some()
+    }
+
+    fn failures(&self) -> Failures {
+        Failures::read(&self.folder)
     }
 
     /// Waits for whoever makes it, as long as `still` says and no longer than `patience`. Whether it
@@ -156,25 +182,29 @@ impl Template {
         true
     }
 
-    /// The right to make it. None if somebody else has that, or it cannot be.
+    /// The right to make it. None if somebody else has that, or it cannot be, or it is too early
+    /// after other snapshots of it were set aside.
     pub(crate) fn claim(&self) -> Option<Claim> {
         let claim = || {
             make_private(&self.folder)?;
-            let mut options = File::options();
-            let options = options.create(true).write(true).truncate(false);
-            let file = options.open(self.folder.join(INPUTS))?;
-            flock(&file, FlockOperation::NonBlockingLockExclusive)?;
-            if self.is_ready() {
+            let lock = self.lock()?;
+            if inputs_in(&self.folder).as_ref() != Some(&self.inputs) {
+                // The failures in the folder are those of what was made of other inputs.
+                Failures::forget(&self.folder)?;
+            }
+            let failures = self.failures();
+            if self.is_ready() || !failures.pause().is_zero() {
                 // Somebody has made it meanwhile. Making it again would take it from under others.
                 return Err(io::ErrorKind::WouldBlock.into());
             }
-            // What was made of other things is none from here on.
-            match fs::remove_file(self.folder.join(STATE)) {
-                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-                _ => {}
+            if let Some(why) = failures.reason() {
+                let folder = self.folder.display();
+                log::info!("template {folder} is made anew, for its clones failed: {why}");
             }
+            // What was made of other things is none from here on.
+            self.remove_snapshot()?;
             fs::write(self.folder.join(INPUTS), self.inputs.text())?;
-            Ok(file)
+            Ok(lock)
         };
         let claimed: io::Result<File> = claim();
         match claimed {
@@ -190,11 +220,81 @@ impl Template {
         }
     }
 
-    /// Nobody is to use it any more, until what it is made of changes.
-    pub(crate) fn spoil(&self, why: &str) {
-        // Both may fail on a full disk, and then the next pod finds the same.
-        let _ = fs::remove_file(self.folder.join(STATE));
-        let _ = fs::write(self.folder.join(SPOILT), why);
+    /// Only one shim at a time makes a template.
+    fn lock(&self) -> io::Result<File> {
+        let mut options = File::options();
+        let options = options.create(true).write(true).truncate(false);
+        let file = options.open(self.folder.join(INPUTS))?;
+        flock(&file, FlockOperation::NonBlockingLockExclusive)?;
+        Ok(file)
+    }
+
+    fn remove_snapshot(&self) -> io::Result<()> {
+        match fs::remove_file(self.folder.join(STATE)) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+            _ => Ok(()),
+        }
+    }
+
+    /// A clone of `snapshot` did not become a pod's guest.
+    pub(crate) fn failed(&self, snapshot: &Stamp, why: &str) {
+        let folder = self.folder.display();
+        if let Err(error) = Failures::add(&self.folder, snapshot, why) {
+            // As on a full disk. What cannot be counted must not cost each pod an attempt.
+            log::warn!("template {folder} is removed, for its failure cannot be counted: {error}");
+            if let Err(error) = self.remove_snapshot() {
+                log::warn!("remove template {folder}: {error}");
+            }
+            return;
+        }
+        let failures = self.failures();
+        match failures.count(snapshot) {
+            count if count < MAX_FAILURES => {
+                log::warn!(
+                    "failure {count} in a row of template {folder}, of at most {MAX_FAILURES}"
+                );
+            }
+            count => {
+                let pause = failures.pause().as_secs();
+                log::warn!(
+                    "template {folder} is set aside after {count} failures in a row; the next \
+                     VM to boot in {pause} s or later makes it anew"
+                );
+            }
+        }
+    }
+
+    /// A clone of it became a pod's guest.
+    pub(crate) fn worked(&self) {
+        let folder = self.folder.display();
+        match Failures::forget(&self.folder) {
+            Ok(true) => log::info!("template {folder} works: its failures are forgotten"),
+            Ok(false) => {}
+            Err(error) => log::warn!("forget the failures of template {folder}: {error}"),
+        }
+    }
+
+    /// Removes a snapshot that is set aside, so that another can be made at once.
+    pub(crate) fn start_over(&self) {
+        let failures = self.failures();
+        let Some(why) = failures.reason().filter(|_| !self.is_ready()) else {
+            return;
+        };
+        let folder = self.folder.display();
+        let remove = || {
+            let _lock = self.lock()?;
+            // Looked at again, now that no other process can be making one.
+            if !self.is_ready() {
+                log::warn!("template {folder} was set aside and is made anew: {why}");
+                self.remove_snapshot()?;
+                Failures::forget(&self.folder)?;
+            }
+            Ok(())
+        };
+        let removed: io::Result<()> = remove();
+        if let Err(error) = removed {
+            log::warn!("remove template {folder}: {error}");
+        }
     }
 }
 
@@ -316,9 +416,15 @@ mod tests {
         }
     }
 
+    fn for_pod(config: &Config) -> Option<Template> {
+        Template::for_pod(config, sized(576), 1)
+    }
+
     fn made(template: &Template) {
-        template.claim().unwrap();
-        fs::write(template.folder().join(STATE), "").unwrap();
+        let _claim = template.claim().unwrap();
+        let new = template.folder().join("new");
+        fs::write(&new, "").unwrap();
+        fs::rename(new, template.folder().join(STATE)).unwrap();
     }
 
     #[test]
@@ -349,9 +455,86 @@ mod tests {
         // As a pod finds it that looked before it was there.
         assert!(other.claim().is_none());
         assert!(other.is_ready());
-        other.spoil("it is bad");
-        assert!(!one.is_ready());
-        assert!(Template::of(&config, sized(576), 1).is_none());
+    }
+
+    /// Clones of the template's snapshot fail, as of several shims.
+    fn fail(config: &Config, times: usize) {
+        for _ in 0..times {
+            let template = Template::of(config, sized(576), 1).unwrap();
+            let snapshot = template.snapshot();
+            template.failed(&snapshot.unwrap(), "it is bad");
+        }
+    }
+
+    #[test]
+    fn one_failure_is_not_the_end_of_a_template_and_a_success_makes_up_for_it() {
+        let (_folder, config) = node();
+        let template = Template::of(&config, sized(576), 1).unwrap();
+        made(&template);
+        for _ in 0..10 {
+            fail(&config, MAX_FAILURES - 1);
+            assert!(template.is_ready() && template.claim().is_none());
+            assert_eq!(for_pod(&config).as_ref(), Some(&template));
+            template.worked();
+        }
+        assert!(template.is_ready());
+    }
+
+    #[test]
+    fn repeated_failures_set_it_aside_until_it_is_made_anew() {
+        let (_folder, config) = node();
+        let template = Template::of(&config, sized(576), 1).unwrap();
+        made(&template);
+        fail(&config, MAX_FAILURES);
+        assert!(!template.is_ready());
+        // The next pod boots and makes it. Meanwhile it may be killed, and then another does.
+        let pods = for_pod(&config).unwrap();
+        drop(pods.claim().unwrap());
+        assert!(!template.is_ready());
+        made(&pods);
+        assert!(template.is_ready());
+        // The second time it has to wait, whoever asks.
+        fail(&config, MAX_FAILURES);
+        assert!(!template.is_ready());
+        assert!(for_pod(&config).is_none() && template.claim().is_none());
+        // But for a person.
+        template.start_over();
+        assert!(for_pod(&config).is_some());
+        made(&template);
+        template.start_over();
+        assert!(
+            template.is_ready(),
+            "it is left alone where nothing is wrong"
+        );
+        fail(&config, 1);
+        template.start_over();
+        assert!(template.is_ready());
+    }
+
+    #[test]
+    fn a_late_failure_of_an_older_snapshot_does_not_count_for_the_new_one() {
+        let (_folder, config) = node();
+        let template = Template::of(&config, sized(576), 1).unwrap();
+        made(&template);
+        let older = template.snapshot().unwrap();
+        fail(&config, MAX_FAILURES);
+        made(&template);
+        assert_ne!(template.snapshot().unwrap(), older);
+        template.failed(&older, "late");
+        fail(&config, MAX_FAILURES - 1);
+        assert!(template.is_ready());
+    }
+
+    #[test]
+    fn a_failure_that_cannot_be_counted_removes_the_snapshot() {
+        let (_folder, config) = node();
+        let template = Template::of(&config, sized(576), 1).unwrap();
+        made(&template);
+        let snapshot = template.snapshot().unwrap();
+        // Stands for a disk on which nothing can be written.
+        fs::create_dir(template.folder().join("failures")).unwrap();
+        template.failed(&snapshot, "it is bad");
+        assert!(!template.is_ready());
     }
 
     #[test]

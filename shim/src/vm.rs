@@ -22,7 +22,7 @@ use crate::network::{self, Link, Settings};
 use crate::place::Place;
 use crate::record::{Record, start_of};
 use crate::size::Size;
-use crate::template::{Claim, Template};
+use crate::template::{Claim, Stamp, Template};
 
 const MIB: u64 = 1 << 20;
 /// How long podvmm may take to open its socket.
@@ -112,8 +112,8 @@ pub(crate) enum Start {
     Booted,
     /// It boots, and is to become a template.
     Model(Claim),
-    /// It goes on from a template.
-    Clone,
+    /// It is restored from this snapshot of a template.
+    Clone(Stamp),
 }
 
 /// A running VM. Dropping it does not end it: [`Vm::kill`] does.
@@ -208,8 +208,8 @@ impl Vm {
         // One may have come or gone since they were counted.
         let same = |template: &&Template| template.interfaces() == links.len();
         let template = plan.template.filter(same);
-        if let Some(template) = template.filter(|template| template.is_ready()) {
-            (self.start, self.size) = (Start::Clone, template.size);
+        if let Some((template, snapshot)) = template.and_then(|it| Some((it, it.snapshot()?))) {
+            (self.start, self.size) = (Start::Clone(snapshot), template.size);
             let mut config = pods;
             config["net"] = links.iter().map(net).collect();
             let body = json!({

@@ -14,7 +14,7 @@ use crate::record::Record;
 use crate::size;
 use crate::teardown;
 use crate::template::Template;
-use crate::vm::{Plan, Start, Vm};
+use crate::vm::{self, Plan, Start, Vm};
 
 /// How long a guest that no pod waits for is left to itself before it is written down.
 const SETTLING: Duration = Duration::from_secs(5);
@@ -38,10 +38,24 @@ impl Waiting {
             template: Some(&template),
             network: None,
         };
-        let (vm, _) = Vm::boot(&plan, &mut Record::default())?;
-        let made = ready(&vm, place, config).inspect_err(|_| vm.kill());
+        let snapshot = template.snapshot();
+        let (vm, _) = Vm::boot(&plan, &mut Record::default()).inspect_err(|error| {
+            if let (Some(snapshot), vm::Error::Api { .. }) = (snapshot, error) {
+                template.failed(&snapshot, &api::chain(error).join(": "));
+            }
+        })?;
+        let made = ready(&vm, place, config).inspect_err(|error| {
+            // A VM that was killed says nothing about its template.
+            if let (false, Start::Clone(snapshot)) = (vm.fail(), &vm.start) {
+                template.failed(snapshot, &api::chain(error).join(": "));
+            }
+        });
+        let agent = made?;
+        if matches!(vm.start, Start::Clone(_)) {
+            template.worked();
+        }
         Ok(Self {
-            agent: made?,
+            agent,
             template,
             vm,
             shared,
@@ -66,6 +80,7 @@ pub(crate) fn template(config: &Config) -> Result<Template, Error> {
     let size = size::size(config, std::iter::empty());
     let of = || Template::of(config, size, 1).ok_or(Error::NoTemplate);
     let template = of()?;
+    template.start_over();
     if template.is_ready() {
         return Ok(template);
     }
