@@ -31,6 +31,7 @@ mod systemd;
 mod task;
 mod teardown;
 mod template;
+mod turn;
 mod vm;
 mod waiting;
 

@@ -21,6 +21,7 @@ use crate::protocol::{any, timestamp};
 use crate::spec;
 use crate::stdio::Paths;
 use crate::task::State;
+use crate::turn::Turn;
 
 /// Answers for the pod.
 pub(crate) struct Tasks {
@@ -50,6 +51,7 @@ impl Tasks {
             stderr: paths.stderr.clone(),
             terminal: paths.terminal,
         };
+        let turn = Turn::wait();
         self.pod.create(Creation {
             id: request.id.clone(),
             bundle: PathBuf::from(&request.bundle),
@@ -57,6 +59,7 @@ impl Tasks {
             paths,
             config: config_path(request.options.as_ref()),
         })?;
+        drop(turn);
         let pid = self.pod.pid();
         self.pod.publish(Event::Create(TaskCreate {
             container_id: request.id,
@@ -70,6 +73,7 @@ impl Tasks {
 
     fn start(&self, request: &ProcessRequest) -> Result<PidResponse, Status> {
         if request.exec_id.is_empty() {
+            let _turn = Turn::wait();
             self.pod.start(&request.id)?;
         } else {
             self.pod.exec(&request.id, &request.exec_id)?;

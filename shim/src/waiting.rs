@@ -14,6 +14,7 @@ use crate::record::Record;
 use crate::size;
 use crate::teardown;
 use crate::template::Template;
+use crate::turn::Turn;
 use crate::vm::{self, Plan, Start, Vm};
 
 /// How long a guest that no pod waits for is left to itself before it is written down.
@@ -38,6 +39,7 @@ impl Waiting {
             template: Some(&template),
             network: None,
         };
+        let _turn = Turn::wait();
         let snapshot = template.snapshot();
         let (vm, _) = Vm::boot(&plan, &mut Record::default()).inspect_err(|error| {
             if let (Some(snapshot), vm::Error::Api { .. }) = (snapshot, error) {

@@ -1,0 +1,117 @@
+//! Turns, on a host whose KVM emulates: how many pods have their guests started at the same time.
+//!
+//! There a timer interrupt takes a guest 12 000 interpreted instructions, 8 ms of a processor. It comes
+//! by the clock, however small the guest's share of a processor is, and most of the guest's other
+//! periodic work does as well. When enough guests are at work at once, that takes all of the
+//! processors, and none ever gets to what it is asked to do. So starts of VMs and containers take
+//! turns, one for every two processors. Idle guests cost little.
+//!
+//! A turn is a locked file, which the host's kernel unlocks when its shim ends, however that ends.
+//! On other hosts every start has its turn at once.
+
+use std::fs::File;
+use std::io;
+use std::num::NonZero;
+use std::path::Path;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use rustix::fs::{FlockOperation, flock};
+
+use crate::place::make_private;
+
+/// The module of a KVM that emulates.
+const EMULATING: &str = "/sys/module/kvm_pvm";
+/// Apart from the pods' folder, which goes with the last pod.
+const FOLDER: &str = "/run/podvmm-turns";
+/// Processors for each turn. The others are for guests that run already, and for the host.
+const PROCESSORS: usize = 2;
+/// After so long a start goes ahead without a turn: those that have one may hang, and containerd's
+/// clients give up after two minutes.
+const PATIENCE: Duration = Duration::from_secs(100);
+/// Between looks for a turn that is free.
+const PAUSE: Duration = Duration::from_millis(10);
+
+/// The right to have a guest work, until it is dropped.
+#[derive(Debug)]
+pub(crate) struct Turn(#[expect(dead_code, reason = "it is held, not used")] Option<File>);
+
+impl Turn {
+    /// Waits for one.
+    pub(crate) fn wait() -> Self {
+        if !Path::new(EMULATING).exists() {
+            return Self(None);
+        }
+        let processors = thread::available_parallelism().map_or(1, NonZero::get);
+        let count = (processors / PROCESSORS).max(1);
+        let since = Instant::now();
+        let turn = within(Path::new(FOLDER), count, PATIENCE);
+        let waited = since.elapsed();
+        match &turn {
+            Ok(Some(_)) if waited > PAUSE => log::info!("waited {waited:?} for a turn to start"),
+            Ok(Some(_)) => {}
+            Ok(None) => log::warn!("start without a turn, none was free for {PATIENCE:?}"),
+            Err(error) => log::warn!("start without a turn: {error}"),
+        }
+        Self(turn.ok().flatten())
+    }
+}
+
+/// One of `count` turns, which all that name the same folder share. `None` if none is free in time.
+fn within(folder: &Path, count: usize, patience: Duration) -> io::Result<Option<File>> {
+    let deadline = Instant::now() + patience;
+    make_private(folder)?;
+    loop {
+        for number in 0..count {
+            let mut options = File::options();
+            let options = options.create(true).write(true).truncate(false);
+            let file = options.open(folder.join(number.to_string()))?;
+            match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+                Ok(()) => return Ok(Some(file)),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+        if Instant::now() >= deadline {
+            return Ok(None);
+        }
+        thread::sleep(PAUSE);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    use super::*;
+
+    #[test]
+    fn no_more_have_a_turn_than_there_are_and_all_get_one() {
+        const COUNT: usize = 3;
+        let folder = tempfile::tempdir().unwrap();
+        let (now, most) = (AtomicUsize::new(0), AtomicUsize::new(0));
+        thread::scope(|scope| {
+            for _ in 0..12 {
+                scope.spawn(|| {
+                    let turn = within(folder.path(), COUNT, Duration::from_secs(60));
+                    let turn = turn.unwrap().unwrap();
+                    most.fetch_max(now.fetch_add(1, Ordering::SeqCst) + 1, Ordering::SeqCst);
+                    thread::sleep(Duration::from_millis(20));
+                    now.fetch_sub(1, Ordering::SeqCst);
+                    drop(turn);
+                });
+            }
+        });
+        assert_eq!(most.into_inner(), COUNT);
+    }
+
+    #[test]
+    fn a_turn_that_is_never_given_back_is_not_waited_for_for_ever() {
+        let folder = tempfile::tempdir().unwrap();
+        let take = || within(folder.path(), 1, Duration::from_millis(30)).unwrap();
+        let turn = take().unwrap();
+        assert!(take().is_none());
+        drop(turn);
+        assert!(take().is_some());
+    }
+}
