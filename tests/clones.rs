@@ -1,8 +1,11 @@
-//! Clones of a Linux guest in which the agent waits for a pod: many one after the other, many at
-//! once, and clones of one that is busy. Made from the kept template: none of it is about booting.
+//! Clones of a Linux guest in which the agent waits for a pod: many one after the other, many in
+//! turns, many at once, and clones of one that is busy. Made from the kept template: none of it is
+//! about booting.
 
 #![expect(clippy::unwrap_used, reason = "its steps are functions of their own")]
 
+#[path = "clones/at_once.rs"]
+mod at_once;
 #[path = "clones/busy.rs"]
 mod busy;
 #[path = "clones/together.rs"]
@@ -33,6 +36,7 @@ fn clones_are_each_a_guest_of_their_own() {
     let template = Template::kept(&turn).unwrap_or_else(|| Template::own(&turn));
     alone(move || {
         in_turn(&template);
+        at_once::check(&template);
         together::check(&template);
         busy::check(&template);
     });
