@@ -64,6 +64,15 @@ need_rust() {
 	install_packages gcc libc6-dev # rustc links with it
 }
 
+# Say where the podvmm to be used is: PODVMM_BIN, or the one that is built for tests.
+built_podvmm() {
+	if [[ -z ${PODVMM_BIN:-} ]]; then
+		cargo build --locked --quiet --package vmm --bin podvmm >&2
+		PODVMM_BIN=${CARGO_TARGET_DIR:-target}/debug/podvmm
+	fi
+	realpath "$PODVMM_BIN"
+}
+
 # Put a program of crates.io ($1, version $2) into the cache, unless it is there, and on the path.
 install_crate() {
 	local crate=$1 version=$2 root=$cache/crates/$1-$2
