@@ -71,9 +71,8 @@ impl Containerd {
         let mut containerd = Self { child, folder, log };
         containerd.wait_until_it_answers();
         for namespace in ["default", CRI] {
-            for image in ["busybox.tar", "pause.tar"] {
-                let path = images().join(image).display().to_string();
-                containerd.ctr_must(&["-n", namespace, "images", "import", &path]);
+            for image in image_files() {
+                containerd.ctr_must(&["-n", namespace, "images", "import", &image]);
             }
         }
         containerd
@@ -268,6 +267,15 @@ pub fn shim() -> &'static Path {
 
 fn shim_folder() -> &'static Path {
     shim().parent().expect("it lies in a folder")
+}
+
+/// The archives of all images that tests need.
+pub fn image_files() -> Vec<String> {
+    let files = ["busybox.tar", "pause.tar"].map(|file| images().join(file));
+    files
+        .iter()
+        .map(|file| file.display().to_string())
+        .collect()
 }
 
 /// The folder with the images: `PODVMM_TEST_IMAGES`, or the one that resources/images makes.
