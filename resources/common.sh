@@ -73,6 +73,26 @@ built_podvmm() {
 	realpath "$PODVMM_BIN"
 }
 
+# Say where the static program with the guest's ends of transfers is, built if it is not.
+built_guest_load() {
+	local triple=x86_64-unknown-linux-gnu target=${CARGO_TARGET_DIR:-$workspace/target}/guest
+	RUSTFLAGS='-C target-feature=+crt-static' CARGO_PROFILE_RELEASE_LTO=off cargo build --locked --quiet \
+		--release --package tests --bin guest_load --target $triple --target-dir "$target" >&2
+	echo "$target/$triple/release/guest_load"
+}
+
+# Copy programs, and all that they use, to a node ($1), each to where it is here.
+fill_node() {
+	local node=$1 files
+	files=("${@:2}" "$PODVMM_BIN" "$PODVMM_SHIM" "$PODVMM_GUEST_LOAD" "$PODVMM_GUEST"
+		"$(dirname "$(readlink -f "$PODVMM_GUEST/vmlinux")")" "$cache/busybox-static"
+		"$PODVMM_TEST_IMAGES" "$workspace/resources")
+	[[ ! -d $cache/crates ]] || files+=("$cache"/crates/virtiofsd-*)
+	tar --create --sparse --directory / "${files[@]#/}" |
+		"$workspace/resources/node" run "$node" tar --extract --sparse --directory /
+	"$workspace/resources/node" run "$node" mkdir -p "$workspace"/{tests,benches,target/tmp}
+}
+
 # Put a program of crates.io ($1, version $2) into the cache, unless it is there, and on the path.
 install_crate() {
 	local crate=$1 version=$2 root=$cache/crates/$1-$2

@@ -4,7 +4,6 @@ use std::fs;
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::thread;
 use std::time::Duration;
 
 use api::http::Client;
@@ -12,6 +11,7 @@ use serde_json::json;
 
 use crate::code;
 use crate::counter::{restore_body, url};
+use crate::node::within;
 use crate::service::{Service, put};
 
 // Enables KVM's clock at 0x300000 and answers each byte it receives on the serial port.
@@ -162,8 +162,9 @@ impl Probe {
     /// Asserts how many threads of vCPUs podvmm has.
     pub fn has_vcpu_threads(&self, expected: usize) {
         // A new thread has its creator's name until it runs for the first time.
-        thread::sleep(Duration::from_millis(100));
-        assert_eq!(self.vcpu_threads(), expected);
+        within(Duration::from_secs(10), "threads of vCPUs", || {
+            self.vcpu_threads() == expected
+        });
     }
 
     fn vcpu_threads(&self) -> usize {
