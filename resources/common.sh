@@ -83,12 +83,12 @@ built_guest_load() {
 
 # Copy programs, and all that they use, to a node ($1), each to where it is here.
 fill_node() {
-	local node=$1 files
-	files=("${@:2}" "$PODVMM_BIN" "$PODVMM_SHIM" "$PODVMM_GUEST_LOAD" "$PODVMM_GUEST"
+	local node=$1 copied
+	copied=("${@:2}" "$PODVMM_BIN" "$PODVMM_SHIM" "$PODVMM_GUEST_LOAD" "$PODVMM_GUEST"
 		"$(dirname "$(readlink -f "$PODVMM_GUEST/vmlinux")")" "$cache/busybox-static"
 		"$PODVMM_TEST_IMAGES" "$workspace/resources")
-	[[ ! -d $cache/crates ]] || files+=("$cache"/crates/virtiofsd-*)
-	tar --create --sparse --directory / "${files[@]#/}" |
+	[[ ! -d $cache/crates ]] || copied+=("$cache"/crates/virtiofsd-*)
+	tar --create --sparse --directory / "${copied[@]#/}" |
 		"$workspace/resources/node" run "$node" tar --extract --sparse --directory /
 	"$workspace/resources/node" run "$node" mkdir -p "$workspace"/{tests,benches,target/tmp}
 }
