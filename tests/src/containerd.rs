@@ -223,12 +223,12 @@ fn spawn(folder: &Path, log: &File) -> Child {
 }
 
 /// What the shim is told of: the monitor, the guest, where its templates are, and how many VMs wait
-/// for pods.
+/// for pods. VMs can grow to two CPUs, also on a host with one.
 pub fn write_config(path: &Path, templates: &Path, pool: usize) {
     let guest = guest::folder();
     let text = format!(
         "podvmm = {:?}\nkernel = {:?}\ninitramfs = {:?}\ntemplates = {:?}\n\
-         pool = {pool}\n",
+         pool = {pool}\nmax_vcpus = 2\n",
         podvmm::binary(),
         guest.join("vmlinux"),
         guest.join("initramfs.cpio"),
