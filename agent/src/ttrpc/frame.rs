@@ -10,6 +10,9 @@ pub(super) const RESPONSE: u8 = 2;
 
 const HEADER_LEN: usize = 10;
 
+/// Bytes of a message with as much of a process's input or output as is sent at once.
+const USUAL_LEN: u32 = 64 << 10;
+
 /// A message, whatever it says.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Frame {
@@ -39,8 +42,9 @@ pub(super) fn read(from: &mut impl Read) -> io::Result<Option<Frame>> {
         io::copy(&mut body, &mut io::sink())?;
         None
     } else {
-        // It grows with what comes, not with what is announced.
-        let mut payload = Vec::new();
+        // In one piece if it is of a usual length; it grows with what comes, not with what is announced.
+        let mut payload = vec![0; len.min(USUAL_LEN) as usize];
+        body.read_exact(&mut payload)?;
         body.read_to_end(&mut payload)?;
         Some(payload)
     };

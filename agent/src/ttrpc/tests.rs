@@ -283,6 +283,22 @@ fn what_is_no_request_is_refused_or_passed_over() {
 /// Threads stay, so there are some for all cases.
 static WORKERS: OnceLock<Workers> = OnceLock::new();
 
+#[test]
+fn a_message_with_a_piece_of_output_is_read_in_few_calls() {
+    struct Counting<'a>(&'a [u8], usize);
+    impl Read for Counting<'_> {
+        fn read(&mut self, into: &mut [u8]) -> std::io::Result<usize> {
+            self.1 += 1;
+            self.0.read(into)
+        }
+    }
+    let mut bytes = Vec::new();
+    frame::write(&mut bytes, 1, frame::RESPONSE, &[7; 33 << 10]).unwrap();
+    let mut from = Counting(&bytes, 0);
+    assert!(frame::read(&mut from).unwrap().is_some());
+    assert_eq!(from.1, 2, "one for the header, one for the rest");
+}
+
 proptest! {
     #[test]
     fn any_bytes_are_frames_or_an_error(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
