@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 use serde_json::Value;
 use tempfile::TempDir;
 use tests::helper::{Helper, virtiofsd};
+use tests::host::Size;
 use tests::network::{alone, links, set_up};
 use tests::podvmm::kvm_is_here;
 use tests::transfer::{self, Checksum};
@@ -25,8 +26,14 @@ const BOOT: u64 = 256 * MIB;
 /// Connections at once.
 const CONNECTIONS: u32 = 20;
 /// Bytes on each stream, each way. An emulated guest copies slowly.
-const VSOCK_BYTES: u64 = 64 << 10;
-const TCP_BYTES: u64 = 256 << 10;
+const VSOCK_BYTES: Size = Size {
+    real: 1 << 20,
+    emulated: 64 << 10,
+};
+const TCP_BYTES: Size = Size {
+    real: 8 << 20,
+    emulated: 256 << 10,
+};
 /// As long as any guest may take for one thing.
 const PATIENCE: Duration = Duration::from_secs(300);
 
@@ -167,7 +174,12 @@ fn streams(socket: &Path, listener: &UnixListener) -> io::Result<()> {
             let socket = socket.to_path_buf();
             thread::spawn(move || {
                 let end = |stream: &UnixStream| stream.shutdown(Shutdown::Write);
-                exchange(call_vsock(&socket, 5000)?, end, seed, VSOCK_BYTES)
+                exchange(
+                    call_vsock(&socket, 5000)?,
+                    end,
+                    seed,
+                    VSOCK_BYTES.here() as u64,
+                )
             })
         })
         .collect();
@@ -184,7 +196,7 @@ fn streams(socket: &Path, listener: &UnixListener) -> io::Result<()> {
 fn frames() -> io::Result<()> {
     for (address, seed) in [("10.77.0.2:5000", 7), ("10.78.0.2:5000", 9)] {
         let end = |stream: &TcpStream| stream.shutdown(Shutdown::Write);
-        exchange(call_tcp(address)?, end, seed, TCP_BYTES)?;
+        exchange(call_tcp(address)?, end, seed, TCP_BYTES.here() as u64)?;
     }
     Ok(())
 }

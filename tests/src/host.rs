@@ -359,6 +359,34 @@ fn file_name(path: &Path) -> String {
     name.to_string_lossy().into_owned()
 }
 
+/// Whether this host's KVM interprets the guest's kernel, which takes seconds to start a program then.
+pub fn is_emulating() -> bool {
+    Path::new("/sys/module/kvm_pvm").exists()
+}
+
+/// How large a test is: as what users do, or smaller where KVM emulates. `PODVMM_TEST_PERCENT` makes
+/// the first smaller, for hosts whose processors are emulated.
+#[derive(Clone, Copy, Debug)]
+pub struct Size {
+    pub real: usize,
+    pub emulated: usize,
+}
+
+impl Size {
+    /// The one for this host.
+    pub fn here(self) -> usize {
+        match is_emulating() {
+            true => self.emulated,
+            false => (self.real * percent() / 100).max(self.emulated),
+        }
+    }
+}
+
+fn percent() -> usize {
+    let percent = std::env::var("PODVMM_TEST_PERCENT").ok();
+    percent.map_or(100, |text| text.parse().expect("it is a number"))
+}
+
 /// Panics unless this is root, saying why that is needed.
 pub fn need_root() {
     let uid = fs::metadata("/proc/self").expect("/proc is mounted").uid();
