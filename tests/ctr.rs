@@ -303,7 +303,7 @@ fn a_container_that_runs_on() {
         let events = Events::of(&node.containerd);
         // It waits without a program of its own: to start one takes an interpreted guest a second.
         let script = "n=0; trap 'exit 9' TERM; mkfifo /tmp/never; exec 3<>/tmp/never; \
-             while :; do n=$((n + 1)); echo $n > /tmp/n; read -t 1 <&3; done";
+             while :; do n=$((n + 1)); echo $n > /tmp/m; mv /tmp/m /tmp/n; read -t 1 <&3; done";
         let cgroup = "type=cgroup,src=cgroup,dst=/sys/fs/cgroup,options=ro:nosuid:noexec:nodev";
         let limits = [
             "--memory-limit",
