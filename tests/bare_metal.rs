@@ -1,6 +1,7 @@
 //! Guests without an operating system: how they are entered, what they can
 //! reach, and how they end. Milliseconds each.
 
+use std::path::Path;
 use std::time::Duration;
 
 use tests::payload::Protocol;
@@ -89,7 +90,12 @@ fn a_triple_fault_names_its_place() {
     }
     let outcome = boot(undefined(), Protocol::Pvh, &[]);
     assert_eq!(outcome.code, Some(121), "{outcome:?}");
-    let said = "the guest triple-faulted at RIP 0x100000, instruction bytes 0f 0b";
+    // KVM on AMD hosts resets the vCPU first (svm.c, shutdown_interception).
+    let said = if Path::new("/sys/module/kvm_amd").exists() {
+        "the guest triple-faulted; where is not known"
+    } else {
+        "the guest triple-faulted at RIP 0x100000, instruction bytes 0f 0b"
+    };
     assert!(outcome.stderr.contains(said), "{outcome:?}");
 }
 

@@ -18,7 +18,7 @@ pub enum Ending {
     /// The guest kernel panicked; this is what it said.
     Panic(String),
     /// A fault while delivering a double fault.
-    TripleFault(Site),
+    TripleFault(Option<Site>),
     /// KVM could not go on with the guest.
     Kvm(String),
     /// RAM does not come any more.
@@ -89,7 +89,10 @@ impl fmt::Display for Ending {
             Self::Reset => f.write_str("the guest reset itself"),
             Self::Halted => f.write_str("the guest halted"),
             Self::Panic(line) => write!(f, "the guest kernel panicked: {line}"),
-            Self::TripleFault(site) => write!(f, "the guest triple-faulted {site}"),
+            Self::TripleFault(Some(site)) => write!(f, "the guest triple-faulted {site}"),
+            Self::TripleFault(None) => f.write_str(
+                "the guest triple-faulted; where is not known, for KVM has reset the vCPU",
+            ),
             Self::Kvm(why) => f.write_str(why),
             Self::Memory(why) => write!(f, "the VM cannot go on: {why}"),
             Self::Signal(signal) => write!(f, "ended by signal {signal}"),

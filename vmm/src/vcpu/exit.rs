@@ -16,6 +16,9 @@ use crate::ending::Ending;
 /// The longest x86 instruction.
 const INSTRUCTION_BYTES: usize = 15;
 
+/// Where a vCPU begins after a reset (Intel SDM Vol. 3, "First Instruction Executed", less the segment's base).
+const RESET_RIP: u64 = 0xfff0;
+
 /// Where a vCPU was, and the bytes it was about to execute.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Site {
@@ -43,6 +46,14 @@ impl Site {
             rip: Some(regs.rip),
             bytes,
         }
+    }
+}
+
+impl Site {
+    /// `None` after a reset: on AMD hosts KVM resets a vCPU that shuts down before it says so, and where
+    /// the guest was is lost.
+    fn unless_reset(self) -> Option<Self> {
+        (self.rip != Some(RESET_RIP)).then_some(self)
     }
 }
 
@@ -93,7 +104,7 @@ impl Kind {
 pub(super) fn ending(kind: Kind, vcpu: &mut VcpuFd, memory: &GuestMemoryMmap) -> Ending {
     let site = Site::of(vcpu, memory);
     match kind {
-        Kind::Shutdown => Ending::TripleFault(site),
+        Kind::Shutdown => Ending::TripleFault(site.unless_reset()),
         Kind::Halt => Ending::Halted,
         Kind::SystemEvent(KVM_SYSTEM_EVENT_SHUTDOWN | KVM_SYSTEM_EVENT_RESET) => Ending::Reset,
         Kind::SystemEvent(KVM_SYSTEM_EVENT_CRASH) => {
@@ -146,6 +157,16 @@ mod tests {
             bytes: vec![0x0f, 0x0b],
         };
         assert_eq!(site.to_string(), "at RIP 0x100000, instruction bytes 0f 0b");
+    }
+
+    #[test]
+    fn the_place_of_a_vcpu_that_kvm_has_reset_is_not_known() {
+        let at = |rip| Site {
+            rip: Some(rip),
+            bytes: Vec::new(),
+        };
+        assert_eq!(at(RESET_RIP).unless_reset(), None);
+        assert_eq!(at(0x10_0000).unless_reset(), Some(at(0x10_0000)));
     }
 
     #[test]
