@@ -81,16 +81,20 @@ built_guest_load() {
 	echo "$target/$triple/release/guest_load"
 }
 
+# Put the server of shared files that tests hold podvmm's against on the path.
+need_virtiofsd() { install_crate virtiofsd 1.14.0; }
+
 # Copy programs, and all that they use, to a node ($1), each to where it is here.
 fill_node() {
 	local node=$1 copied
+	need_virtiofsd
 	copied=("${@:2}" "$PODVMM_BIN" "$PODVMM_SHIM" "$PODVMM_GUEST_LOAD" "$PODVMM_GUEST"
 		"$(dirname "$(readlink -f "$PODVMM_GUEST/vmlinux")")" "$cache/busybox-static"
-		"$PODVMM_TEST_IMAGES" "$workspace/resources")
-	[[ ! -d $cache/crates ]] || copied+=("$cache"/crates/virtiofsd-*)
+		"$PODVMM_TEST_IMAGES" "$workspace/resources" "$(command -v virtiofsd)")
 	tar --create --sparse --directory / "${copied[@]#/}" |
 		"$workspace/resources/node" run "$node" tar --extract --sparse --directory /
 	"$workspace/resources/node" run "$node" mkdir -p "$workspace"/{tests,benches,target/tmp}
+	"$workspace/resources/node" run "$node" ln -sf "$(command -v virtiofsd)" /usr/local/bin
 }
 
 # Put a program of crates.io ($1, version $2) into the cache, unless it is there, and on the path.

@@ -334,8 +334,7 @@ fn files() -> Vec<String> {
     }
     while let Some(folder) = folders.pop() {
         for path in entries(&folder) {
-            // ctr makes this one once, for the pipes of all that it ever runs.
-            if path != Path::new("/run/containerd/fifo") {
+            if !is_shared(&path) {
                 lines.push(format!("file {}", path.display()));
             }
             if fs::symlink_metadata(&path).is_ok_and(|metadata| metadata.is_dir()) {
@@ -344,6 +343,13 @@ fn files() -> Vec<String> {
         }
     }
     lines
+}
+
+/// Whether it is a folder that all containerds of a host and their clients have together: they make it
+/// once, and what is in it is each pod's.
+fn is_shared(path: &Path) -> bool {
+    let path = path.strip_prefix("/run/containerd").unwrap_or(path);
+    ["fifo", "s", "runc"].map(Path::new).contains(&path) || path.parent() == Some(Path::new("runc"))
 }
 
 /// What is in a folder; nothing where there is none.
