@@ -41,6 +41,9 @@ const PROGRAMS: [&str; 7] = [
     "cloud-hypervis",
 ];
 
+/// What a host's systemd starts by itself, in namespaces of its own, when devices come and go or somebody asks.
+const SYSTEMDS: [&str; 3] = ["(udev-worker", "(sd-", "systemd-"];
+
 /// What there was at one time.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Snapshot(BTreeSet<String>);
@@ -116,7 +119,8 @@ fn processes() -> Vec<String> {
             continue;
         };
         let is_kernel = pid == 2 || stat.parent == 2;
-        if is_kernel || family.contains(&pid) || family.contains(&stat.parent) {
+        let is_systemds = SYSTEMDS.iter().any(|name| stat.comm.starts_with(name));
+        if is_kernel || is_systemds || family.contains(&pid) || family.contains(&stat.parent) {
             continue;
         }
         // A zombie has no namespaces any more: its parent decides when it is gone.
