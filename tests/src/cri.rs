@@ -30,6 +30,7 @@ use self::requests::{
 use self::status::{
     Container, ContainerStats, ContainerStatus, PodSandbox, PodSandboxStats, PodSandboxStatus,
 };
+use crate::host;
 
 /// Longer than a pod takes to start on the slowest KVM.
 const PATIENCE: Duration = Duration::from_secs(240);
@@ -95,7 +96,10 @@ impl Cri {
         let answer = self.runtime.block_on(async {
             tokio::time::timeout(PATIENCE, call)
                 .await
-                .unwrap_or_else(|_| Err(Status::deadline_exceeded(format!("within {PATIENCE:?}"))))
+                .unwrap_or_else(|_| {
+                    eprintln!("{method} is not answered; what runs:\n{}", host::threads());
+                    Err(Status::deadline_exceeded(format!("within {PATIENCE:?}")))
+                })
         });
         answer
             .map(tonic::Response::into_inner)

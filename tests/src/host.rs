@@ -404,6 +404,18 @@ fn percent() -> usize {
     }
 }
 
+/// Every thread of the host's programs and the call it waits in: what to look at when something hangs.
+pub fn threads() -> String {
+    let columns = "pid,tid,ppid,stat,etimes,wchan:24,comm,args";
+    let output = Command::new("ps").args(["-eLo", columns]).output();
+    let text = output.map(|output| String::from_utf8_lossy(&output.stdout).into_owned());
+    let text = text.unwrap_or_else(|error| format!("ps: {error}"));
+    // The kernel's own threads have their names in brackets.
+    let ours = text.lines().filter(|line| !line.ends_with(']'));
+    let short = ours.map(|line| line.chars().take(200).collect::<String>());
+    short.collect::<Vec<_>>().join("\n")
+}
+
 /// Panics unless this is root, saying why that is needed.
 pub fn need_root() {
     let uid = fs::metadata("/proc/self").expect("/proc is mounted").uid();
