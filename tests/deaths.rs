@@ -59,6 +59,8 @@ fn who_is_killed_leaves_nothing() {
         nothing_is_left(&before, "the guest's death");
         a_hung_guest(node);
         nothing_is_left(&before, "a hung guest");
+        a_guest_that_refuses_to_die(node);
+        nothing_is_left(&before, "a guest that refuses to die");
         the_vmm_of_a_clone(node);
         nothing_is_left(&before, "the death of a VMM that just went on");
         the_shim(node);
@@ -110,6 +112,26 @@ fn a_hung_guest(node: &Node) {
     });
     let took = start.elapsed();
     assert!(took < Duration::from_secs(8), "it took {took:?}");
+}
+
+/// Its kernel cannot end a process that writes to a frozen file system, whatever the agent answers.
+fn a_guest_that_refuses_to_die(node: &Node) {
+    let container = Container::new(node, "undying");
+    let script = "dd if=/dev/zero of=/image bs=1M count=1 && mke2fs -F /image && mkdir /frozen &&
+        mount -t ext4 -o loop /image /frozen && fsfreeze --freeze /frozen && echo ice &&
+        exec touch /frozen/ice";
+    container.start(&node.containerd, &["--privileged"], &["sh", "-c", script]);
+    let status = "awk '/^State:/ { print $2 }' /proc/1/status";
+    eventually("the process is stuck", || {
+        let ran = container.exec(&node.containerd, &[], &["sh", "-c", status]);
+        ran.stdout.trim() == "D"
+    });
+    step("kill a guest that refuses to die", || {
+        let kill = ["tasks", "kill", "--signal", "KILL", container.id()];
+        node.containerd.ctr_must(&kill);
+        has_ended(node, &container);
+        container.delete(&node.containerd);
+    });
 }
 
 fn the_shim(node: &Node) {

@@ -30,6 +30,10 @@ use crate::waiting::Waiting;
 /// How long a guest that did not do as told may take to say that it lives.
 const SIGN_OF_LIFE: Duration = Duration::from_secs(2);
 
+/// How long a process may take to end once the guest has taken the SIGKILL for it. It has no say in
+/// that, but its guest's kernel may be busy with what it leaves behind.
+const LAST_PATIENCE: Duration = Duration::from_secs(30);
+
 /// What containerd says of a container to be made.
 #[derive(Debug)]
 pub(crate) struct Creation {
@@ -344,10 +348,10 @@ impl Pod {
             self.drop_created(&container);
             return Ok(());
         }
-        if is_kill {
-            process.killed.store(true, Ordering::Relaxed);
-        }
         let guest = self.guest()?;
+        if is_kill && !process.killed.swap(true, Ordering::Relaxed) {
+            insist(&guest, &process)?;
+        }
         // All of a container are signalled by what stands for it.
         let target = if all {
             first_of(id)
@@ -576,6 +580,26 @@ impl Pod {
             log::debug!("{path}: {error}");
         }
     }
+}
+
+/// Sees to it that a process ends that is killed. A guest whose kernel or agent keeps it all the same
+/// is ended: what it answers to a signal is only its word.
+fn insist(guest: &Arc<Guest>, process: &Arc<Process>) -> Result<(), Error> {
+    let (guest, process) = (Arc::clone(guest), Arc::clone(process));
+    let wait = move || {
+        if !process.ends_within(LAST_PATIENCE) {
+            log::error!(
+                "{}: {} s after SIGKILL it has not ended, so its VM is ended",
+                process.target,
+                LAST_PATIENCE.as_secs()
+            );
+            guest.vm.kill();
+        }
+    };
+    let thread = thread::Builder::new()
+        .name("insist".into())
+        .stack_size(64 << 10);
+    thread.spawn(wait).map(drop).map_err(Error::Thread)
 }
 
 fn first_of(id: &str) -> Target {

@@ -1,6 +1,7 @@
 //! A process's streams: FIFOs of containerd's on one side, the guest's agent on the other. A thread
 //! carries each.
 
+use std::fmt;
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
@@ -43,6 +44,15 @@ pub(crate) enum Error {
 pub(crate) struct Target {
     pub(crate) container: String,
     pub(crate) exec: String,
+}
+
+impl fmt::Display for Target {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.exec.as_str() {
+            "" => write!(f, "the first process of {}", self.container),
+            exec => write!(f, "process {exec} of {}", self.container),
+        }
+    }
 }
 
 /// The open streams of a process.

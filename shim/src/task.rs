@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use agent::protocol::oci;
 
@@ -120,6 +120,16 @@ impl Process {
         }
     }
 
+    /// Waits for the end, but no longer than `patience`. Says whether it came.
+    pub(crate) fn ends_within(&self, patience: Duration) -> bool {
+        let runs = |state: &mut State| !matches!(state, State::Stopped(_));
+        let waited = self
+            .changed
+            .wait_timeout_while(self.locked(), patience, runs);
+        let (state, _) = waited.expect("a panic ends the process");
+        matches!(*state, State::Stopped(_))
+    }
+
     /// Ends its input.
     pub(crate) fn close_stdin(&self) {
         let close = self.close.lock().expect("a panic ends the process");
@@ -189,7 +199,9 @@ mod tests {
             move || process.wait().status
         });
         assert!(process.enter(State::Running));
+        assert!(!process.ends_within(Duration::from_millis(1)));
         assert!(process.enter(State::Stopped(Exit::now(7))));
+        assert!(process.ends_within(Duration::ZERO));
         assert!(!process.enter(State::Stopped(Exit::now(KILLED))));
         assert!(!process.enter(State::Running));
         assert_eq!(waiting.join().unwrap(), 7);
