@@ -80,6 +80,7 @@ fn pod(template: Option<&Template>) {
     step("what it sees", || what_it_sees(&agent, host.path()));
     step("what it may do", || what_it_may_do(&agent));
     step("what it may call", || what_it_may_call(&agent));
+    step("whom it may ask", || whom_it_may_ask(&agent));
     step("streams and signals", || streams_and_signals(&agent));
     step("limits and figures", || limits_and_figures(&agent));
     step("disks", || disks(&agent));
@@ -298,6 +299,20 @@ fn what_it_may_call(agent: &Agent) {
     // Not even a child may be had for touch and mkdir.
     assert_eq!(out, "fine\n", "{err}");
     assert!(err.contains("fork: Operation not permitted"), "{err}");
+}
+
+/// The agent is the host's: a container reaches its port, by the guest's own CID and by the local one,
+/// and is not heard.
+fn whom_it_may_ask(agent: &Agent) {
+    let script = "for cid in 1 3; do guest_load vsock-knock $cid 1024 2>&1 || :; done";
+    let (out, err, status) = agent.run("knocks", spec(script));
+    let answers: Vec<_> = out.lines().collect();
+    assert_eq!((answers.len(), status), (2, 0), "{out} {err}");
+    for answer in answers {
+        let refused = ["reset", "No such device", "refused"];
+        let is_refused = refused.iter().any(|reason| answer.contains(reason));
+        assert!(answer == "ended" || is_refused, "{answer}");
+    }
 }
 
 fn streams_and_signals(agent: &Agent) {

@@ -3,6 +3,7 @@
 
 use std::error::Error;
 use std::io;
+use std::os::fd::OwnedFd;
 use std::thread;
 use std::time::Duration;
 
@@ -19,6 +20,7 @@ use agent::protocol::agent::{
 };
 use agent::protocol::{AGENT_SERVICE, HEALTH_SERVICE, PORT};
 use agent::ttrpc::{self, Call, Code, Service, Status};
+use vsock::{VMADDR_CID_ANY, VMADDR_CID_HOST, VsockListener};
 
 use crate::sandbox::{Sandbox, internal, missing};
 use crate::{copy, devices, figures, network, storage, sys};
@@ -32,13 +34,27 @@ const ANSWER_GRACE: Duration = Duration::from_millis(50);
 /// Serves until the sandbox is destroyed.
 pub(crate) fn run() -> Result<(), Box<dyn Error>> {
     let (sandbox, end) = Sandbox::start()?;
-    let listener = vsock::VsockListener::bind_with_cid_port(vsock::VMADDR_CID_ANY, PORT)?;
-    ttrpc::receive(listener.into(), sandbox, |error| {
-        crate::say(&format!("a connection: {error}"));
-    })?;
+    let listener = VsockListener::bind_with_cid_port(VMADDR_CID_ANY, PORT)?;
+    ttrpc::receive(
+        move || from_the_host(&listener),
+        sandbox,
+        |error| {
+            crate::say(&format!("a connection: {error}"));
+        },
+    )?;
     end.recv()?;
     thread::sleep(ANSWER_GRACE);
     Ok(())
+}
+
+/// The next connection, if it is the host's. Any process in the guest can connect too, to the guest's
+/// own CID or to the local one (vsock(7)); such a one has nothing to say to the agent.
+fn from_the_host(listener: &VsockListener) -> io::Result<Option<OwnedFd>> {
+    let (stream, from) = match listener.accept() {
+        Err(error) if error.kind() == io::ErrorKind::Interrupted => return Ok(None),
+        accepted => accepted?,
+    };
+    Ok((from.cid() == VMADDR_CID_HOST).then(|| stream.into()))
 }
 
 impl Service for Sandbox {

@@ -10,8 +10,7 @@ use std::thread;
 use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::io::retry_on_intr;
-use rustix::net::{RecvFlags, SendFlags, SocketFlags, accept_with, recv, send};
+use rustix::net::{RecvFlags, SendFlags, recv, send};
 
 use super::{Service, Workers, frame, serve};
 
@@ -20,9 +19,12 @@ const SPARE: usize = 3;
 /// How long others wait for one who has connected and says nothing.
 const PATIENCE: Duration = Duration::from_millis(100);
 
+/// Waits for the next who connects, and gives the connection, or none if it is not to be served.
+type Accept = Box<dyn Fn() -> io::Result<Option<OwnedFd>> + Send>;
+
 struct Reception {
     /// Held by who waits for the next connection.
-    listener: Mutex<OwnedFd>,
+    accept: Mutex<Accept>,
     /// Threads that serve nobody.
     free: AtomicUsize,
     service: Arc<dyn Service>,
@@ -30,14 +32,14 @@ struct Reception {
     complain: fn(&io::Error),
 }
 
-/// Serves all who connect, on threads of its own, and tells `complain` who could not be.
+/// Serves all whom `accept` lets in, on threads of its own, and tells `complain` who could not be.
 pub fn receive(
-    listener: OwnedFd,
+    accept: impl Fn() -> io::Result<Option<OwnedFd>> + Send + 'static,
     service: Arc<dyn Service>,
     complain: fn(&io::Error),
 ) -> io::Result<()> {
     let reception = Arc::new(Reception {
-        listener: Mutex::new(listener),
+        accept: Mutex::new(Box::new(accept)),
         free: AtomicUsize::new(0),
         service,
         workers: Workers::default(),
@@ -77,8 +79,10 @@ impl Reception {
 
     /// Waits for one connection, and serves it to its end.
     fn take_in(self: &Arc<Self>) -> io::Result<()> {
-        let turn = self.listener.lock().expect("a panic ends the process");
-        let stream = retry_on_intr(|| accept_with(&*turn, SocketFlags::CLOEXEC))?;
+        let turn = self.accept.lock().expect("a panic ends the process");
+        let Some(stream) = turn()? else {
+            return Ok(());
+        };
         let stream = Arc::new(stream);
         let was_last = self.free.fetch_sub(1, Ordering::SeqCst) == 1;
         let served = match was_last {
@@ -102,7 +106,7 @@ impl Reception {
 /// Holds the turn to listen while the first requests are read and answered.
 struct Reader<'a> {
     stream: Arc<OwnedFd>,
-    turn: Option<MutexGuard<'a, OwnedFd>>,
+    turn: Option<MutexGuard<'a, Accept>>,
     is_first: bool,
 }
 

@@ -99,7 +99,8 @@ fn reception(name: &str) -> impl Fn() -> Client {
     let address = SocketAddr::from_abstract_name(name).unwrap();
     let listener = UnixListener::bind_addr(&address).unwrap();
     let service = Arc::new(Echo(Barrier::new(CALLERS)));
-    receive(listener.into(), service, |error| panic!("{error}")).unwrap();
+    let accept = move || Ok(Some(listener.accept()?.0.into()));
+    receive(accept, service, |error| panic!("{error}")).unwrap();
     move || Client::new(UnixStream::connect_addr(&address).unwrap()).unwrap()
 }
 

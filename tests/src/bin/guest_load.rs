@@ -21,6 +21,7 @@ fn main() -> ExitCode {
         ["vsock-serve", port, count] => vsock_serve(number(port), number(count)),
         ["tcp-serve", port, count] => tcp_serve(number(port), number(count)),
         ["vsock-call", port] => vsock_call(number(port)),
+        ["vsock-knock", cid, port] => vsock_knock(number(cid), number(port)),
         ["vsock-shell", port] => vsock_shell(number(port)),
         ["loads", port] => loads(number(port)),
         ["identity", host] => identity(host),
@@ -64,6 +65,18 @@ fn tcp_serve(port: u32, count: u32) -> io::Result<()> {
         let (stream, _) = listener.accept()?;
         serve(stream)
     })
+}
+
+/// Says whether who listens there keeps a connection of this guest's own, or ends it at once.
+fn vsock_knock(cid: u32, port: u32) -> io::Result<()> {
+    let mut stream = VsockStream::connect(&VsockAddr::new(cid, port))?;
+    stream.set_read_timeout(Some(PATIENCE))?;
+    let kept = match stream.read(&mut [0]) {
+        Err(error) => error.kind() != io::ErrorKind::ConnectionReset,
+        Ok(read) => read > 0,
+    };
+    println!("{}", if kept { "kept" } else { "ended" });
+    Ok(())
 }
 
 /// Runs the line that each connection sends as a command of the shell, and sends back what that
