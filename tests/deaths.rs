@@ -117,10 +117,12 @@ fn a_hung_guest(node: &Node) {
 /// Its kernel cannot end a process that writes to a frozen file system, whatever the agent answers.
 fn a_guest_that_refuses_to_die(node: &Node) {
     let container = Container::new(node, "undying");
-    let script = "dd if=/dev/zero of=/image bs=1M count=1 && mke2fs -F /image && mkdir /frozen &&
-        mount -t ext4 -o loop /image /frozen && fsfreeze --freeze /frozen && echo ice &&
-        exec touch /frozen/ice";
-    container.start(&node.containerd, &["--privileged"], &["sh", "-c", script]);
+    let script = "mknod /dev/loop-control c 10 237; mknod /dev/loop0 b 7 0; mkdir /tmp/frozen
+        dd if=/dev/zero of=/tmp/image bs=1M count=1 && mke2fs -F /tmp/image &&
+        mount -t ext4 -o loop /tmp/image /tmp/frozen && fsfreeze --freeze /tmp/frozen &&
+        exec touch /tmp/frozen/ice";
+    let privileged = ["--privileged", "--privileged-without-host-devices"];
+    container.start(&node.containerd, &privileged, &["sh", "-c", script]);
     let status = "awk '/^State:/ { print $2 }' /proc/1/status";
     eventually("the process is stuck", || {
         let ran = container.exec(&node.containerd, &[], &["sh", "-c", status]);
