@@ -42,6 +42,12 @@ const CONTAINERS: Size = Size {
     emulated: 4,
 };
 
+/// Containers that come and go, one after the other.
+const ROUNDS: Size = Size {
+    real: 3000,
+    emulated: 3,
+};
+
 /// Runs `cases` in a pod on a node, which has to be clean afterwards, with a container that waits and
 /// the folder that it has as `/files`.
 fn in_a_pod(cases: impl FnOnce(&Node, &Pod, &str, &Path)) {
@@ -66,6 +72,22 @@ fn long_streams_and_long_logs_come_whole() {
     in_a_pod(|node, pod, busy, _| {
         a_long_stream(node, busy);
         a_long_log(node, pod);
+    });
+}
+
+/// They are killed as soon as they run, with files of theirs still being read.
+#[test]
+fn containers_come_and_go() {
+    in_a_pod(|node, pod, first, _| {
+        for round in 0..ROUNDS.here() {
+            let deaf = ["sh", "-c", "trap '' TERM; while :; do sleep 1; done"];
+            let deaf = node.run(pod, &node::container(&format!("c{round}"), &deaf));
+            step("its end", || {
+                node.cri.stop(&deaf, 0).unwrap();
+                node.cri.remove(&deaf).unwrap();
+            });
+        }
+        assert_eq!(node.sh(first, "echo here"), "here");
     });
 }
 

@@ -389,8 +389,7 @@ impl Server {
     }
 
     pub(super) fn wanted(&self) -> u64 {
-        let always = init::ASYNC_READ
-            | init::ATOMIC_O_TRUNC
+        let always = init::ATOMIC_O_TRUNC
             | init::BIG_WRITES
             | init::DO_READDIRPLUS
             | init::READDIRPLUS_AUTO
@@ -403,7 +402,11 @@ impl Server {
         let cache = match self.cache {
             Cache::None => 0,
             Cache::Auto => init::AUTO_INVAL_DATA,
-            Cache::Always => init::CACHE_SYMLINKS,
+            // Only here, where no mount below the share goes away: a file whose process ends while it is
+            // read ahead is let go of by a request of Linux's own, which holds its inode and not its
+            // file system. That of a container's mount goes with the container, and the guest's kernel
+            // oopses (seen with 6.12).
+            Cache::Always => init::CACHE_SYMLINKS | init::ASYNC_READ,
         };
         let writeback = if self.writeback {
             init::WRITEBACK_CACHE
