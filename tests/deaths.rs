@@ -91,6 +91,13 @@ fn the_vmm(node: &Node) {
 fn the_guest(node: &Node) {
     let events = Events::of(&node.containerd);
     let container = sleeping(node, "guest", &["--cap-add", "CAP_SYS_ADMIN"]);
+    // Short of a panic it ends as well.
+    let oops = container.exec(
+        &node.containerd,
+        &[],
+        &["cat", "/proc/sys/kernel/panic_on_oops"],
+    );
+    assert_eq!(oops.stdout, "1\n", "{oops:?}");
     let crash = "mkdir /tmp/proc; mount -t proc proc /tmp/proc; echo c > /tmp/proc/sysrq-trigger";
     container.exec(&node.containerd, &[], &["sh", "-c", crash]);
     has_ended(node, &container);

@@ -395,7 +395,8 @@ fn pods_part(place: &Place) -> Value {
 /// What all pods' VMs of a size have in common.
 pub(crate) fn definition(config: &Config, size: Size) -> Value {
     let most = config.most();
-    let mut cmdline = "podvmm.pod quiet panic=1 reboot=k console=ttyS0".to_owned();
+    // A kernel that has failed may hold what all of the pod waits for, so it is not to go on.
+    let mut cmdline = "podvmm.pod quiet oops=panic panic=1 reboot=k console=ttyS0".to_owned();
     let mut disks = Vec::new();
     if let Some(image) = &config.image {
         disks.push(json!({ "path": image, "readonly": true }));
