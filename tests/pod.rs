@@ -3,6 +3,8 @@
 
 #![expect(clippy::unwrap_used, reason = "its steps are functions of their own")]
 
+#[path = "pod/rights.rs"]
+mod rights;
 #[path = "pod/sharing.rs"]
 mod sharing;
 
@@ -81,6 +83,7 @@ fn pod(template: Option<&Template>) {
     step("what it may do", || what_it_may_do(&agent));
     step("what it may call", || what_it_may_call(&agent));
     step("whom it may ask", || whom_it_may_ask(&agent));
+    step("own streams", || rights::streams(&agent));
     step("streams and signals", || streams_and_signals(&agent));
     step("limits and figures", || limits_and_figures(&agent));
     step("disks", || disks(&agent));

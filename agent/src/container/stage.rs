@@ -1,5 +1,5 @@
 //! The process between the agent and a container's program: this program once more, in the
-//! container's namespaces, which makes itself what the container is to be. One thread, so that it
+//! container's pid_namespace, which makes itself what the container is to be. One thread, so that it
 //! may fork, and all memory its own.
 
 use std::ffi::{CString, OsStr};
@@ -101,6 +101,7 @@ fn prepare(
     };
     drop(pid_namespace);
     let process = process.ok_or("there is no process to become")?;
+    let uid = process.user.as_ref().map_or(0, |user| user.uid);
     if process.terminal {
         let is_first = launch.spec.is_some();
         say(
@@ -108,6 +109,7 @@ fn prepare(
             &Word::Terminal(terminal(&process, is_first)?),
         )?;
     }
+    give_streams(uid)?;
     say(channel.as_fd(), &Word::Ready)?;
     await_order(channel);
     let command = command(&process)?;
@@ -229,11 +231,23 @@ fn terminal(process: &Process, is_first: bool) -> Result<OwnedFd, Error> {
     rustix::stdio::dup2_stdin(&slave)?;
     rustix::stdio::dup2_stdout(&slave)?;
     rustix::stdio::dup2_stderr(&slave)?;
-    if let Some(user) = &process.user {
-        let uid = rustix::fs::Uid::from_raw(user.uid);
-        rustix::fs::fchown(&slave, Some(uid), None)?;
-    }
     Ok(master)
+}
+
+/// Makes the standard streams the user's. A process that opens `/dev/stdout` opens the pipe or terminal
+/// anew, which needs permission, and the agent made it as root.
+fn give_streams(uid: u32) -> Result<(), Error> {
+    let uid = Some(rustix::fs::Uid::from_raw(uid));
+    let streams = [
+        rustix::stdio::stdin(),
+        rustix::stdio::stdout(),
+        rustix::stdio::stderr(),
+    ];
+    for stream in streams {
+        rustix::fs::fchown(stream, uid, None)
+            .map_err(|errno| format!("give the user its standard streams: {errno}"))?;
+    }
+    Ok(())
 }
 
 /// The program with its arguments and environment; a name without a slash is looked for in its PATH.

@@ -1,0 +1,56 @@
+//! What a container's processes may open, use and be: as runc has it on a node.
+
+use agent::protocol::agent::{WriteStreamRequest, WriteStreamResponse};
+use agent::protocol::oci::{Process, User};
+use tests::pod::{Agent, shell, spec};
+
+fn by_user(uid: u32, mut process: Process) -> Process {
+    process.user = Some(User {
+        uid,
+        gid: 1001,
+        ..User::default()
+    });
+    process
+}
+
+/// A user opens its standard streams by their names in /dev, as pipes and as terminals.
+pub(crate) fn streams(agent: &Agent) {
+    let script = "echo out >/dev/stdout; echo err >/dev/stderr; : </dev/stdin && echo in";
+    let mut own = spec(script);
+    own.process = own.process.map(|process| by_user(1000, process));
+    let (out, err, status) = agent.run("own-streams", own);
+    assert_eq!(
+        (out.as_str(), err.as_str(), status),
+        ("out\nin\n", "err\n", 0)
+    );
+
+    let console = "echo out >/dev/stdout; echo tty >/dev/tty; echo console >/dev/console";
+    let mut terminal = spec(&format!("{console}; read line; exec sleep 1000"));
+    terminal.process = terminal.process.map(|process| Process {
+        terminal: true,
+        ..by_user(1000, process)
+    });
+    agent.create("own-terminal", terminal).unwrap();
+    agent.start("own-terminal").unwrap();
+    for (name, terminal) in [("by-pipes", false), ("by-terminal", true)] {
+        let process = Process {
+            terminal,
+            ..by_user(1234, shell("echo out >/dev/stdout; echo err >/dev/stderr"))
+        };
+        agent.exec("own-terminal", name, process).unwrap();
+        let (err, out, status) = agent.outcome("own-terminal", name);
+        let said = (out + &err).replace('\r', "");
+        assert_eq!((said.as_str(), status), ("out\nerr\n", 0), "{name}");
+    }
+    let typed = WriteStreamRequest {
+        container_id: "own-terminal".into(),
+        exec_id: String::new(),
+        data: b"\n".to_vec(),
+    };
+    let _: WriteStreamResponse = agent.ask("WriteStdin", &typed).unwrap();
+    agent.signal("own-terminal", "", 9);
+    let (_, out, _) = agent.outcome("own-terminal", "");
+    let out = out.replace('\r', "");
+    assert!(out.starts_with("out\ntty\nconsole\n"), "{out}");
+    agent.remove("own-terminal");
+}
