@@ -13,6 +13,7 @@ mod copy;
 mod devices;
 mod dns;
 mod figures;
+mod limits;
 mod mounts;
 mod network;
 mod ports;
@@ -143,6 +144,9 @@ fn run_pod() -> Result<(), Box<dyn Error>> {
     // Of what a container's process is given none may lie where it is to be put.
     sys::fill_descriptors(PID_NAMESPACE);
     enter_root()?;
+    for (act, result) in limits::raise() {
+        complain(act, result);
+    }
     serve::run()?;
     settle_disks();
     Ok(())

@@ -1,7 +1,7 @@
 //! What a container's processes may open, use and be: as runc has it on a node.
 
 use agent::protocol::agent::{WriteStreamRequest, WriteStreamResponse};
-use agent::protocol::oci::{Process, User};
+use agent::protocol::oci::{PosixRlimit, Process, User};
 use tests::pod::{Agent, shell, spec};
 
 fn by_user(uid: u32, mut process: Process) -> Process {
@@ -53,4 +53,28 @@ pub(crate) fn streams(agent: &Agent) {
     let out = out.replace('\r', "");
     assert!(out.starts_with("out\ntty\nconsole\n"), "{out}");
     agent.remove("own-terminal");
+}
+
+/// Without limits of its own a container has those of containerd's service; else what it says.
+pub(crate) fn limits(agent: &Agent) {
+    let script =
+        "grep -E 'open files|processes' /proc/self/limits; cat /proc/sys/kernel/threads-max";
+    let (out, err, _) = agent.run("unlimited", spec(script));
+    let words: Vec<Vec<_>> = out
+        .lines()
+        .map(|line| line.split_whitespace().collect())
+        .collect();
+    assert_eq!(words[0][2..4], ["unlimited", "unlimited"], "{out}{err}");
+    assert_eq!(words[1][3..5], ["1048576", "1048576"], "{out}{err}");
+    // As many as there are numbers for, however little memory the guest began with.
+    assert!(words[2][0].parse::<u32>().unwrap() >= 32768, "{out}{err}");
+
+    let mut many = spec("ulimit -n; ulimit -Hn");
+    many.process.as_mut().unwrap().rlimits = vec![PosixRlimit {
+        r#type: "RLIMIT_NOFILE".into(),
+        hard: 1_073_741_816,
+        soft: 70_000,
+    }];
+    let (out, err, status) = agent.run("many-files", many);
+    assert_eq!((out.as_str(), status), ("70000\n1073741816\n", 0), "{err}");
 }
