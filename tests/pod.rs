@@ -85,6 +85,7 @@ fn pod(template: Option<&Template>) {
     step("whom it may ask", || whom_it_may_ask(&agent));
     step("own streams", || rights::streams(&agent));
     step("limits", || rights::limits(&agent));
+    step("ambient capabilities", || rights::ambient(&agent));
     step("streams and signals", || streams_and_signals(&agent));
     step("limits and figures", || limits_and_figures(&agent));
     step("disks", || disks(&agent));

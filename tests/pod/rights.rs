@@ -2,7 +2,7 @@
 
 use agent::protocol::agent::{WriteStreamRequest, WriteStreamResponse};
 use agent::protocol::oci::{PosixRlimit, Process, User};
-use tests::pod::{Agent, shell, spec};
+use tests::pod::{Agent, shell, spec, strings};
 
 fn by_user(uid: u32, mut process: Process) -> Process {
     process.user = Some(User {
@@ -77,4 +77,14 @@ pub(crate) fn limits(agent: &Agent) {
     }];
     let (out, err, status) = agent.run("many-files", many);
     assert_eq!((out.as_str(), status), ("70000\n1073741816\n", 0), "{err}");
+}
+
+/// Ambient capabilities that are not inheritable are left out; `runc spec` writes such.
+pub(crate) fn ambient(agent: &Agent) {
+    let mut ambient = spec("grep -E 'Cap(Prm|Amb)' /proc/self/status");
+    let process = ambient.process.as_mut().unwrap();
+    process.capabilities.as_mut().unwrap().ambient = strings(&["CAP_KILL"]);
+    let (out, err, status) = agent.run("ambient", ambient);
+    let expected = "CapPrm:\t0000000000000021\nCapAmb:\t0000000000000000\n";
+    assert_eq!((out.as_str(), status), (expected, 0), "{err}");
 }

@@ -50,7 +50,7 @@ pub(crate) fn assume(process: &Process) -> Result<(), Error> {
         },
     )?;
     threads::clear_ambient_capability_set()?;
-    for capability in sets.ambient.iter() {
+    for capability in sets.raised().iter() {
         threads::configure_capability_in_ambient_set(capability, true)?;
     }
     if process.no_new_privileges {
@@ -88,6 +88,12 @@ impl Sets {
             permitted: set(&named.permitted)?,
             ambient: set(&named.ambient)?,
         })
+    }
+
+    /// Those of the ambient ones that the kernel allows to be so (capabilities(7)). The others are left
+    /// out, as runc does it: what `runc spec` writes has some.
+    fn raised(&self) -> CapabilitySet {
+        self.ambient & self.permitted & self.inheritable
     }
 }
 
@@ -141,5 +147,17 @@ mod tests {
         };
         let refused = Sets::parse(&named).err().unwrap();
         assert_eq!(refused.to_string(), "there is no capability CAP_FLY");
+    }
+
+    #[test]
+    fn ambient_capabilities_are_permitted_and_inheritable_ones() {
+        let named = |names: &[&str]| names.iter().map(ToString::to_string).collect();
+        let sets = Sets::parse(&LinuxCapabilities {
+            permitted: named(&["CAP_CHOWN", "CAP_KILL"]),
+            inheritable: named(&["CAP_KILL", "CAP_FOWNER"]),
+            ambient: named(&["CAP_CHOWN", "CAP_KILL", "CAP_FOWNER"]),
+            ..LinuxCapabilities::default()
+        });
+        assert_eq!(sets.unwrap().raised(), CapabilitySet::KILL);
     }
 }
