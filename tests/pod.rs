@@ -86,6 +86,7 @@ fn pod(template: Option<&Template>) {
     step("own streams", || rights::streams(&agent));
     step("limits", || rights::limits(&agent));
     step("ambient capabilities", || rights::ambient(&agent));
+    step("own proc", || rights::own_proc(&agent));
     step("streams and signals", || streams_and_signals(&agent));
     step("limits and figures", || limits_and_figures(&agent));
     step("disks", || disks(&agent));

@@ -88,3 +88,15 @@ pub(crate) fn ambient(agent: &Agent) {
     let expected = "CapPrm:\t0000000000000021\nCapAmb:\t0000000000000000\n";
     assert_eq!((out.as_str(), status), (expected, 0), "{err}");
 }
+
+/// What the agent asks of a process's /proc is none of the container's making.
+pub(crate) fn own_proc(agent: &Agent) {
+    let mut without = spec("echo fine");
+    without.mounts.retain(|mount| mount.destination != "/proc");
+    without.process.as_mut().unwrap().oom_score_adj = 300;
+    let linux = without.linux.as_mut().unwrap();
+    linux.masked_paths.clear();
+    linux.readonly_paths.clear();
+    let (out, err, status) = agent.run("own-proc", without);
+    assert_eq!((out.as_str(), status), ("fine\n", 0), "{err}");
+}

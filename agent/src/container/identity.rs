@@ -9,16 +9,19 @@ use rustix::thread::{self as threads, CapabilitySet, CapabilitySets};
 
 type Error = Box<dyn std::error::Error>;
 
+/// Sets how soon the kernel is to kill it for want of memory. In the guest's mounts: the container's
+/// `/proc` need not be one (the class of CVE-2025-52881).
+pub(crate) fn set_oom_score(process: &Process) -> io::Result<()> {
+    match process.oom_score_adj {
+        0 => Ok(()),
+        score => std::fs::write("/proc/self/oom_score_adj", score.to_string()),
+    }
+}
+
 /// Takes on what `process` is to be. The last thing before its program.
 pub(crate) fn assume(process: &Process) -> Result<(), Error> {
     for limit in &process.rlimits {
         set_limit(limit)?;
-    }
-    if process.oom_score_adj != 0 {
-        std::fs::write(
-            "/proc/self/oom_score_adj",
-            process.oom_score_adj.to_string(),
-        )?;
     }
     let capabilities = process.capabilities.clone().unwrap_or_default();
     let sets = Sets::parse(&capabilities)?;

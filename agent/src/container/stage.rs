@@ -84,23 +84,24 @@ fn prepare(
     // First it is put into the container's cgroup.
     await_order(channel);
     let launch = Launch::from_file(launch)?;
-    let process = match &launch.spec {
+    let first = launch.spec.as_ref().and_then(|spec| spec.process.as_ref());
+    let process = first.or(launch.process.as_ref()).cloned();
+    let process = process.ok_or("there is no process to become")?;
+    identity::set_oom_score(&process).map_err(|error| format!("oom_score_adj: {error}"))?;
+    match &launch.spec {
         Some(spec) => {
             if launch.shares_pids {
                 enter_pids(&pid_namespace)?;
                 go_on_as_sibling(channel)?;
             }
             enter(spec)?;
-            spec.process.clone()
         }
         None => {
             join(launch.join)?;
             go_on_as_sibling(channel)?;
-            launch.process
         }
-    };
+    }
     drop(pid_namespace);
-    let process = process.ok_or("there is no process to become")?;
     let uid = process.user.as_ref().map_or(0, |user| user.uid);
     if process.terminal {
         let is_first = launch.spec.is_some();
