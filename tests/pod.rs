@@ -3,6 +3,8 @@
 
 #![expect(clippy::unwrap_used, reason = "its steps are functions of their own")]
 
+#[path = "pod/places.rs"]
+mod places;
 #[path = "pod/rights.rs"]
 mod rights;
 #[path = "pod/sharing.rs"]
@@ -87,6 +89,9 @@ fn pod(template: Option<&Template>) {
     step("limits", || rights::limits(&agent));
     step("ambient capabilities", || rights::ambient(&agent));
     step("own proc", || rights::own_proc(&agent));
+    step("dangling links", || {
+        places::dangling_links(&agent, host.path());
+    });
     step("streams and signals", || streams_and_signals(&agent));
     step("limits and figures", || limits_and_figures(&agent));
     step("disks", || disks(&agent));

@@ -1,14 +1,16 @@
 //! A container's view of files, made in its own mount namespace. Paths are of the image's making: each
 //! is looked up as if the container's root were the only one.
 
-use std::ffi::CString;
+use std::ffi::{CString, OsStr, OsString};
 use std::fs;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
 use std::path::{Component, Path};
 
 use agent::protocol::oci::{LinuxDevice, Mount, Spec};
 use rustix::fs::{CWD, FileType, Mode, OFlags, ResolveFlags};
+use rustix::io::Errno;
 use rustix::mount::{MountFlags, MountPropagationFlags, UnmountFlags};
 
 use crate::sys;
@@ -199,47 +201,89 @@ fn apply(root: BorrowedFd<'_>, mount: &Mount) -> Result<(), Error> {
     Ok(())
 }
 
-/// The file or folder at `path` below `root`, made if it is not there.
+/// The file or folder at `path` below `root`, made if it is not there. Links are followed as if `root`
+/// were the root of all files, and what they point to is made too.
 fn find(root: BorrowedFd<'_>, path: &Path, is_file: bool) -> io::Result<OwnedFd> {
     let resolve = ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS;
-    let open = |path: &Path| {
-        rustix::fs::openat2(
-            root,
-            path,
-            OFlags::PATH | OFlags::CLOEXEC,
-            Mode::empty(),
-            resolve,
-        )
-    };
-    match open(path) {
-        Err(rustix::io::Errno::NOENT) => {}
-        found => return Ok(found?),
+    let flags = OFlags::PATH | OFlags::CLOEXEC;
+    match rustix::fs::openat2(root, path, flags, Mode::empty(), resolve) {
+        Err(Errno::NOENT) => make(root, path, is_file),
+        found => Ok(found?),
     }
-    let mut names: Vec<_> = path
-        .components()
-        .filter_map(|part| match part {
-            Component::Normal(name) => Some(name),
-            _ => None,
-        })
-        .collect();
-    let last = if is_file { names.pop() } else { None };
-    let mut here = open(Path::new("/"))?;
-    let mut so_far = std::path::PathBuf::from("/");
-    for name in names {
-        so_far.push(name);
-        here = match open(&so_far) {
-            Err(rustix::io::Errno::NOENT) => {
-                rustix::fs::mkdirat(&here, name, Mode::from_raw_mode(0o755))?;
-                open(&so_far)?
+}
+
+/// Finds the place step by step, so that it can make what is missing. No step follows a link or leaves
+/// the folder it is taken from, whatever another container does there meanwhile.
+fn make(root: BorrowedFd<'_>, path: &Path, is_file: bool) -> io::Result<OwnedFd> {
+    /// As many as the kernel follows in one path.
+    const MAX_LINKS: usize = 40;
+    let step = |from: BorrowedFd<'_>, name: &OsStr| {
+        let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_MAGICLINKS;
+        rustix::fs::openat2(from, name, flags, Mode::empty(), resolve)
+    };
+    // The names still to be taken, the next one last.
+    let mut names = backwards(path);
+    // The folders on the way from the root.
+    let mut way: Vec<OwnedFd> = Vec::new();
+    let mut links = 0;
+    while let Some(name) = names.pop() {
+        if name == ".." {
+            way.pop();
+            continue;
+        }
+        let here = way.last().map_or(root, AsFd::as_fd);
+        let next = match step(here, &name) {
+            Err(Errno::NOENT) => {
+                let made = if is_file && names.is_empty() {
+                    let flags = OFlags::CREATE | OFlags::EXCL | OFlags::WRONLY | OFlags::CLOEXEC;
+                    rustix::fs::openat(here, &name, flags, Mode::from_raw_mode(0o644)).map(drop)
+                } else {
+                    rustix::fs::mkdirat(here, &name, Mode::from_raw_mode(0o755))
+                };
+                match made {
+                    // Another container with the same volume was faster.
+                    Err(Errno::EXIST) => {}
+                    made => made?,
+                }
+                step(here, &name)?
             }
             found => found?,
         };
+        if FileType::from_raw_mode(rustix::fs::fstat(&next)?.st_mode) != FileType::Symlink {
+            way.push(next);
+            continue;
+        }
+        links += 1;
+        if links > MAX_LINKS {
+            return Err(Errno::LOOP.into());
+        }
+        let target = rustix::fs::readlinkat(&next, "", Vec::new())?;
+        let target = Path::new(OsStr::from_bytes(target.as_bytes()));
+        if target.is_absolute() {
+            way.clear();
+        }
+        names.extend(backwards(target));
     }
-    if let Some(name) = last {
-        let flags = OFlags::CREATE | OFlags::EXCL | OFlags::WRONLY | OFlags::CLOEXEC;
-        rustix::fs::openat(&here, name, flags, Mode::from_raw_mode(0o644))?;
+    match way.pop() {
+        Some(found) => Ok(found),
+        None => Ok(root.try_clone_to_owned()?),
     }
-    Ok(open(path)?)
+}
+
+/// A path's names from the last to the first, with `..` where it goes up.
+fn backwards(path: &Path) -> Vec<OsString> {
+    let names = path.components().rev().filter_map(|part| match part {
+        Component::Normal(_) | Component::ParentDir => Some(part.as_os_str().to_owned()),
+        _ => None,
+    });
+    names.collect()
+}
+
+/// The root that this process has.
+fn open_root() -> io::Result<OwnedFd> {
+    let flags = OFlags::PATH | OFlags::CLOEXEC;
+    Ok(rustix::fs::openat(CWD, "/", flags, Mode::empty())?)
 }
 
 fn make_devices(root: BorrowedFd<'_>, more: &[LinuxDevice]) -> Result<(), Error> {
@@ -256,7 +300,7 @@ fn make_devices(root: BorrowedFd<'_>, more: &[LinuxDevice]) -> Result<(), Error>
     }
     for (target, name) in LINKS {
         match rustix::fs::symlinkat(target, &dev, name) {
-            Err(rustix::io::Errno::EXIST) => {}
+            Err(Errno::EXIST) => {}
             made => made?,
         }
     }
@@ -312,7 +356,7 @@ fn make_node(
         Mode::from_raw_mode(mode),
         rustix::fs::makedev(major, minor),
     ) {
-        Err(rustix::io::Errno::EXIST) => return Ok(()),
+        Err(Errno::EXIST) => return Ok(()),
         made => made?,
     }
     // What the mask took away.
@@ -351,7 +395,7 @@ fn mask(path: &str) -> io::Result<()> {
 
 fn make_readonly(path: &str) -> io::Result<()> {
     match rustix::mount::mount_bind_recursive(path, path) {
-        Err(rustix::io::Errno::NOENT) => return Ok(()),
+        Err(Errno::NOENT) => return Ok(()),
         bound => bound?,
     }
     let flags = MountFlags::BIND
@@ -365,8 +409,7 @@ fn make_readonly(path: &str) -> io::Result<()> {
 
 /// Puts the slave of the container's terminal where consoles are.
 pub(crate) fn mount_console(slave: &str) -> io::Result<()> {
-    let root = rustix::fs::openat(CWD, "/", OFlags::PATH | OFlags::CLOEXEC, Mode::empty())?;
-    let console = find(root.as_fd(), Path::new("/dev/console"), true)?;
+    let console = find(open_root()?.as_fd(), Path::new("/dev/console"), true)?;
     rustix::mount::mount_bind(slave, format!("/proc/self/fd/{}", console.as_raw_fd()))?;
     Ok(())
 }
@@ -417,16 +460,56 @@ mod tests {
         find(root.as_fd(), Path::new("/link/a/b"), false).unwrap();
         find(root.as_fd(), Path::new("/link/file"), true).unwrap();
         find(root.as_fd(), Path::new("/../up"), false).unwrap();
-        let outside = find(root.as_fd(), Path::new("/out/passwd"), true);
+        find(root.as_fd(), Path::new("/out/made-by-test/passwd"), true).unwrap();
         let made = [
             folder.join("inside/a/b").is_dir(),
             folder.join("inside/file").is_file(),
             folder.join("up").is_dir(),
+            folder.join("etc/made-by-test/passwd").is_file(),
         ];
-        let leaked = folder.join("etc").exists();
+        let leaked = Path::new("/etc/made-by-test").exists();
         fs::remove_dir_all(&folder).unwrap();
-        assert_eq!(made, [true; 3]);
-        // A link to nowhere is not followed to make something.
-        assert!(outside.is_err() && !leaked);
+        assert_eq!((made, leaked), ([true; 4], false));
+    }
+
+    #[test]
+    fn links_to_nowhere_are_followed_and_their_targets_made() {
+        let folder = std::env::temp_dir().join(format!("podvmm-agent-link-{}", std::process::id()));
+        fs::create_dir_all(folder.join("etc")).unwrap();
+        let link = |target: &str, name: &str| {
+            std::os::unix::fs::symlink(target, folder.join(name)).unwrap();
+        };
+        link("../run/resolver/resolv.conf", "etc/resolv.conf");
+        link("/late/../later/./run", "run-link");
+        link("run-link/inner/", "chain");
+        link("../../..", "top");
+        link("b", "etc/a");
+        link("a", "etc/b");
+        link("/proc/self/fd/0", "magic");
+        let root =
+            rustix::fs::open(&folder, OFlags::PATH | OFlags::CLOEXEC, Mode::empty()).unwrap();
+        let find = |path: &str, is_file| find(root.as_fd(), Path::new(path), is_file);
+        find("etc/resolv.conf", true).unwrap();
+        find("/chain/file", true).unwrap();
+        find("top/reached/../beside", false).unwrap();
+        find("magic", true).unwrap();
+        let endless = find("etc/a/x", true).unwrap_err();
+        let below_a_file = find("etc/resolv.conf/x", true).unwrap_err();
+        let whole = find("/", false).unwrap();
+        let is_same = |a: &OwnedFd, b: &OwnedFd| {
+            let [a, b] = [a, b].map(|fd| rustix::fs::fstat(fd).unwrap());
+            (a.st_dev, a.st_ino) == (b.st_dev, b.st_ino)
+        };
+        let is_root = is_same(&whole, &root);
+        let made = [
+            folder.join("run/resolver/resolv.conf").is_file(),
+            folder.join("later/run/inner/file").is_file(),
+            folder.join("beside").is_dir(),
+            folder.join("proc/self/fd/0").is_file(),
+        ];
+        fs::remove_dir_all(&folder).unwrap();
+        assert_eq!((made, is_root), ([true; 4], true));
+        assert_eq!(endless.raw_os_error(), Some(libc::ELOOP));
+        assert_eq!(below_a_file.raw_os_error(), Some(libc::ENOTDIR));
     }
 }
