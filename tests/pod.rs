@@ -89,6 +89,9 @@ fn pod(template: Option<&Template>) {
     step("limits", || rights::limits(&agent));
     step("ambient capabilities", || rights::ambient(&agent));
     step("own proc", || rights::own_proc(&agent));
+    step("working directories", || {
+        places::working_directories(&agent, host.path());
+    });
     step("dangling links", || {
         places::dangling_links(&agent, host.path());
     });

@@ -1,11 +1,11 @@
 //! Where a container's things are put, whatever its image has there.
 
 use std::fs;
-use std::os::unix::fs::symlink;
+use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
 use std::path::Path;
 
-use agent::protocol::oci::Mount;
-use tests::pod::{Agent, SHARED, refusal, spec, strings};
+use agent::protocol::oci::{Mount, User};
+use tests::pod::{Agent, SHARED, refusal, shell, spec, strings};
 
 fn bind(source: &str, destination: &str) -> Mount {
     Mount {
@@ -14,6 +14,42 @@ fn bind(source: &str, destination: &str) -> Mount {
         r#type: "bind".into(),
         options: strings(&["rbind", "ro"]),
     }
+}
+
+/// A working directory that is missing is made, root's; one that its user may not enter is entered.
+pub(crate) fn working_directories(agent: &Agent, host: &Path) {
+    let rootfs = host.join("one/rootfs");
+    let mut missing = spec("readlink /proc/self/cwd");
+    missing.root.as_mut().unwrap().readonly = true;
+    missing.process.as_mut().unwrap().cwd = "/not/there".into();
+    let (out, err, status) = agent.run("missing-cwd", missing);
+    assert_eq!((out.as_str(), status), ("/not/there\n", 0), "{err}");
+    let made = fs::metadata(rootfs.join("not/there")).unwrap();
+    assert_eq!((made.uid(), made.mode() & 0o777), (0, 0o755));
+
+    let closed = rootfs.join("closed");
+    fs::create_dir(&closed).unwrap();
+    fs::set_permissions(&closed, fs::Permissions::from_mode(0o700)).unwrap();
+    let mut entered = spec("readlink /proc/self/cwd; id -u; ls 2>/dev/null || echo refused");
+    let process = entered.process.as_mut().unwrap();
+    process.cwd = "/closed".into();
+    process.user = Some(User {
+        uid: 1000,
+        gid: 1000,
+        ..User::default()
+    });
+    let (out, err, _) = agent.run("closed-cwd", entered);
+    assert_eq!(out, "/closed\n1000\nrefused\n", "{err}");
+
+    // For one more process none is made, as by runc.
+    agent.create("exec-cwd", spec("exec sleep 1000")).unwrap();
+    agent.start("exec-cwd").unwrap();
+    let mut late = shell("true");
+    late.cwd = "/no/such/folder".into();
+    let (_, why) = refusal(agent.exec("exec-cwd", "late", late));
+    assert!(why.starts_with("/no/such/folder: "), "{why}");
+    agent.remove("exec-cwd");
+    assert!(!rootfs.join("no").exists());
 }
 
 /// Links that point nowhere are followed below the container's root, and what is missing is made there.

@@ -70,6 +70,10 @@ pub(crate) fn enter(spec: &Spec) -> Result<(), Error> {
     for path in &linux.readonly_paths {
         make_readonly(path).map_err(|error| at(path, error))?;
     }
+    if let Some(process) = &spec.process {
+        // Later it is too late, for the root may be read-only.
+        make_folder(&process.cwd).map_err(|error| at(&process.cwd, error))?;
+    }
     if root.readonly {
         rustix::mount::mount_remount("/", MountFlags::BIND | MountFlags::RDONLY, c"")?;
     }
@@ -278,6 +282,17 @@ fn backwards(path: &Path) -> Vec<OsString> {
         _ => None,
     });
     names.collect()
+}
+
+/// Makes a folder of the container's if there is nothing at `path`.
+fn make_folder(path: &str) -> io::Result<()> {
+    match fs::metadata(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            find(open_root()?.as_fd(), Path::new(path), false).map(drop)
+        }
+        // Whether it can be entered is seen when it is.
+        _ => Ok(()),
+    }
 }
 
 /// The root that this process has.

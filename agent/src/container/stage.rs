@@ -12,6 +12,7 @@ use std::process::Command;
 
 use agent::protocol::oci::{Process, Spec};
 use rustix::fs::{Mode, OFlags};
+use rustix::io::Errno;
 use rustix::process::DumpableBehavior;
 use rustix::pty::OpenptFlags;
 use rustix::thread::{LinkNameSpaceType, UnshareFlags};
@@ -122,13 +123,22 @@ fn prepare(
         let loaded = filter.load();
         loaded.map_err(|error| format!("load the seccomp filter: {error}"))?;
     }
-    identity::assume(&process)?;
-    let cwd = if process.cwd.is_empty() {
-        "/"
-    } else {
-        &process.cwd
+    let cwd = match process.cwd.as_str() {
+        "" => "/",
+        cwd => cwd,
     };
-    rustix::process::chdir(cwd).map_err(|errno| format!("{cwd}: {errno}"))?;
+    let chdir = || rustix::process::chdir(cwd);
+    let failed = |errno| format!("{cwd}: {errno}");
+    // Root may enter the image's folders; a volume may have some that only its user may.
+    let entered = chdir();
+    let is_closed = matches!(entered, Err(Errno::ACCESS | Errno::PERM));
+    if !is_closed {
+        entered.map_err(failed)?;
+    }
+    identity::assume(&process)?;
+    if is_closed {
+        chdir().map_err(failed)?;
+    }
     Ok((command, filter))
 }
 
