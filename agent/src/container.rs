@@ -10,16 +10,15 @@ pub(crate) mod stage;
 
 use std::collections::HashMap;
 use std::ffi::CString;
-use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use agent::protocol::oci;
 use rustix::net::{AddressFamily, SocketFlags, SocketType};
 
 use crate::reaper::Reaper;
-use crate::sys;
+use crate::sys::{self, pid_t};
 use cgroup::Cgroup;
 use launch::{Launch, Word};
 pub(crate) use process::Process;
@@ -98,9 +97,10 @@ impl Container {
             Some(_) => libc::CLONE_NEWNS,
             None => libc::CLONE_NEWNS | libc::CLONE_NEWPID,
         };
-        let first = Arc::new(start(&launch, namespaces, shared, &cgroup, reaper)?);
-        let pid_namespace = File::open(format!("/proc/{}/ns/pid", first.pid))
-            .inspect_err(|_| drop(cgroup.kill()))?;
+        let into = shared.map(AsFd::as_fd);
+        let first = start(&launch, namespaces, into, |pid| cgroup.add(pid), reaper)?;
+        let first = Arc::new(first);
+        let pid_namespace = first.open("ns/pid").inspect_err(|_| drop(cgroup.kill()))?;
         Ok(Self {
             cgroup,
             processes: Mutex::new(HashMap::from([(id.to_owned(), Arc::clone(&first))])),
@@ -118,18 +118,18 @@ impl Container {
         process: oci::Process,
         reaper: &Reaper,
     ) -> Result<(), Error> {
-        // Its number may be another container's by now.
         if self.first.end.is_known() {
             return Err(Error::Ended);
         }
         let launch = Launch {
             spec: None,
             process: Some(process),
-            join: self.first.pid,
             seccomp: self.seccomp.clone(),
             shares_pids: false,
         };
-        let process = start(&launch, 0, None, &self.cgroup, reaper)?;
+        let first = self.first.handle().as_fd();
+        let confine = |pid| self.cgroup.add(pid);
+        let process = start(&launch, 0, Some(first), confine, reaper)?;
         process.go_on()?;
         self.processes()
             .insert(exec_id.to_owned(), Arc::new(process));
@@ -190,12 +190,13 @@ fn refuse_hooks(hooks: Option<&oci::Hooks>) -> Result<(), Error> {
     }
 }
 
-/// Starts this program once more to become what `launch` says, up to where it waits.
+/// Starts this program once more to become what `launch` says, up to where it waits: in new
+/// `namespaces` and in those of `into`, and where `confine` puts it.
 fn start(
     launch: &Launch,
     namespaces: i32,
-    pid_namespace: Option<&OwnedFd>,
-    cgroup: &Cgroup,
+    into: Option<BorrowedFd<'_>>,
+    confine: impl FnOnce(pid_t) -> Result<(), cgroup::Error>,
     reaper: &Reaper,
 ) -> Result<Process, Error> {
     let flags = SocketFlags::CLOEXEC;
@@ -217,7 +218,7 @@ fn start(
         theirs.as_fd(),
         file.as_fd(),
     ];
-    descriptors.extend(pid_namespace.map(AsFd::as_fd));
+    descriptors.extend(into);
     let program = sys::Program {
         paths: &[c"/proc/self/exe".to_owned()],
         argv: &argv,
@@ -233,9 +234,7 @@ fn start(
     drop((theirs, their_stdin, their_stdout, their_stderr));
     let mut master = None;
     // It goes on only when it is where it may not use more than it should.
-    cgroup
-        .add(pid)
-        .inspect_err(|_| drop(sys::kill(pid, libc::SIGKILL)))?;
+    confine(pid).inspect_err(|_| drop(sys::kill(pid, libc::SIGKILL)))?;
     launch::say(channel.as_fd(), &Word::Ready)?;
     loop {
         match launch::hear(channel.as_fd())? {
@@ -246,9 +245,11 @@ fn start(
             None => return Err(Error::Process("it ended before it was ready".into())),
         }
     }
+    let handle = birth.handle(pid)?;
+    let handle = handle.ok_or_else(|| Error::Process("it ended before it was started".into()))?;
     let streams = match master {
         None => Streams::pipes(stdin, stdout, stderr)?,
         Some(master) => Streams::terminal(master)?,
     };
-    Ok(Process::new(pid, end, channel, streams))
+    Ok(Process::new((pid, handle), end, channel, streams))
 }

@@ -33,7 +33,7 @@ use std::time::Duration;
 use agent::Status;
 use cmdline::BootArgs;
 use command::{Command, Size, Streams};
-use container::launch::{PID_NAMESPACE, STAGE};
+use container::launch::{NAMESPACES, STAGE};
 use container::stage;
 use ports::{Ports, StatusPort};
 use relay::{Children, Pump};
@@ -142,7 +142,7 @@ fn run_shell() -> Result<(), Box<dyn Error>> {
 /// Serves a pod's containers for the host.
 fn run_pod() -> Result<(), Box<dyn Error>> {
     // Of what a container's process is given none may lie where it is to be put.
-    sys::fill_descriptors(PID_NAMESPACE);
+    sys::fill_descriptors(NAMESPACES);
     enter_root()?;
     for (act, result) in limits::raise() {
         complain(act, result);

@@ -9,6 +9,7 @@ use std::thread;
 use std::time::Duration;
 
 use rustix::event::{EventfdFlags, eventfd};
+use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
 use crate::sys::{self, pid_t};
 
@@ -132,6 +133,15 @@ impl Birth {
         }
         Ok(end)
     }
+
+    /// A pidfd of a child. None if it has ended and was taken note of.
+    pub(crate) fn handle(&self, pid: pid_t) -> io::Result<Option<OwnedFd>> {
+        // Its number is its own until it is taken note of, which nobody does meanwhile.
+        let children = self.0.children();
+        let pid = Pid::from_raw(pid).filter(|_| children.expected.contains_key(&pid));
+        let handle = pid.map(|pid| pidfd_open(pid, PidfdFlags::empty()));
+        Ok(handle.transpose()?)
+    }
 }
 
 impl Drop for Birth {
@@ -206,6 +216,7 @@ mod tests {
         let end_of = |pid, status| reaper.0.children().ended(pid, status);
         assert!(end_of(70_001, 137).is_none());
         assert_eq!(birth.adopt(70_001).unwrap().wait(), 137);
+        assert!(birth.handle(70_001).unwrap().is_none());
         let late = birth.adopt(70_002).unwrap();
         assert!(birth.adopt(pid).is_err() && birth.adopt(70_002).is_err());
         drop(birth);
@@ -215,5 +226,4 @@ mod tests {
         end_of(pid, 5).unwrap().tell(5);
         assert_eq!((late.wait(), end.wait()), (4, 5));
         assert_eq!(end.wait_for(Duration::ZERO), Some(5));
-    }
-}
+    }}

@@ -279,6 +279,28 @@ pub(crate) fn kill(pid: pid_t, signal: c_int) -> io::Result<()> {
     }
 }
 
+/// Sends a signal to the process that a pidfd is of, and to no other that has its number since. Signal
+/// 0 asks whether it is there. Tells whether it is.
+pub(crate) fn signal(process: BorrowedFd<'_>, signal: c_int) -> io::Result<bool> {
+    // SAFETY: plain integers in, and no information to go with the signal.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_pidfd_send_signal,
+            process.as_raw_fd(),
+            signal,
+            ptr::null::<libc::siginfo_t>(),
+            0,
+        )
+    };
+    match result {
+        0 => Ok(true),
+        _ => match io::Error::last_os_error() {
+            error if error.raw_os_error() == Some(libc::ESRCH) => Ok(false),
+            error => Err(error),
+        },
+    }
+}
+
 pub(crate) fn set_time(seconds: i64, microseconds: i64) -> io::Result<()> {
     let time = libc::timeval {
         tv_sec: seconds,

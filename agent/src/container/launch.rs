@@ -20,8 +20,8 @@ use super::seccomp::Filter;
 pub(crate) const CHANNEL: i32 = 3;
 /// The descriptor of its [`Launch`].
 pub(crate) const LAUNCH: i32 = 4;
-/// The descriptor of a pid namespace, if it is to enter one.
-pub(crate) const PID_NAMESPACE: i32 = 5;
+/// The descriptor of what it is to enter: a pid namespace, or all namespaces of a process (a pidfd).
+pub(crate) const NAMESPACES: i32 = 5;
 /// The argument that tells such a process from the agent.
 pub(crate) const STAGE: &str = "container";
 
@@ -31,17 +31,14 @@ pub(crate) struct Launch {
     /// The container; its first process.
     #[prost(message, optional, tag = "1")]
     pub(crate) spec: Option<oci::Spec>,
-    /// One more process.
+    /// One more process, in the container's namespaces.
     #[prost(message, optional, tag = "2")]
     pub(crate) process: Option<oci::Process>,
-    /// In the namespaces of this one.
-    #[prost(int32, tag = "3")]
-    pub(crate) join: i32,
     /// Held to this.
-    #[prost(message, optional, tag = "4")]
+    #[prost(message, optional, tag = "3")]
     pub(crate) seccomp: Option<Filter>,
     /// The container enters a pid namespace that is there already.
-    #[prost(bool, tag = "5")]
+    #[prost(bool, tag = "4")]
     pub(crate) shares_pids: bool,
 }
 

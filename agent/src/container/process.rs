@@ -13,6 +13,8 @@ use crate::sys::{self, pid_t};
 #[derive(Debug)]
 pub(crate) struct Process {
     pub(crate) pid: pid_t,
+    /// A pidfd of it: its number may be another's once it has ended.
+    handle: OwnedFd,
     pub(crate) end: Arc<End>,
     /// Until it is told to go on.
     waiting: Mutex<Option<OwnedFd>>,
@@ -68,9 +70,15 @@ impl Streams {
 }
 
 impl Process {
-    pub(super) fn new(pid: pid_t, end: Arc<End>, channel: OwnedFd, streams: Streams) -> Self {
+    pub(super) fn new(
+        (pid, handle): (pid_t, OwnedFd),
+        end: Arc<End>,
+        channel: OwnedFd,
+        streams: Streams,
+    ) -> Self {
         Self {
             pid,
+            handle,
             end,
             waiting: Mutex::new(Some(channel)),
             streams,
@@ -100,18 +108,29 @@ impl Process {
         self.waiting().is_some()
     }
 
-    pub(crate) fn signal(&self, signal: i32) -> io::Result<()> {
-        // One that has ended and was not taken note of keeps its number.
-        if self.end.is_known() {
-            return Ok(());
+    pub(super) fn handle(&self) -> &OwnedFd {
+        &self.handle
+    }
+
+    /// Opens a file of its own below /proc.
+    pub(super) fn open(&self, name: &str) -> io::Result<File> {
+        let file = File::open(format!("/proc/{}/{name}", self.pid))?;
+        // It was its own if its number still is.
+        match sys::signal(self.handle.as_fd(), 0)? {
+            true => Ok(file),
+            false => Err(io::ErrorKind::NotFound.into()),
         }
-        sys::kill(self.pid, signal)
+    }
+
+    /// Sends it a signal, which one that has ended does not mind.
+    pub(crate) fn signal(&self, signal: i32) -> io::Result<()> {
+        sys::signal(self.handle.as_fd(), signal).map(drop)
     }
 
     /// Whether it catches or ignores this signal of its own will. Of one that has ended nothing is
     /// known.
     pub(crate) fn minds(&self, signal: i32) -> bool {
-        let status = std::fs::read_to_string(format!("/proc/{}/status", self.pid));
+        let status = self.open("status").and_then(io::read_to_string);
         status.is_ok_and(|status| minded(&status, signal))
     }
 
@@ -237,7 +256,8 @@ mod tests {
         let streams = Streams::pipes(ours, out, err).unwrap();
         let (channel, _) = io::pipe().unwrap();
         let end = Arc::new(End::new().unwrap());
-        let process = Process::new(1, end, channel.into(), streams);
+        let (handle, _) = io::pipe().unwrap();
+        let process = Process::new((1, handle.into()), end, channel.into(), streams);
         (process, stdin, stdout, stderr)
     }
 

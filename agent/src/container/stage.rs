@@ -1,5 +1,5 @@
 //! The process between the agent and a container's program: this program once more, in the
-//! container's pid_namespace, which makes itself what the container is to be. One thread, so that it
+//! container's namespaces, which makes itself what the container is to be. One thread, so that it
 //! may fork, and all memory its own.
 
 use std::ffi::{CString, OsStr};
@@ -15,9 +15,9 @@ use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 use rustix::process::DumpableBehavior;
 use rustix::pty::OpenptFlags;
-use rustix::thread::{LinkNameSpaceType, UnshareFlags};
+use rustix::thread::{LinkNameSpaceType, ThreadNameSpaceType, UnshareFlags};
 
-use super::launch::{CHANNEL, LAUNCH, Launch, PID_NAMESPACE, Word, hear, say};
+use super::launch::{CHANNEL, LAUNCH, Launch, NAMESPACES, Word, hear, say};
 use super::seccomp::Filter;
 use super::{identity, rootfs};
 use crate::sys;
@@ -29,9 +29,9 @@ pub(crate) fn run() -> u8 {
     let Given {
         channel,
         launch,
-        pid_namespace,
+        namespaces,
     } = Given::take();
-    let (why, code) = match prepare(&channel, launch, pid_namespace) {
+    let (why, code) = match prepare(&channel, launch, namespaces) {
         Err(error) => (error.to_string(), 1),
         Ok((mut command, filter)) => match filter.map_or(Ok(()), |filter| filter.load()) {
             Err(error) => (format!("load the seccomp filter: {error}"), 1),
@@ -53,8 +53,8 @@ pub(crate) fn run() -> u8 {
 struct Given {
     channel: OwnedFd,
     launch: File,
-    /// Whatever the agent has there, if none is to be shared.
-    pid_namespace: OwnedFd,
+    /// Whatever the agent has there, if there are none to enter.
+    namespaces: OwnedFd,
 }
 
 impl Given {
@@ -64,11 +64,11 @@ impl Given {
         // SAFETY: as above, with what is to be read.
         let launch = unsafe { OwnedFd::from_raw_fd(LAUNCH) };
         // SAFETY: as above; the agent keeps that number open.
-        let pid_namespace = unsafe { OwnedFd::from_raw_fd(PID_NAMESPACE) };
+        let namespaces = unsafe { OwnedFd::from_raw_fd(NAMESPACES) };
         Self {
             channel,
             launch: launch.into(),
-            pid_namespace,
+            namespaces,
         }
     }
 }
@@ -77,7 +77,7 @@ impl Given {
 fn prepare(
     channel: &OwnedFd,
     launch: File,
-    pid_namespace: OwnedFd,
+    namespaces: OwnedFd,
 ) -> Result<(Command, Option<Filter>), Error> {
     rustix::io::fcntl_setfd(channel, rustix::io::FdFlags::CLOEXEC)?;
     // Until it has its program its memory and descriptors are none of the container's business.
@@ -92,17 +92,17 @@ fn prepare(
     match &launch.spec {
         Some(spec) => {
             if launch.shares_pids {
-                enter_pids(&pid_namespace)?;
+                enter_pids(&namespaces)?;
                 go_on_as_sibling(channel)?;
             }
             enter(spec)?;
         }
         None => {
-            join(launch.join)?;
+            join(&namespaces)?;
             go_on_as_sibling(channel)?;
         }
     }
-    drop(pid_namespace);
+    drop(namespaces);
     let uid = process.user.as_ref().map_or(0, |user| user.uid);
     if process.terminal {
         let is_first = launch.spec.is_some();
@@ -172,19 +172,12 @@ fn unshare_cgroup() -> io::Result<()> {
 }
 
 /// Enters the namespaces of the container's first process.
-fn join(pid: i32) -> Result<(), Error> {
-    let open = |kind: &str| {
-        let path = format!("/proc/{pid}/ns/{kind}");
-        rustix::fs::open(path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())
-    };
-    let namespaces = [
-        (open("cgroup")?, LinkNameSpaceType::ControlGroup),
-        (open("pid")?, LinkNameSpaceType::ProcessID),
-        (open("mnt")?, LinkNameSpaceType::Mount),
-    ];
-    for (namespace, kind) in &namespaces {
-        rustix::thread::move_into_link_name_space(namespace.as_fd(), Some(*kind))?;
-    }
+fn join(first: &OwnedFd) -> Result<(), Error> {
+    let kinds = ThreadNameSpaceType::CONTROL_GROUP
+        | ThreadNameSpaceType::PROCESS_ID
+        | ThreadNameSpaceType::MOUNT;
+    rustix::thread::move_into_thread_name_spaces(first.as_fd(), kinds)
+        .map_err(|errno| format!("enter the container: {errno}"))?;
     Ok(())
 }
 
