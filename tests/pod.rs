@@ -3,6 +3,8 @@
 
 #![expect(clippy::unwrap_used, reason = "its steps are functions of their own")]
 
+#[path = "pod/cgroups.rs"]
+mod cgroups;
 #[path = "pod/places.rs"]
 mod places;
 #[path = "pod/rights.rs"]
@@ -95,6 +97,7 @@ fn pod(template: Option<&Template>) {
     step("dangling links", || {
         places::dangling_links(&agent, host.path());
     });
+    step("a divided cgroup", || cgroups::divided(&agent));
     step("streams and signals", || streams_and_signals(&agent));
     step("limits and figures", || limits_and_figures(&agent));
     step("disks", || disks(&agent));

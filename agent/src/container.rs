@@ -128,7 +128,7 @@ impl Container {
             shares_pids: false,
         };
         let first = self.first.handle().as_fd();
-        let confine = |pid| self.cgroup.add(pid);
+        let confine = |pid| self.cgroup.join(pid, &self.first);
         let process = start(&launch, 0, Some(first), confine, reaper)?;
         process.go_on()?;
         self.processes()

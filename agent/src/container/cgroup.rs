@@ -3,11 +3,16 @@
 mod limits;
 mod stats;
 
-use std::fs;
+use std::ffi::CString;
+use std::fs::{self, File};
 use std::io::{self, Write};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Component, Path, PathBuf};
 use std::time::Duration;
 
+use rustix::fs::{AtFlags, CWD, Dir, FileType, Mode, OFlags};
+
+use super::Process;
 use crate::sys::pid_t;
 use crate::wait;
 
@@ -39,6 +44,10 @@ pub(crate) enum Error {
     Swap { memory: i64, swap: i64 },
     #[error("{} is another container's", .0.display())]
     Taken(PathBuf),
+    #[error("ask where the container's first process is")]
+    First(#[source] io::Error),
+    #[error("the container's first process is in {}", .0.display())]
+    Outside(PathBuf),
     #[error("there are no huge pages of {0:?}")]
     PageSize(String),
 }
@@ -84,15 +93,7 @@ impl Cgroup {
     }
 
     fn write(&self, file: &str, value: impl ToString) -> Result<(), Error> {
-        let (path, value) = (self.path.join(file), value.to_string());
-        // Not made if it is not there: what the kernel has not would be a matter of permission.
-        let file = fs::File::options().write(true).truncate(true).open(&path);
-        let written = file.and_then(|mut file| file.write_all(value.as_bytes()));
-        written.map_err(|source| Error::Write {
-            path,
-            value,
-            source,
-        })
+        write(self.path.join(file), &value.to_string())
     }
 
     fn read(&self, file: &str) -> String {
@@ -101,6 +102,32 @@ impl Cgroup {
 
     pub(crate) fn add(&self, pid: pid_t) -> Result<(), Error> {
         self.write("cgroup.procs", pid)
+    }
+
+    /// Adds one more process of a container whose first is `first`. A container that has divided its
+    /// cgroup, as systemd does, has processes only below it (kernel: cgroup-v2.rst, No Internal Process
+    /// Constraint); the new one is then put where the first one is, as by runc.
+    pub(crate) fn join(&self, pid: pid_t, first: &Process) -> Result<(), Error> {
+        match self.add(pid) {
+            Err(Error::Write { source, .. }) if source.kind() == io::ErrorKind::ResourceBusy => {}
+            added => return added,
+        }
+        let text = first.open("cgroup").and_then(io::read_to_string);
+        let procs = self.below(&text.map_err(Error::First)?)?;
+        let procs = procs.join("cgroup.procs");
+        write(procs, &pid.to_string())
+    }
+
+    /// Which cgroup the text of a /proc/PID/cgroup says, if it is this one or below it.
+    fn below(&self, text: &str) -> Result<PathBuf, Error> {
+        let place = text.lines().find_map(|line| line.strip_prefix("0::/"));
+        let path = Path::new(ROOT).join(place.unwrap_or_default());
+        let is_below = path.starts_with(&self.path);
+        let is_plain = !path.components().any(|part| part == Component::ParentDir);
+        match is_below && is_plain {
+            true => Ok(path),
+            false => Err(Error::Outside(path)),
+        }
     }
 
     pub(crate) fn kill(&self) -> Result<(), Error> {
@@ -129,7 +156,7 @@ impl Drop for Cgroup {
             Err(error) if error.kind() == io::ErrorKind::ResourceBusy => None,
             _ => Some(()),
         };
-        wait::until(GRACE, || gone(fs::remove_dir(&self.path)));
+        wait::until(GRACE, || gone(remove(&self.path)));
         // Its parents may have other children.
         for path in self
             .path
@@ -141,6 +168,62 @@ impl Drop for Cgroup {
                 return;
             }
         }
+    }
+}
+
+/// Writes what a file of a cgroup is to be.
+fn write(path: PathBuf, value: &str) -> Result<(), Error> {
+    // Not made if it is not there: what the kernel has not would be a matter of permission.
+    let file = File::options().write(true).truncate(true).open(&path);
+    let written = file.and_then(|mut file| file.write_all(value.as_bytes()));
+    written.map_err(|source| Error::Write {
+        path,
+        value: value.to_owned(),
+        source,
+    })
+}
+
+/// Removes a cgroup and those that a container has made below it, the deepest first. By descriptors and
+/// without recursion: a container can make paths of any length.
+fn remove(path: &Path) -> io::Result<()> {
+    let mut way = vec![Level::open(CWD, path)?];
+    while let Some(level) = way.last_mut() {
+        if let Some(name) = level.below.pop() {
+            let next = Level::open(level.folder.as_fd(), &name)?;
+            level.below.push(name);
+            way.push(next);
+            continue;
+        }
+        way.pop();
+        if let Some(parent) = way.last_mut()
+            && let Some(name) = parent.below.pop()
+        {
+            rustix::fs::unlinkat(&parent.folder, name, AtFlags::REMOVEDIR)?;
+        }
+    }
+    fs::remove_dir(path)
+}
+
+/// A cgroup with those below it that are not removed yet.
+struct Level {
+    folder: OwnedFd,
+    below: Vec<CString>,
+}
+
+impl Level {
+    fn open(from: BorrowedFd<'_>, name: impl rustix::path::Arg) -> io::Result<Self> {
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let folder = rustix::fs::openat(from, name, flags, Mode::empty())?;
+        let mut below = Vec::new();
+        for entry in Dir::read_from(&folder)? {
+            let entry = entry?;
+            let name = entry.file_name();
+            if entry.file_type() == FileType::Directory && !matches!(name.to_bytes(), b"." | b"..")
+            {
+                below.push(name.to_owned());
+            }
+        }
+        Ok(Self { folder, below })
     }
 }
 
@@ -157,6 +240,32 @@ fn entry(text: &str, key: &str) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::mem::ManuallyDrop;
+
+    #[test]
+    fn what_a_container_left_below_its_cgroup_is_removed_with_it() {
+        let top = std::env::temp_dir().join(format!("podvmm-cgroup-left-{}", std::process::id()));
+        fs::create_dir_all(top.join("init.scope/deep/deeper")).unwrap();
+        fs::create_dir_all(top.join("system.slice/a")).unwrap();
+        fs::create_dir_all(top.join("system.slice/b")).unwrap();
+        remove(&top).unwrap();
+        assert!(!top.exists());
+        let gone = remove(&top).unwrap_err();
+        assert_eq!(gone.kind(), io::ErrorKind::NotFound);
+    }
+
+    #[test]
+    fn a_process_is_put_nowhere_but_below_its_containers_cgroup() {
+        let cgroup = ManuallyDrop::new(Cgroup {
+            path: "/sys/fs/cgroup/pod/one".into(),
+        });
+        let below = |text| cgroup.below(text).ok();
+        let init = PathBuf::from("/sys/fs/cgroup/pod/one/init");
+        assert_eq!(below("1:name=x:/\n0::/pod/one/init\n"), Some(init));
+        for text in ["0::/pod/one2", "0::/pod", "0::/pod/one/../two", "0::/", ""] {
+            assert_eq!(below(text), None, "{text}");
+        }
+    }
 
     #[test]
     fn entries_are_found_by_their_whole_name() {
