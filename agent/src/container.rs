@@ -101,6 +101,10 @@ impl Container {
         let first = start(&launch, namespaces, into, |pid| cgroup.add(pid), reaper)?;
         let first = Arc::new(first);
         let pid_namespace = first.open("ns/pid").inspect_err(|_| drop(cgroup.kill()))?;
+        if shared.is_some() {
+            // In a namespace of its own the kernel sees to it.
+            first.end.takes_along(cgroup.killer()?);
+        }
         Ok(Self {
             cgroup,
             processes: Mutex::new(HashMap::from([(id.to_owned(), Arc::clone(&first))])),

@@ -2,9 +2,10 @@
 //! became its own.
 
 use std::collections::HashMap;
-use std::io;
+use std::fs::File;
+use std::io::{self, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock};
 use std::thread;
 use std::time::Duration;
 
@@ -20,6 +21,8 @@ pub(crate) struct End {
     known: Condvar,
     /// Readable once it is known.
     event: OwnedFd,
+    /// The `cgroup.kill` of what is to end with it.
+    rest: OnceLock<File>,
 }
 
 impl End {
@@ -28,7 +31,25 @@ impl End {
             status: Mutex::default(),
             known: Condvar::new(),
             event: eventfd(0, EventfdFlags::CLOEXEC)?,
+            rest: OnceLock::new(),
         })
+    }
+
+    /// Has all processes of a cgroup killed, by its `cgroup.kill`, when this one ends. Only the first
+    /// one counts.
+    pub(crate) fn takes_along(&self, rest: File) {
+        // If it is told of meanwhile, one of the two sees what the other did.
+        let _ = self.rest.set(rest);
+        if self.is_known() {
+            self.kill_rest();
+        }
+    }
+
+    fn kill_rest(&self) {
+        if let Some(mut rest) = self.rest.get() {
+            // A cgroup that is gone has no processes.
+            let _ = rest.write_all(b"1");
+        }
     }
 
     /// Readable once it is known.
@@ -65,7 +86,10 @@ impl End {
     }
 
     pub(crate) fn tell(&self, status: u8) {
-        *self.status.lock().expect("a panic ends the process") = Some(status);
+        let mut known = self.status.lock().expect("a panic ends the process");
+        self.kill_rest();
+        *known = Some(status);
+        drop(known);
         // Its count is far from its end.
         let _ = rustix::io::write(&self.event, &1_u64.to_ne_bytes());
         self.known.notify_all();
@@ -226,4 +250,22 @@ mod tests {
         end_of(pid, 5).unwrap().tell(5);
         assert_eq!((late.wait(), end.wait()), (4, 5));
         assert_eq!(end.wait_for(Duration::ZERO), Some(5));
-    }}
+    }
+    #[test]
+    fn what_is_to_end_with_a_process_does_whoever_comes_first() {
+        let killed = |is_known_first: bool| {
+            let (mut kills, kill) = io::pipe().unwrap();
+            let end = End::new().unwrap();
+            if is_known_first {
+                end.tell(0);
+            }
+            end.takes_along(OwnedFd::from(kill).into());
+            if !is_known_first {
+                end.tell(0);
+            }
+            drop(end);
+            io::read_to_string(&mut kills).unwrap()
+        };
+        assert_eq!([killed(true), killed(false)], ["1", "1"]);
+    }
+}

@@ -11,6 +11,7 @@ use agent::protocol::agent::{
 use agent::protocol::oci::Mount;
 use agent::protocol::types::{ArpNeighbor, Interface, IpAddress, IpFamily, Route};
 use agent::ttrpc::Code;
+use tests::node::eventually;
 use tests::pod::{Agent, refusal, spec, strings};
 
 /// Of the guest's one interface; the host's end is 10.77.0.1.
@@ -171,6 +172,17 @@ pub(crate) fn shared_pids(agent: &Agent) {
     assert_ne!(pid, "1");
     assert_eq!((first, status), ("sleep 4321 ", 137));
     agent.remove("sharer");
+    // What its first process leaves behind ends with it, as the kernel has it where the first is also
+    // its namespace's.
+    let script = "sleep 1235 & exit 3";
+    agent.create_with("leaver", spec(script), more()).unwrap();
+    agent.start("leaver").unwrap();
+    assert_eq!(agent.outcome("leaver", "").2, 3);
+    eventually("what it left behind ends", || {
+        let (seen, _) = agent.exec_shell("pause", "cat /proc/*/cmdline | tr '\\0' ' '");
+        !seen.contains("1235")
+    });
+    agent.remove("leaver");
     // Its cgroup and no more was killed.
     let script = "cat /proc/*/cmdline | tr '\\0' ' '; echo; kill -0 1 && echo alive";
     let (seen, _) = agent.exec_shell("pause", script);

@@ -134,6 +134,13 @@ impl Cgroup {
         self.write("cgroup.kill", 1)
     }
 
+    /// The file that kills all who are in it once 1 is written to it.
+    pub(crate) fn killer(&self) -> Result<File, Error> {
+        let path = self.path.join("cgroup.kill");
+        let file = File::options().write(true).open(&path);
+        file.map_err(|source| Error::File { path, source })
+    }
+
     pub(crate) fn freeze(&self, frozen: bool) -> Result<(), Error> {
         self.write("cgroup.freeze", u8::from(frozen))
     }
