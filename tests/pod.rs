@@ -90,6 +90,7 @@ fn pod(template: Option<&Template>) {
     step("own streams", || rights::streams(&agent));
     step("limits", || rights::limits(&agent));
     step("ambient capabilities", || rights::ambient(&agent));
+    step("keyrings", || rights::keyrings(&agent));
     step("own proc", || rights::own_proc(&agent));
     step("working directories", || {
         places::working_directories(&agent, host.path());

@@ -52,6 +52,8 @@ pub(crate) enum Error {
 #[derive(Debug)]
 pub(crate) struct Container {
     cgroup: Cgroup,
+    /// The name of its processes' session keyring.
+    keyring: String,
     /// By `exec_id`; the first process by the container's own.
     processes: Mutex<HashMap<String, Arc<Process>>>,
     first: Arc<Process>,
@@ -87,10 +89,12 @@ impl Container {
         if let Some(resources) = &linux.resources {
             cgroup.limit(resources)?;
         }
+        let keyring = format!("_ses.{id}");
         let launch = Launch {
             spec: Some(spec),
             seccomp: seccomp.clone(),
             shares_pids: shared.is_some(),
+            keyring: keyring.clone(),
             ..Launch::default()
         };
         let namespaces = match shared {
@@ -107,6 +111,7 @@ impl Container {
         }
         Ok(Self {
             cgroup,
+            keyring,
             processes: Mutex::new(HashMap::from([(id.to_owned(), Arc::clone(&first))])),
             first,
             seccomp,
@@ -130,6 +135,7 @@ impl Container {
             process: Some(process),
             seccomp: self.seccomp.clone(),
             shares_pids: false,
+            keyring: self.keyring.clone(),
         };
         let first = self.first.handle().as_fd();
         let confine = |pid| self.cgroup.join(pid, &self.first);

@@ -301,6 +301,30 @@ pub(crate) fn signal(process: BorrowedFd<'_>, signal: c_int) -> io::Result<bool>
     }
 }
 
+/// Makes the keyring of this name this process's session keyring, a new one if there is none
+/// (keyctl(2)). A new one can be found by name by processes of its user.
+pub(crate) fn join_session_keyring(name: &CStr, is_new: bool) -> io::Result<()> {
+    // From linux/keyctl.h.
+    const KEYCTL_JOIN_SESSION_KEYRING: c_int = 1;
+    const KEYCTL_SETPERM: c_int = 5;
+    // All to who possesses it, and to its user what a keyring starts with (view, read, link) and search.
+    const PERMISSIONS: c_ulong = 0x3f1b_0000;
+    // SAFETY: the name is NUL-terminated and outlives the call.
+    let keyring =
+        unsafe { libc::syscall(libc::SYS_keyctl, KEYCTL_JOIN_SESSION_KEYRING, name.as_ptr()) };
+    if keyring == -1 {
+        return Err(io::Error::last_os_error());
+    }
+    if !is_new {
+        return Ok(());
+    }
+    // SAFETY: plain integers in.
+    match unsafe { libc::syscall(libc::SYS_keyctl, KEYCTL_SETPERM, keyring, PERMISSIONS) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
 pub(crate) fn set_time(seconds: i64, microseconds: i64) -> io::Result<()> {
     let time = libc::timeval {
         tv_sec: seconds,

@@ -89,6 +89,26 @@ pub(crate) fn ambient(agent: &Agent) {
     assert_eq!((out.as_str(), status), (expected, 0), "{err}");
 }
 
+/// A container's processes share a session keyring, which is no other container's.
+pub(crate) fn keyrings(agent: &Agent) {
+    let keyring = |out: &str, name: &str| {
+        let line = out
+            .lines()
+            .find(|line| line.contains(&format!("_ses.{name}")));
+        let serial = line.and_then(|line| line.split_whitespace().next());
+        serial.unwrap_or_else(|| panic!("{out}")).to_owned()
+    };
+    agent.create("keys", spec("exec sleep 1000")).unwrap();
+    agent.start("keys").unwrap();
+    let (out, _) = agent.exec_shell("keys", "cat /proc/keys #1");
+    let first = keyring(&out, "keys");
+    let (out, _) = agent.exec_shell("keys", "cat /proc/keys #2");
+    assert_eq!(keyring(&out, "keys"), first);
+    let (out, _, _) = agent.run("other-keys", spec("cat /proc/keys"));
+    assert_ne!(keyring(&out, "other-keys"), first);
+    agent.remove("keys");
+}
+
 /// What the agent asks of a process's /proc is none of the container's making.
 pub(crate) fn own_proc(agent: &Agent) {
     let mut without = spec("echo fine");

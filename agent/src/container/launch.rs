@@ -40,6 +40,9 @@ pub(crate) struct Launch {
     /// The container enters a pid namespace that is there already.
     #[prost(bool, tag = "4")]
     pub(crate) shares_pids: bool,
+    /// The name of the container's session keyring.
+    #[prost(string, tag = "5")]
+    pub(crate) keyring: String,
 }
 
 impl Launch {

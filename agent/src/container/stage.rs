@@ -103,6 +103,7 @@ fn prepare(
         }
     }
     drop(namespaces);
+    join_keyring(&launch)?;
     let uid = process.user.as_ref().map_or(0, |user| user.uid);
     if process.terminal {
         let is_first = launch.spec.is_some();
@@ -179,6 +180,17 @@ fn join(first: &OwnedFd) -> Result<(), Error> {
     rustix::thread::move_into_thread_name_spaces(first.as_fd(), kinds)
         .map_err(|errno| format!("enter the container: {errno}"))?;
     Ok(())
+}
+
+/// Takes the session keyring of the container's: its processes share one, and see no keys of the
+/// agent's or of another container's.
+fn join_keyring(launch: &Launch) -> Result<(), Error> {
+    let name = CString::new(launch.keyring.as_str())?;
+    match sys::join_session_keyring(&name, launch.spec.is_some()) {
+        // A kernel without keys.
+        Err(error) if error.raw_os_error() == Some(libc::ENOSYS) => Ok(()),
+        joined => joined.map_err(|error| format!("join the session keyring: {error}").into()),
+    }
 }
 
 /// Has children born in this pid namespace.
