@@ -98,6 +98,7 @@ fn pod(template: Option<&Template>) {
     step("dangling links", || {
         places::dangling_links(&agent, host.path());
     });
+    step("a false null device", || places::false_null(&agent));
     step("a divided cgroup", || cgroups::divided(&agent));
     step("streams and signals", || streams_and_signals(&agent));
     step("limits and figures", || limits_and_figures(&agent));

@@ -81,3 +81,12 @@ pub(crate) fn dangling_links(agent: &Agent, host: &Path) {
     let (_, why) = refusal(agent.create("endless", endless));
     assert!(why.contains("symbolic links"), "{why}");
 }
+
+/// What hides paths is the null device, not what the image or a volume has in its place (the class of
+/// CVE-2025-31133).
+pub(crate) fn false_null(agent: &Agent) {
+    let mut false_null = spec("cat /proc/kcore");
+    false_null.mounts.push(bind("greeting", "/dev/null"));
+    let (_, why) = refusal(agent.create("false-null", false_null));
+    assert!(why.contains("/dev/null"), "{why}");
+}

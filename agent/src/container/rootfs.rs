@@ -11,7 +11,9 @@ use std::path::{Component, Path};
 use agent::protocol::oci::{LinuxDevice, Mount, Spec};
 use rustix::fs::{CWD, FileType, Mode, OFlags, ResolveFlags};
 use rustix::io::Errno;
-use rustix::mount::{MountFlags, MountPropagationFlags, UnmountFlags};
+use rustix::mount::{
+    MountFlags, MountPropagationFlags, MoveMountFlags, OpenTreeFlags, UnmountFlags,
+};
 
 use crate::sys;
 
@@ -64,8 +66,11 @@ pub(crate) fn enter(spec: &Spec) -> Result<(), Error> {
     rustix::process::pivot_root(".", ".").map_err(|errno| at("enter the root", errno.into()))?;
     rustix::mount::unmount(".", UnmountFlags::DETACH)?;
     rustix::process::chdir("/")?;
-    for path in &linux.masked_paths {
-        mask(path).map_err(|error| at(path, error))?;
+    if !linux.masked_paths.is_empty() {
+        let null = null_device().map_err(|error| at("/dev/null", error))?;
+        for path in &linux.masked_paths {
+            mask(path, null.as_fd()).map_err(|error| at(path, error))?;
+        }
     }
     for path in &linux.readonly_paths {
         make_readonly(path).map_err(|error| at(path, error))?;
@@ -364,6 +369,7 @@ fn make_node(
     (uid, gid): (u32, u32),
 ) -> io::Result<()> {
     use rustix::fs::{AtFlags, Gid, Uid};
+    let number = (major, minor);
     match rustix::fs::mknodat(
         folder,
         name,
@@ -371,41 +377,70 @@ fn make_node(
         Mode::from_raw_mode(mode),
         rustix::fs::makedev(major, minor),
     ) {
+        // A mount may have put another there, as /dev/urandom for /dev/random; runc leaves it too.
         Err(Errno::EXIST) => return Ok(()),
         made => made?,
     }
+    // Where containers share the folder, another may have put something else there since.
+    let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let node = rustix::fs::openat(folder, name, flags, Mode::empty())?;
+    if !is_device(node.as_fd(), kind, number)? {
+        return Err(io::Error::other(format!("{name} is not the device made")));
+    }
     // What the mask took away.
-    rustix::fs::chmodat(folder, name, Mode::from_raw_mode(mode), AtFlags::empty())?;
+    let path = format!("/proc/self/fd/{}", node.as_raw_fd());
+    rustix::fs::chmodat(CWD, path, Mode::from_raw_mode(mode), AtFlags::empty())?;
     let (uid, gid) = (Uid::from_raw(uid), Gid::from_raw(gid));
-    rustix::fs::chownat(
-        folder,
-        name,
-        Some(uid),
-        Some(gid),
-        AtFlags::SYMLINK_NOFOLLOW,
-    )?;
+    rustix::fs::chownat(&node, "", Some(uid), Some(gid), AtFlags::EMPTY_PATH)?;
     Ok(())
 }
 
-/// Hides what is at `path`, if there is anything.
-fn mask(path: &str) -> io::Result<()> {
-    let metadata = match fs::metadata(path) {
-        Err(error)
-            if matches!(
-                error.kind(),
-                io::ErrorKind::NotFound | io::ErrorKind::NotADirectory
-            ) =>
-        {
-            return Ok(());
-        }
+/// The container's null device. The image or a volume may have something else in its place, which
+/// would be put over what is to be hidden (CVE-2025-31133).
+fn null_device() -> io::Result<OwnedFd> {
+    let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let null = rustix::fs::openat(CWD, "/dev/null", flags, Mode::empty())?;
+    let [(_, major, minor), ..] = DEVICES;
+    match is_device(null.as_fd(), FileType::CharacterDevice, (major, minor))? {
+        true => Ok(null),
+        false => Err(io::Error::other("this is not the null device")),
+    }
+}
+
+fn is_device(fd: BorrowedFd<'_>, kind: FileType, (major, minor): (u32, u32)) -> io::Result<bool> {
+    let stat = rustix::fs::fstat(fd)?;
+    let is_kind = FileType::from_raw_mode(stat.st_mode) == kind;
+    let has_number = matches!(kind, FileType::CharacterDevice | FileType::BlockDevice);
+    let is_number = !has_number || stat.st_rdev == rustix::fs::makedev(major, minor);
+    Ok(is_kind && is_number)
+}
+
+/// Hides what is at `path`, if there is anything: a file behind `null`, a folder behind an empty one.
+fn mask(path: &str, null: BorrowedFd<'_>) -> io::Result<()> {
+    let hidden = match rustix::fs::openat(CWD, path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())
+    {
+        Err(Errno::NOENT | Errno::NOTDIR) => return Ok(()),
         found => found?,
     };
-    if metadata.is_dir() {
+    let mode = rustix::fs::fstat(&hidden)?.st_mode;
+    if FileType::from_raw_mode(mode) == FileType::Directory {
         rustix::mount::mount("tmpfs", path, "tmpfs", MountFlags::RDONLY, c"size=0k")?;
-    } else {
-        rustix::mount::mount_bind("/dev/null", path)?;
+        return Ok(());
     }
-    Ok(())
+    bind(null, hidden.as_fd())
+}
+
+/// Mounts a file on another. Neither has a path that something else could be put at meanwhile.
+fn bind(source: BorrowedFd<'_>, target: BorrowedFd<'_>) -> io::Result<()> {
+    let tree = rustix::mount::open_tree(
+        source,
+        "",
+        OpenTreeFlags::OPEN_TREE_CLONE
+            | OpenTreeFlags::OPEN_TREE_CLOEXEC
+            | OpenTreeFlags::AT_EMPTY_PATH,
+    )?;
+    let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH | MoveMountFlags::MOVE_MOUNT_T_EMPTY_PATH;
+    Ok(rustix::mount::move_mount(tree, "", target, "", flags)?)
 }
 
 fn make_readonly(path: &str) -> io::Result<()> {
@@ -423,10 +458,9 @@ fn make_readonly(path: &str) -> io::Result<()> {
 }
 
 /// Puts the slave of the container's terminal where consoles are.
-pub(crate) fn mount_console(slave: &str) -> io::Result<()> {
+pub(crate) fn mount_console(slave: BorrowedFd<'_>) -> io::Result<()> {
     let console = find(open_root()?.as_fd(), Path::new("/dev/console"), true)?;
-    rustix::mount::mount_bind(slave, format!("/proc/self/fd/{}", console.as_raw_fd()))?;
-    Ok(())
+    bind(slave, console.as_fd())
 }
 
 #[cfg(test)]

@@ -11,7 +11,6 @@ use std::os::unix::process::CommandExt;
 use std::process::Command;
 
 use agent::protocol::oci::{Process, Spec};
-use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 use rustix::process::DumpableBehavior;
 use rustix::pty::OpenptFlags;
@@ -227,8 +226,6 @@ fn terminal(process: &Process, is_first: bool) -> Result<OwnedFd, Error> {
     let flags = OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC;
     let master = rustix::pty::openpt(flags)?;
     rustix::pty::unlockpt(&master)?;
-    let name = rustix::pty::ptsname(&master, Vec::new())?;
-    let name = name.to_str()?;
     if let Some(size) = process.console_size {
         let cells = |count: u32| u16::try_from(count).unwrap_or(u16::MAX);
         let size = rustix::termios::Winsize {
@@ -239,9 +236,10 @@ fn terminal(process: &Process, is_first: bool) -> Result<OwnedFd, Error> {
         };
         rustix::termios::tcsetwinsize(&master, size)?;
     }
-    let slave = rustix::fs::open(name, OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())?;
+    // Not by its path, at which the container may have something else.
+    let slave = rustix::pty::ioctl_tiocgptpeer(&master, flags)?;
     if is_first {
-        rootfs::mount_console(name)?;
+        rootfs::mount_console(slave.as_fd())?;
     }
     rustix::process::ioctl_tiocsctty(&slave)?;
     rustix::stdio::dup2_stdin(&slave)?;
