@@ -102,6 +102,8 @@ fn pod(template: Option<&Template>) {
     step("a divided cgroup", || cgroups::divided(&agent));
     step("streams and signals", || streams_and_signals(&agent));
     step("limits and figures", || limits_and_figures(&agent));
+    // Its processes are killed one by one, and each may be told of.
+    step("cgroup files", || cgroups::as_one(&agent));
     step("disks", || disks(&agent));
     step("refusals", || refusals(&agent));
     step("pings", || sharing::pings(&agent));

@@ -198,7 +198,7 @@ pub(crate) fn process_for_guest(process: &mut Process) {
     process.selinux_label.clear();
 }
 
-/// What is said of the host's devices, processors and packets is not for the guest.
+/// What is said of the host's devices, processors and packets is not for the guest, by whatever name.
 pub(crate) fn resources_for_guest(resources: &mut LinuxResources) {
     resources.devices.clear();
     resources.network = None;
@@ -208,6 +208,11 @@ pub(crate) fn resources_for_guest(resources: &mut LinuxResources) {
         cpu.cpus.clear();
         cpu.mems.clear();
     }
+    let of_the_host = |file: &str| {
+        let controller = file.split('.').next().unwrap_or_default();
+        matches!(controller, "cpuset" | "io" | "hugetlb" | "rdma" | "misc")
+    };
+    resources.unified.retain(|file, _| !of_the_host(file));
 }
 
 #[cfg(test)]
@@ -279,7 +284,8 @@ mod tests {
     #[test]
     fn the_guest_is_told_only_what_is_its_own() {
         let mut spec = with_network(
-            r#","resources":{"devices":[{"allow":false}],"cpu":{"cpus":"0-3","shares":5}}"#,
+            r#","resources":{"devices":[{"allow":false}],"cpu":{"cpus":"0-3","shares":5},
+            "unified":{"memory.oom.group":"1","cpuset.cpus":"0-3","io.max":"8:0 rbps=1"}}"#,
         );
         for_guest(&mut spec, "c", true);
         let linux = spec.linux.unwrap();
@@ -293,5 +299,7 @@ mod tests {
         assert!(resources.devices.is_empty());
         let cpu = resources.cpu.unwrap();
         assert_eq!((cpu.cpus.as_str(), cpu.shares), ("", 5));
+        let unified: Vec<_> = resources.unified.keys().collect();
+        assert_eq!(unified, ["memory.oom.group"]);
     }
 }

@@ -1,8 +1,10 @@
-//! Containers' cgroups, and those that containers make themselves.
+//! Containers' cgroups: those they make themselves, and what is set by its name in version 2.
 
-use agent::protocol::agent::{ReadStreamRequest, ReadStreamResponse};
-use agent::protocol::oci::Spec;
-use tests::pod::{Agent, spec};
+use std::collections::BTreeMap;
+
+use agent::protocol::agent::{GetOomEventRequest, OomEvent, ReadStreamRequest, ReadStreamResponse};
+use agent::protocol::oci::{LinuxMemory, LinuxResources, Spec};
+use tests::pod::{Agent, refusal, spec};
 
 /// One that may change its cgroup.
 fn manager(script: &str) -> Spec {
@@ -37,4 +39,60 @@ pub(crate) fn divided(agent: &Agent) {
     namespaces.retain(|namespace| namespace.r#type != "cgroup");
     let (out, err, status) = agent.run("all", all);
     assert_eq!((out.as_str(), status), ("", 1), "{err}");
+}
+
+fn unified(entries: &[(&str, &str)]) -> LinuxResources {
+    let entries = entries.iter();
+    let unified: BTreeMap<_, _> = entries
+        .map(|(key, value)| ((*key).to_owned(), (*value).to_owned()))
+        .collect();
+    LinuxResources {
+        unified,
+        ..LinuxResources::default()
+    }
+}
+
+/// A container is killed as a whole where that is asked for.
+pub(crate) fn as_one(agent: &Agent) {
+    let script = "cat /sys/fs/cgroup/memory.oom.group /sys/fs/cgroup/memory.low
+        dd if=/dev/zero of=/dev/null bs=32M count=1; echo survived";
+    let mut group = spec(script);
+    group.linux.as_mut().unwrap().resources = Some(LinuxResources {
+        memory: Some(LinuxMemory {
+            limit: 64 << 20,
+            reservation: 1 << 20,
+            ..LinuxMemory::default()
+        }),
+        ..unified(&[
+            ("memory.oom.group", "1"),
+            // It has the last word.
+            ("memory.low", "4194304"),
+            ("memory.max", "16777216"),
+            ("memory.swap.max", "0"),
+        ])
+    });
+    agent.create("group", group).unwrap();
+    agent.start("group").unwrap();
+    let (_, out, status) = agent.outcome("group", "");
+    assert_eq!((out.as_str(), status), ("1\n4194304\n", 137));
+    let oom: OomEvent = agent.ask("GetOOMEvent", &GetOomEventRequest {}).unwrap();
+    assert_eq!(oom.container_id, "group");
+    agent.remove("group");
+
+    agent.create("unified", spec("exec sleep 1000")).unwrap();
+    agent.start("unified").unwrap();
+    agent
+        .update("unified", unified(&[("memory.high", "8388608")]))
+        .unwrap();
+    let (out, _) = agent.exec_shell("unified", "cat /sys/fs/cgroup/memory.high");
+    assert_eq!(out, "8388608\n");
+    for key in [
+        "memory.no-such-limit",
+        "../unified/memory.max",
+        "cgroup.procs",
+    ] {
+        let (_, why) = refusal(agent.update("unified", unified(&[(key, "1")])));
+        assert!(why.contains(key), "{why}");
+    }
+    agent.remove("unified");
 }

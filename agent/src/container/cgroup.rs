@@ -50,6 +50,10 @@ pub(crate) enum Error {
     Outside(PathBuf),
     #[error("there are no huge pages of {0:?}")]
     PageSize(String),
+    #[error("{0:?} is no limit of a cgroup of version 2")]
+    Unified(String),
+    #[error("the guest's kernel has no limit {0:?}")]
+    Unknown(String),
 }
 
 impl Cgroup {

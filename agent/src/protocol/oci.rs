@@ -1,6 +1,9 @@
 //! Containers as the OCI runtime specification has them, but for what the protocol does not carry:
-//! `unified` limits of cgroup v2, time offsets, `defaultErrnoRet` and mapped mounts. They are read
-//! from the specification's JSON too, once its nulls are taken out.
+//! time offsets, `defaultErrnoRet` and mapped mounts. They are read from the specification's JSON too, once its nulls
+//! are taken out.
+//!
+//! Fields numbered from 1000 on are podvmm's own. Kata's protocol has no such numbers, and its agent
+//! and shim pass over fields they do not know.
 
 use std::collections::BTreeMap;
 
@@ -260,6 +263,9 @@ pub struct LinuxResources {
     pub hugepage_limits: Vec<LinuxHugepageLimit>,
     #[prost(message, optional, tag = "7")]
     pub network: Option<LinuxNetwork>,
+    /// Values for files of a cgroup of version 2, by the files' names.
+    #[prost(btree_map = "string, string", tag = "1000")]
+    pub unified: BTreeMap<String, String>,
 }
 
 /// Which devices it may open.

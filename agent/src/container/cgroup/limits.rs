@@ -29,7 +29,32 @@ impl Cgroup {
         resources
             .hugepage_limits
             .iter()
-            .try_for_each(|limit| self.limit_huge_pages(limit))
+            .try_for_each(|limit| self.limit_huge_pages(limit))?;
+        // After the others, so that it has the last word.
+        let unified = &mut resources.unified.iter();
+        unified.try_for_each(|(file, value)| self.limit_by_file(file, value))
+    }
+
+    /// Writes to a file of the cgroup as the specification's `unified` says.
+    fn limit_by_file(&self, file: &str, value: &str) -> Result<(), Error> {
+        let (controller, _) = file.split_once('.').unwrap_or_default();
+        // Those of cgroups as such move and kill processes.
+        if matches!(controller, "" | "cgroup") || file.contains('/') {
+            return Err(Error::Unified(file.into()));
+        }
+        for line in value.lines() {
+            match self.write(file, line) {
+                Err(Error::Write { source, .. }) if source.kind() == io::ErrorKind::NotFound => {
+                    // There may be no swap to limit.
+                    let is_no_swap = file == "memory.swap.max" && matches!(line, "0" | "max");
+                    if !is_no_swap {
+                        return Err(Error::Unknown(file.into()));
+                    }
+                }
+                written => written?,
+            }
+        }
+        Ok(())
     }
 
     fn limit_memory(&self, memory: &LinuxMemory) -> Result<(), Error> {
@@ -336,6 +361,42 @@ mod tests {
         // What a kernel need not have is not missed.
         fs::remove_file(cgroup.path.join("io.weight")).unwrap();
         cgroup.limit(&resources).unwrap();
+        fs::remove_dir_all(&cgroup.path).unwrap();
+    }
+
+    #[test]
+    fn a_limit_by_its_files_name_has_the_last_word() {
+        let files = ["memory.max", "memory.oom.group", "io.max"].map(|file| (file, ""));
+        let cgroup = folder("podvmm-cgroup-unified", &files);
+        let with = |entries: &[(&str, &str)]| {
+            let entries = entries.iter();
+            LinuxResources {
+                unified: entries
+                    .map(|(file, value)| ((*file).into(), (*value).into()))
+                    .collect(),
+                ..memory(1000, 0)
+            }
+        };
+        let lines = "8:0 rbps=1\n8:16 rbps=2\n";
+        let resources = with(&[
+            ("memory.oom.group", "1"),
+            ("memory.max", "2000"),
+            ("memory.swap.max", "0"),
+            ("io.max", lines),
+        ]);
+        cgroup.limit(&resources).unwrap();
+        let read = ["memory.oom.group", "memory.max", "io.max"].map(|file| cgroup.read(file));
+        // Each line is a write of its own; to a cgroup's file they add up.
+        assert_eq!(read, ["1", "2000", "8:16 rbps=2"]);
+        let refused = |entry| cgroup.limit(&with(&[entry])).unwrap_err().to_string();
+        for file in ["cgroup.kill", "../x/memory.max", "memory", ".max", ""] {
+            let why = format!("{file:?} is no limit of a cgroup of version 2");
+            assert_eq!(refused((file, "1")), why);
+        }
+        assert_eq!(
+            refused(("memory.swap.max", "1")),
+            "the guest's kernel has no limit \"memory.swap.max\""
+        );
         fs::remove_dir_all(&cgroup.path).unwrap();
     }
 
