@@ -19,6 +19,8 @@ use crate::sys;
 pub(crate) enum Error {
     #[error("there is no seccomp action {0:?}")]
     Action(String),
+    #[error("seccomp action {NOTIFY} is not possible in a pod's VM: its listener is on the node")]
+    Notify,
     #[error("a seccomp action {action} of {number} is out of range")]
     Number { action: String, number: u32 },
     #[error("there is no seccomp comparison {0:?}")]
@@ -79,6 +81,9 @@ const ERRNO: u32 = 0x0005_0000;
 const TRACE: u32 = 0x7ff0_0000;
 const LOG: u32 = 0x7ffc_0000;
 const ALLOW: u32 = 0x7fff_0000;
+
+/// Asks a program of the node's at each call (OCI runtime specification, config-linux.md, Seccomp).
+const NOTIFY: &str = "SCMP_ACT_NOTIFY";
 
 const LONGEST_ERRNO: u32 = 4095;
 const EPERM: u32 = 1;
@@ -157,12 +162,12 @@ pub(crate) fn compile(profile: &LinuxSeccomp) -> Result<Filter, Error> {
             other => return Err(Error::Flag(other.into())),
         };
     }
-    let default = action(&profile.default_action, None)?;
+    let default = action(&profile.default_action, profile.default_errno_ret)?;
     let mut rules: BTreeMap<u32, Vec<Rule>> = BTreeMap::new();
     for syscall in &profile.syscalls {
         add_rules(&mut rules, syscall, default)?;
     }
-    let program = program(&rules, default);
+    let program = program(&rules, default, newest(profile, default));
     if program.len() > MOST_INSTRUCTIONS {
         return Err(Error::Length(program.len()));
     }
@@ -198,8 +203,23 @@ fn action(name: &str, number: Option<u32>) -> Result<u32, Error> {
         "SCMP_ACT_TRAP" => Ok(TRAP),
         "SCMP_ACT_LOG" => Ok(LOG),
         "SCMP_ACT_TRACE" => with(TRACE, u16::MAX.into()),
+        NOTIFY => Err(Error::Notify),
         other => Err(Error::Action(other.into())),
     }
+}
+
+/// The last system call that the profile's author knew, as far as the profile tells: the highest number
+/// in it. A program that is refused a newer one is to take it for a kernel's that has none, and do
+/// without, as runc has it. None if the default lets calls through.
+fn newest(profile: &LinuxSeccomp, default: u32) -> Option<u32> {
+    /// The part that says what is done (linux/seccomp.h: SECCOMP_RET_ACTION_FULL).
+    const ACTION: u32 = 0xffff_0000;
+    if [ALLOW, LOG, TRACE].contains(&(default & ACTION)) {
+        return None;
+    }
+    let names = profile.syscalls.iter().flat_map(|rule| &rule.names);
+    let newest = names.filter_map(|name| number(name)).max();
+    newest.filter(|number| *number != 0)
 }
 
 fn add_rules(
@@ -265,7 +285,11 @@ fn condition(arg: &LinuxSeccompArg) -> Result<Condition, Error> {
     })
 }
 
-fn program(rules: &BTreeMap<u32, Vec<Rule>>, default: u32) -> Vec<Instruction> {
+fn program(
+    rules: &BTreeMap<u32, Vec<Rule>>,
+    default: u32,
+    newest: Option<u32>,
+) -> Vec<Instruction> {
     let mut program = vec![
         step(LOAD, ARCH),
         branch(IF_EQUAL, ARCHITECTURE, 1, 0),
@@ -274,12 +298,16 @@ fn program(rules: &BTreeMap<u32, Vec<Rule>>, default: u32) -> Vec<Instruction> {
         branch(IF_NOT_LESS, OTHER_NUMBERS, 0, 1),
         step(RETURN, ERRNO | ENOSYS),
     ];
-    program.extend(tree(&ranges(rules, default)));
+    program.extend(tree(&ranges(rules, default, newest)));
     program
 }
 
 /// From which number on what is done, in order.
-fn ranges(rules: &BTreeMap<u32, Vec<Rule>>, default: u32) -> Vec<(u32, Vec<Instruction>)> {
+fn ranges(
+    rules: &BTreeMap<u32, Vec<Rule>>,
+    default: u32,
+    newest: Option<u32>,
+) -> Vec<(u32, Vec<Instruction>)> {
     let otherwise = vec![step(RETURN, default)];
     let mut ranges = vec![(0, otherwise.clone())];
     let mut start = |at: u32, code: Vec<Instruction>| match ranges.last_mut() {
@@ -289,6 +317,9 @@ fn ranges(rules: &BTreeMap<u32, Vec<Rule>>, default: u32) -> Vec<(u32, Vec<Instr
     for (number, rules) in rules {
         start(*number, decide(rules, default));
         start(number + 1, otherwise.clone());
+    }
+    if let Some(newest) = newest {
+        start(newest + 1, vec![step(RETURN, ERRNO | ENOSYS)]);
     }
     ranges.dedup_by(|next, before| next.1 == before.1);
     ranges

@@ -1,5 +1,5 @@
 //! Containers as the OCI runtime specification has them, but for what the protocol does not carry:
-//! time offsets, `defaultErrnoRet` and mapped mounts. They are read from the specification's JSON too, once its nulls
+//! time offsets and mapped mounts. They are read from the specification's JSON too, once its nulls
 //! are taken out.
 //!
 //! Fields numbered from 1000 on are podvmm's own. Kata's protocol has no such numbers, and its agent
@@ -432,6 +432,9 @@ pub struct LinuxSeccomp {
     pub flags: Vec<String>,
     #[prost(message, repeated, tag = "4")]
     pub syscalls: Vec<LinuxSyscall>,
+    /// Which error the default action returns, if it returns one.
+    #[prost(uint32, optional, tag = "1000")]
+    pub default_errno_ret: Option<u32>,
 }
 
 /// What becomes of these calls if all `args` match.
