@@ -68,9 +68,13 @@ fn pod(template: Option<&Template>) {
         .unwrap();
     assert_eq!(health.status, 1);
     sharing::network(&agent);
-    let details: GuestDetailsResponse = agent
-        .ask("GetGuestDetails", &GuestDetailsRequest::default())
-        .unwrap();
+    let blocks = GuestDetailsRequest {
+        mem_block_size: true,
+        mem_hotplug_probe: true,
+    };
+    let details: GuestDetailsResponse = agent.ask("GetGuestDetails", &blocks).unwrap();
+    // x86's memory is added by so much at a time.
+    assert_eq!(details.mem_block_size_bytes, 128 << 20);
     let details = details.agent_details.unwrap();
     assert!(details.init_daemon && details.supports_seccomp);
     vm.grow();

@@ -257,10 +257,11 @@ fn done(result: Result<(), Status>) -> Result<Empty, Status> {
     result.map(|()| Empty {})
 }
 
-fn details(_: GuestDetailsRequest) -> GuestDetailsResponse {
+fn details(request: GuestDetailsRequest) -> GuestDetailsResponse {
+    let block_size = request.mem_block_size.then(memory_block_size);
     GuestDetailsResponse {
-        // Memory comes and goes by virtio-mem, which needs nobody's help.
-        mem_block_size_bytes: 0,
+        // 0 says that the kernel takes no more memory.
+        mem_block_size_bytes: block_size.flatten().unwrap_or_default(),
         agent_details: Some(AgentDetails {
             version: env!("CARGO_PKG_VERSION").into(),
             init_daemon: std::process::id() == 1,
@@ -269,8 +270,15 @@ fn details(_: GuestDetailsRequest) -> GuestDetailsResponse {
             supports_seccomp: true,
             extra_features: Vec::new(),
         }),
+        // Memory comes and goes by virtio-mem, which needs nobody's help.
         support_mem_hotplug_probe: false,
     }
+}
+
+/// By how many bytes memory is added to the guest at a time (kernel: admin-guide/mm/memory-hotplug.rst).
+fn memory_block_size() -> Option<u64> {
+    let text = std::fs::read_to_string("/sys/devices/system/memory/block_size_bytes").ok()?;
+    u64::from_str_radix(text.trim(), 16).ok()
 }
 
 /// Brings online as many CPUs as are asked for, of those that are there.
