@@ -15,7 +15,6 @@ mod sharing;
 use std::fs;
 use std::path::Path;
 
-use agent::protocol::HEALTH_SERVICE;
 use agent::protocol::agent::{
     CgroupStats, CheckRequest, CreateContainerRequest, CreateSandboxRequest, DestroySandboxRequest,
     Device, Empty, GetOomEventRequest, GuestDetailsRequest, GuestDetailsResponse,
@@ -27,6 +26,7 @@ use agent::protocol::oci::{
     LinuxPids, LinuxResources, LinuxSeccomp, LinuxSyscall, LinuxThrottleDevice, Mount, PosixRlimit,
     User,
 };
+use agent::protocol::{HEALTH_SERVICE, PIDS_OF_ANOTHER};
 use agent::ttrpc::Code;
 use serde_json::json;
 use tempfile::TempDir;
@@ -77,6 +77,7 @@ fn pod(template: Option<&Template>) {
     assert_eq!(details.mem_block_size_bytes, 128 << 20);
     let details = details.agent_details.unwrap();
     assert!(details.init_daemon && details.supports_seccomp);
+    assert_eq!(details.extra_features, [PIDS_OF_ANOTHER]);
     vm.grow();
     let cpus = OnlineCpuMemRequest {
         wait: true,
@@ -114,6 +115,7 @@ fn pod(template: Option<&Template>) {
     step("files", || sharing::files(&agent));
     step("volumes", || sharing::volumes(&agent));
     step("shared pids", || sharing::shared_pids(&agent));
+    step("pids of another", || sharing::pids_of_another(&agent));
     step("metrics", || sharing::metrics(&agent));
 
     let _: Empty = agent

@@ -9,6 +9,9 @@ pub mod types;
 pub const PORT: u32 = 1024;
 /// Requests about the sandbox and its containers.
 pub const AGENT_SERVICE: &str = "grpc.AgentService";
+/// An extra feature of podvmm's agent: a container enters the pid namespace of another, whose id is the
+/// path of its `pid` namespace.
+pub const PIDS_OF_ANOTHER: &str = "podvmm.pids-of-another";
 /// Requests about the agent itself.
 pub const HEALTH_SERVICE: &str = "grpc.Health";
 

@@ -151,15 +151,22 @@ impl Sandbox {
         let mut spec = request.oci.ok_or_else(|| missing("OCI"))?;
         let linux = spec.linux.as_mut().ok_or_else(|| missing("linux"))?;
         devices::add(linux, &request.devices)?;
+        // The container whose processes it is to see, as an ephemeral one for debugging.
+        let mut namespaces = linux.namespaces.iter();
+        let target = namespaces.find(|it| it.r#type == "pid" && !it.path.is_empty());
+        let target = target.map(|namespace| namespace.path.clone());
         let mut storages = Vec::new();
         let made = request.storages.iter().try_for_each(|storage| {
             self.storages.add(storage)?;
             storages.push(storage.mount_point.clone());
             Ok(())
         });
-        let shared = self.pid_namespace().clone();
-        let shared = shared.filter(|_| request.sandbox_pidns);
         let made = made.and_then(|()| {
+            let shared = match target {
+                Some(id) => Some(Arc::clone(self.container(&id)?.pid_namespace())),
+                None if request.sandbox_pidns => self.pid_namespace().clone(),
+                None => None,
+            };
             Container::create(&id, spec, shared.as_deref(), &self.reaper).map_err(internal)
         });
         let container = made.inspect_err(|_| {

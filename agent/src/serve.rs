@@ -18,7 +18,7 @@ use agent::protocol::agent::{
     UpdateRoutesRequest, VersionCheckResponse, VolumeStatsRequest, WaitProcessRequest,
     WaitProcessResponse, WriteStreamRequest, WriteStreamResponse,
 };
-use agent::protocol::{AGENT_SERVICE, HEALTH_SERVICE, PORT};
+use agent::protocol::{AGENT_SERVICE, HEALTH_SERVICE, PIDS_OF_ANOTHER, PORT};
 use agent::ttrpc::{self, Call, Code, Service, Status};
 use vsock::{VMADDR_CID_ANY, VMADDR_CID_HOST, VsockListener};
 
@@ -268,7 +268,7 @@ fn details(request: GuestDetailsRequest) -> GuestDetailsResponse {
             device_handlers: devices::KINDS.map(String::from).to_vec(),
             storage_handlers: storage::DRIVERS.map(String::from).to_vec(),
             supports_seccomp: true,
-            extra_features: Vec::new(),
+            extra_features: vec![PIDS_OF_ANOTHER.into()],
         }),
         // Memory comes and goes by virtio-mem, which needs nobody's help.
         support_mem_hotplug_probe: false,

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use agent::protocol::agent as messages;
 use agent::protocol::agent::Empty;
 use agent::protocol::oci;
-use agent::protocol::{AGENT_SERVICE, HEALTH_SERVICE, PORT};
+use agent::protocol::{AGENT_SERVICE, HEALTH_SERVICE, PIDS_OF_ANOTHER, PORT};
 use agent::ttrpc::{CallError, Client};
 use prost::Message;
 
@@ -46,6 +46,15 @@ pub(crate) enum ReachError {
 pub(crate) enum Stream {
     Stdout,
     Stderr,
+}
+
+/// What not every agent can do.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Abilities {
+    /// Apply seccomp profiles.
+    pub(crate) seccomp: bool,
+    /// Have a container see the processes of another one.
+    pub(crate) pids_of_another: bool,
 }
 
 /// A connection to the agent.
@@ -155,13 +164,16 @@ impl Agent {
         self.tell("CreateSandbox", request)
     }
 
-    /// Whether the agent applies seccomp profiles.
-    pub(crate) fn knows_seccomp(&self) -> Result<bool, CallError> {
+    /// What the agent can do.
+    pub(crate) fn abilities(&self) -> Result<Abilities, CallError> {
         let request = messages::GuestDetailsRequest::default();
         let details: messages::GuestDetailsResponse = self.ask("GetGuestDetails", &request)?;
-        Ok(details
-            .agent_details
-            .is_some_and(|details| details.supports_seccomp))
+        let details = details.agent_details.unwrap_or_default();
+        let mut features = details.extra_features.iter();
+        Ok(Abilities {
+            seccomp: details.supports_seccomp,
+            pids_of_another: features.any(|feature| feature == PIDS_OF_ANOTHER),
+        })
     }
 
     /// Ends the guest, which has a moment to write its files.

@@ -9,7 +9,7 @@ use agent::protocol::agent::{CreateContainerRequest, CreateSandboxRequest, Stora
 use agent::protocol::oci::Spec;
 use agent::ttrpc::{CallError, Code};
 
-use crate::agent::{Agent, ReachError};
+use crate::agent::{Abilities, Agent, ReachError};
 use crate::cgroup::{self, Cgroup};
 use crate::config::Config;
 use crate::error::{Error, asked};
@@ -71,7 +71,7 @@ pub(crate) struct Guest {
     has_sandbox: bool,
     /// What the kubelet said of all of the pod, before its containers came.
     pub(crate) foretold: Limits,
-    seccomp: bool,
+    abilities: Abilities,
     /// Whether an interface may still come.
     waits_for_network: AtomicBool,
 }
@@ -111,11 +111,11 @@ impl Guest {
             agent
                 .create_sandbox(&request)
                 .map_err(asked("create the sandbox"))?;
-            let seccomp = agent.knows_seccomp().map_err(asked("tell its details"))?;
+            let abilities = agent.abilities().map_err(asked("tell its details"))?;
             birth.note("sandbox");
-            Ok(seccomp)
+            Ok(abilities)
         };
-        let seccomp = prepare().inspect_err(|_: &Error| vm.kill())?;
+        let abilities = prepare().inspect_err(|_: &Error| vm.kill())?;
         let size = size_of(&config, spec);
         let guest = Guest {
             waits_for_network: AtomicBool::new(vm.spare.is_some()),
@@ -127,7 +127,7 @@ impl Guest {
             cgroup: None,
             has_sandbox: spec::is_sandbox(spec),
             foretold: foretold(spec),
-            seccomp,
+            abilities,
         };
         let resized = guest.resize(size, false);
         resized.inspect_err(|_| guest.vm.kill())?;
@@ -145,11 +145,13 @@ impl Guest {
         self.vm.kill();
     }
 
-    /// Has the agent make a container of what is mounted for it.
+    /// Has the agent make a container of what is mounted for it, which sees the processes of the
+    /// container `target`, if there is one.
     pub(crate) fn make(
         &self,
         id: &str,
         mut spec: Spec,
+        target: Option<&str>,
         rootfs: &[task::Mount],
         bundle: &Path,
     ) -> Result<(), Error> {
@@ -163,8 +165,13 @@ impl Guest {
         }
         self.shared.root(id, rootfs, &bundle.join(root))?;
         let storages = self.shared.volumes(id, &mut spec)?;
-        let sandbox_pidns = spec::shares_pids(&spec);
-        spec::for_guest(&mut spec, id, self.seccomp);
+        let shares_pids = spec::pid_namespace(&spec).is_some();
+        spec::for_guest(&mut spec, id, self.abilities.seccomp);
+        let target = target.filter(|_| self.abilities.pids_of_another);
+        if let Some(target) = target {
+            spec::see_processes_of(&mut spec, target);
+        }
+        let sandbox_pidns = shares_pids && target.is_none();
         let request = CreateContainerRequest {
             container_id: id.into(),
             exec_id: id.into(),

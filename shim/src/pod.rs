@@ -6,7 +6,7 @@ use std::collections::HashMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, mpsc};
 use std::thread;
 use std::time::Duration;
 
@@ -117,6 +117,27 @@ impl Pod {
             .map_or_else(|_| std::process::id(), |guest| guest.vm.pid())
     }
 
+    /// The number that stands for a container. The first has the VMM's, by whose namespaces others look
+    /// at the pod. The others have that of a thread of the shim: `/proc` has an entry for it too, and a
+    /// later container that is to see their processes is told them by it.
+    pub(crate) fn pid_of(&self, container: &Container) -> u32 {
+        match container.thread.get() {
+            Some(thread) if container.id != self.id => *thread,
+            _ => self.pid(),
+        }
+    }
+
+    /// The container whose processes another is to see, by the path of a pid namespace.
+    fn target(&self, spec: &Spec) -> Option<String> {
+        let pid = spec::process_of(spec::pid_namespace(spec)?)?;
+        let containers = self.containers();
+        let mut others = containers.values().filter(|it| it.id != self.id);
+        // The number of one that has ended may be another thread's by now.
+        let runs = |it: &Container| it.first.state().exit().is_none();
+        let target = others.find(|it| it.thread.get() == Some(&pid) && runs(it))?;
+        Some(target.id.clone())
+    }
+
     /// Makes a container; with the first, the VM.
     pub(crate) fn create(self: &Arc<Self>, creation: Creation) -> Result<(), Error> {
         let Creation {
@@ -143,11 +164,13 @@ impl Pod {
         } else {
             self.guest()?
         };
+        let target = self.target(&spec);
         let process = spec.process.as_ref();
         let container = Arc::new(Container {
             id: id.clone(),
             bundle: bundle.clone(),
             first: Arc::new(Process::new(first_of(&id), paths, None)),
+            thread: OnceLock::new(),
             execs: Mutex::default(),
             limits: Mutex::new(limits),
             oom_score: process.map_or(0, |process| process.oom_score_adj),
@@ -156,7 +179,7 @@ impl Pod {
         self.containers().insert(id.clone(), Arc::clone(&container));
         let made = self
             .resize(true)
-            .and_then(|()| guest.make(&id, spec, &rootfs, &bundle));
+            .and_then(|()| guest.make(&id, spec, target.as_deref(), &rootfs, &bundle));
         if let Err(error) = made {
             self.containers().remove(&id);
             guest.unmake(&id);
@@ -205,7 +228,7 @@ impl Pod {
             } else {
                 exec.clone()
             },
-            pid: self.pid(),
+            pid: self.pid_of(container),
             exit_status: exit.status,
             exited_at: Some(timestamp(exit.at)),
         }));
@@ -225,10 +248,6 @@ impl Pod {
         container.first.starts.store(false, Ordering::Relaxed);
         started.map_err(asked("start the container"))?;
         container.first.enter(State::Running);
-        self.publish(Event::Start(TaskStart {
-            container_id: id.into(),
-            pid: self.pid(),
-        }));
         self.attend(&guest, &container, &container.first, stdio)?;
         let mut phases = self.phases();
         phases.note("start");
@@ -258,7 +277,8 @@ impl Pod {
         self.attend(&guest, &container, &process, stdio)
     }
 
-    /// Carries a running process's streams, and waits for its end.
+    /// Carries a running process's streams, and waits for its end. Of a container's first it tells the
+    /// start.
     fn attend(
         self: &Arc<Self>,
         guest: &Arc<Guest>,
@@ -276,7 +296,18 @@ impl Pod {
         *process.close.lock().expect("a panic ends the process") = Some(close);
         let (pod, guest) = (Arc::clone(self), Arc::clone(guest));
         let (container, process) = (Arc::clone(container), Arc::clone(process));
+        let (tell, told) = mpsc::channel::<()>();
         let wait = move || {
+            if process.target.exec.is_empty() {
+                let thread = rustix::thread::gettid().as_raw_nonzero().get();
+                // It is attended once, and its number is positive.
+                let _ = container.thread.set(thread.unsigned_abs());
+                pod.publish(Event::Start(TaskStart {
+                    container_id: container.id.clone(),
+                    pid: pod.pid_of(&container),
+                }));
+            }
+            drop(tell);
             outputs.drain();
             match guest.agent.wait(&process.target) {
                 Ok(status) => {
@@ -298,7 +329,10 @@ impl Pod {
         let thread = thread::Builder::new()
             .name("wait".into())
             .stack_size(64 << 10);
-        thread.spawn(wait).map(drop).map_err(Error::Thread)
+        thread.spawn(wait).map_err(Error::Thread)?;
+        // Nothing is sent: it has told the start once its end is closed.
+        let _ = told.recv();
+        Ok(())
     }
 
     /// Adds a process that is yet to be started.

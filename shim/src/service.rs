@@ -78,8 +78,9 @@ impl Tasks {
         } else {
             self.pod.exec(&request.id, &request.exec_id)?;
         }
+        let container = self.pod.container(&request.id)?;
         Ok(PidResponse {
-            pid: self.pod.pid(),
+            pid: self.pod.pid_of(&container),
         })
     }
 
@@ -102,7 +103,8 @@ impl Tasks {
     }
 
     fn delete(&self, request: ProcessRequest) -> Result<DeleteResponse, Status> {
-        let pid = self.pod.pid();
+        let container = self.pod.container(&request.id)?;
+        let pid = self.pod.pid_of(&container);
         let exit = if request.exec_id.is_empty() {
             self.pod.delete(&request.id)?
         } else {
@@ -136,7 +138,7 @@ impl Tasks {
             pid: if state == State::Created && !request.exec_id.is_empty() {
                 0
             } else {
-                self.pod.pid()
+                self.pod.pid_of(&container)
             },
             status: state.number(),
             stdin: paths.stdin,
@@ -173,10 +175,10 @@ impl Tasks {
     }
 
     fn pids(&self, request: &ProcessRequest) -> Result<PidsResponse, Status> {
-        self.pod.container(&request.id)?;
+        let container = self.pod.container(&request.id)?;
         // Those in the guest have no number here.
         let process = ProcessInfo {
-            pid: self.pod.pid(),
+            pid: self.pod.pid_of(&container),
             info: None,
         };
         Ok(PidsResponse {
@@ -244,10 +246,12 @@ impl Service for Tasks {
             "Update" => call.answer(|request| self.update(request)),
             "Stats" => call.answer(|request| self.stats(&request)),
             "Pids" => call.answer(|request| self.pids(&request)),
-            "Connect" => call.answer(|_: ProcessRequest| {
+            "Connect" => call.answer(|request: ProcessRequest| {
+                let container = self.pod.container(&request.id);
+                let pod = |_| self.pod.pid();
                 Ok(ConnectResponse {
                     shim_pid: std::process::id(),
-                    task_pid: self.pod.pid(),
+                    task_pid: container.map_or_else(pod, |it| self.pod.pid_of(&it)),
                     version: env!("CARGO_PKG_VERSION").into(),
                 })
             }),

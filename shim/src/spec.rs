@@ -140,11 +140,27 @@ fn check_device(device: &LinuxDevice) -> Result<(), Error> {
     })
 }
 
-/// Whether the container wants the pid namespace of its pod.
-pub(crate) fn shares_pids(spec: &Spec) -> bool {
-    let namespaces = spec.linux.iter().flat_map(|linux| &linux.namespaces);
-    let mut pid = namespaces.filter(|namespace| namespace.r#type == "pid");
-    pid.any(|namespace| !namespace.path.is_empty())
+/// The path of the pid namespace that the container is to enter: its pod's, or another container's.
+pub(crate) fn pid_namespace(spec: &Spec) -> Option<&str> {
+    let mut namespaces = spec.linux.iter().flat_map(|linux| &linux.namespaces);
+    let pid = namespaces.find(|namespace| namespace.r#type == "pid")?;
+    (!pid.path.is_empty()).then_some(&pid.path)
+}
+
+/// The process whose pid namespace is at such a path.
+pub(crate) fn process_of(path: &str) -> Option<u32> {
+    let pid = path.strip_prefix("/proc/")?.strip_suffix("/ns/pid")?;
+    pid.parse().ok()
+}
+
+/// Has the guest's container enter the pid namespace of another one.
+pub(crate) fn see_processes_of(spec: &mut Spec, container: &str) {
+    if let Some(linux) = &mut spec.linux {
+        linux.namespaces.push(LinuxNamespace {
+            r#type: "pid".into(),
+            path: container.into(),
+        });
+    }
 }
 
 /// The path of the network namespace that somebody made for the pod.
@@ -279,6 +295,27 @@ mod tests {
         assert_eq!(resources.hugepage_limits[0].pagesize, "2MB");
         assert_eq!(linux.uid_mappings[0].host_id, 2);
         assert_eq!(linux.seccomp.unwrap().syscalls[0].args[0].value_two, 3);
+    }
+
+    #[test]
+    fn a_pid_namespace_is_its_pods_or_anothers() {
+        let with_pids = |path: &str| {
+            let mut spec = with_network("");
+            let namespaces = &mut spec.linux.as_mut().unwrap().namespaces;
+            let mut pid = namespaces.iter_mut().filter(|it| it.r#type == "pid");
+            pid.next().unwrap().path = path.into();
+            spec
+        };
+        assert_eq!(pid_namespace(&with_pids("")), None);
+        let mut spec = with_pids("/proc/4711/ns/pid");
+        assert_eq!(pid_namespace(&spec).and_then(process_of), Some(4711));
+        for path in ["/proc/self/ns/pid", "/proc/1/ns/net", "/run/pids", ""] {
+            assert_eq!(process_of(path), None, "{path}");
+        }
+        for_guest(&mut spec, "c", true);
+        assert_eq!(pid_namespace(&spec), None);
+        see_processes_of(&mut spec, "target");
+        assert_eq!(pid_namespace(&spec), Some("target"));
     }
 
     #[test]

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock};
 use std::time::{Duration, SystemTime};
 
 use agent::protocol::oci;
@@ -157,6 +157,9 @@ pub(crate) struct Container {
     pub(crate) id: String,
     pub(crate) bundle: PathBuf,
     pub(crate) first: Arc<Process>,
+    /// The thread of this shim that waits for its first process's end, once that runs. By its number
+    /// containerd tells the containers of a pod from each other.
+    pub(crate) thread: OnceLock<u32>,
     /// The others, by containerd's name.
     pub(crate) execs: Mutex<HashMap<String, Arc<Process>>>,
     pub(crate) limits: Mutex<Limits>,

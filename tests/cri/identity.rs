@@ -94,6 +94,31 @@ pub(crate) fn seen(node: &Node, one: &str, two: &str) {
     assert_ne!(apart, also_apart, "one each");
 }
 
+/// As `kubectl debug --target` has it.
+pub(crate) fn processes_of_another(node: &Node, pod: &Pod) {
+    let run = |name: &str, words: &[&str]| node.run(pod, &node::container(name, words));
+    let other = run("other", &["sleep", "1003"]);
+    let target = run("target", &["sleep", "1004"]);
+    let mut config = node::waiting("debugger");
+    let security = node::security(&mut config);
+    let namespaces = security.namespace_options.as_mut().unwrap();
+    namespaces.pid = NamespaceMode::Target as i32;
+    namespaces.target_id.clone_from(&target);
+    let debugger = node.run(pod, &config);
+    step("another's processes are seen", || {
+        let all = node.sh(&debugger, "cat /proc/[0-9]*/cmdline");
+        let all = all.replace('\0', " ");
+        assert!(all.contains("sleep 1004"), "{all}");
+        for line in ["/pause", "sleep 1003"] {
+            assert!(!all.contains(line), "{line} is among {all}");
+        }
+    });
+    for container in [debugger, target, other] {
+        node.cri.stop(&container, 0).unwrap();
+        node.cri.remove(&container).unwrap();
+    }
+}
+
 /// As `shareProcessNamespace: true` has it.
 pub(crate) fn share_processes(config: &mut PodSandboxConfig) {
     let security = node::pod_security(config);

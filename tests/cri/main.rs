@@ -76,6 +76,7 @@ fn pods_beside_each_other() {
         network::between(node, &first, &second, &plain);
         identity::processes_shared(node, &first);
         lifecycle::refusals(node);
+        identity::processes_of_another(node, &second);
         security::cases(node, &second);
         lifecycle::removed_by_force(node, &second);
         node.remove_pod(&first);

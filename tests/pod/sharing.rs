@@ -201,6 +201,26 @@ pub(crate) fn shared_pids(agent: &Agent) {
     assert!(why.starts_with("start in the pid namespace: "), "{why}");
 }
 
+/// One container for debugging another sees its processes, and its own end is not theirs.
+pub(crate) fn pids_of_another(agent: &Agent) {
+    agent.create("other", spec("exec sleep 4320")).unwrap();
+    agent.start("other").unwrap();
+    agent.create("target", spec("exec sleep 4322")).unwrap();
+    agent.start("target").unwrap();
+    let mut debugger = spec("cat /proc/1/cmdline | tr '\\0' ' '; kill -0 1 && echo may");
+    let namespaces = &mut debugger.linux.as_mut().unwrap().namespaces;
+    let pid = namespaces.iter_mut().find(|it| it.r#type == "pid");
+    pid.unwrap().path = "target".into();
+    let (out, err, status) = agent.run("debugger", debugger.clone());
+    assert_eq!((out.as_str(), status), ("sleep 4322 may\n", 0), "{err}");
+    let (out, _) = agent.exec_shell("target", "cat /proc/1/cmdline | tr '\\0' ' '");
+    assert_eq!(out, "sleep 4322 ");
+    agent.remove("other");
+    agent.remove("target");
+    let (code, _) = refusal(agent.create("debugger", debugger));
+    assert_eq!(code, Code::NotFound);
+}
+
 pub(crate) fn files(agent: &Agent) {
     let copy = |path: &str, mode, data: &[u8]| CopyFileRequest {
         path: path.into(),
