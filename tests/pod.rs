@@ -81,10 +81,13 @@ fn pod(template: Option<&Template>) {
     vm.grow();
     let cpus = OnlineCpuMemRequest {
         wait: true,
-        nb_cpus: 1,
+        // In all, as Kata has it.
+        nb_cpus: 2,
         cpu_only: true,
     };
-    let _: Empty = agent.ask("OnlineCPUMem", &cpus).unwrap();
+    for _ in 0..2 {
+        let _: Empty = agent.ask("OnlineCPUMem", &cpus).unwrap();
+    }
     let _: Empty = agent.ask("CreateSandbox", &sandbox()).unwrap();
 
     step("first", || sharing::first(&agent));

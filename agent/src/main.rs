@@ -10,6 +10,7 @@ mod cmdline;
 mod command;
 mod container;
 mod copy;
+mod cpus;
 mod devices;
 mod dns;
 mod figures;

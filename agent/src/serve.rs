@@ -4,6 +4,7 @@
 use std::error::Error;
 use std::io;
 use std::os::fd::OwnedFd;
+use std::path::Path;
 use std::thread;
 use std::time::Duration;
 
@@ -23,7 +24,7 @@ use agent::ttrpc::{self, Call, Code, Service, Status};
 use vsock::{VMADDR_CID_ANY, VMADDR_CID_HOST, VsockListener};
 
 use crate::sandbox::{Sandbox, internal, missing};
-use crate::{copy, devices, figures, network, storage, sys};
+use crate::{copy, cpus, devices, figures, network, storage, sys};
 
 /// The version of the protocol, as the Kata agent gives it.
 const GRPC_VERSION: &str = "0.0.1";
@@ -221,7 +222,10 @@ impl Sandbox {
                 let routes = network::list_routes()?;
                 Ok(Routes { routes })
             }),
-            "OnlineCPUMem" => call.answer(online),
+            "OnlineCPUMem" => call.answer(|request: OnlineCpuMemRequest| {
+                cpus::online(Path::new(cpus::FOLDER), request.nb_cpus).map_err(internal)?;
+                Ok(Empty {})
+            }),
             "SetGuestDateTime" => call.answer(|request: SetGuestDateTimeRequest| {
                 sys::set_time(request.sec, request.usec).map_err(internal)?;
                 Ok(Empty {})
@@ -279,23 +283,4 @@ fn details(request: GuestDetailsRequest) -> GuestDetailsResponse {
 fn memory_block_size() -> Option<u64> {
     let text = std::fs::read_to_string("/sys/devices/system/memory/block_size_bytes").ok()?;
     u64::from_str_radix(text.trim(), 16).ok()
-}
-
-/// Brings online as many CPUs as are asked for, of those that are there.
-fn online(request: OnlineCpuMemRequest) -> Result<Empty, Status> {
-    let mut wanted = request.nb_cpus;
-    for index in 1.. {
-        let path = format!("/sys/devices/system/cpu/cpu{index}/online");
-        let Ok(state) = std::fs::read_to_string(&path) else {
-            break;
-        };
-        if wanted == 0 {
-            break;
-        }
-        if state.trim() == "0" {
-            std::fs::write(&path, "1").map_err(internal)?;
-            wanted -= 1;
-        }
-    }
-    Ok(Empty {})
 }

@@ -348,11 +348,11 @@ impl Agent {
         Ok(event.container_id)
     }
 
-    /// Brings `more` CPUs of the guest's online.
-    pub(crate) fn online_cpus(&self, more: u8) -> Result<(), CallError> {
+    /// Has the guest use all of its CPUs, which are `total` now.
+    pub(crate) fn online_cpus(&self, total: u8) -> Result<(), CallError> {
         let request = messages::OnlineCpuMemRequest {
             wait: true,
-            nb_cpus: more.into(),
+            nb_cpus: total.into(),
             cpu_only: true,
         };
         self.tell("OnlineCPUMem", &request)

@@ -237,12 +237,12 @@ impl Guest {
         }
         log::info!("resize the VM from {size:?} to {wanted:?}");
         self.vm.resize(wanted)?;
-        let more = wanted.vcpus - size.vcpus;
+        let has_more = wanted.vcpus > size.vcpus;
         *size = wanted;
         drop(size);
-        if more > 0 {
+        if has_more {
             self.agent
-                .online_cpus(more)
+                .online_cpus(wanted.vcpus)
                 .map_err(asked("use more CPUs"))?;
         }
         Ok(())
