@@ -161,6 +161,17 @@ fn boot_args() -> Result<BootArgs, Box<dyn Error>> {
 /// Makes the guest what programs expect, with the root file system that the command line names.
 fn enter_root() -> Result<(), Box<dyn Error>> {
     let BootArgs { root, pod } = boot_args()?;
+    // Kata's shim names a disk even where the agent is in an initramfs, and there is none.
+    let (root, missing) = match root {
+        Some(root) if pod && !rootfs::is_there(&root) => (None, Some(root)),
+        root => (root, None),
+    };
+    if let Some(missing) = missing {
+        say(&format!(
+            "{} is not there, so the root is an empty one",
+            missing.source
+        ));
+    }
     if let Some(root) = &root {
         rootfs::enter(root)?;
     } else if pod {

@@ -38,6 +38,11 @@ pub(crate) enum Error {
     Enter(#[from] mounts::Error),
 }
 
+/// Whether what it is on is there already, as far as that can be seen.
+pub(crate) fn is_there(root: &Root) -> bool {
+    !root.source.starts_with("/dev/") || Path::new(&root.source).exists()
+}
+
 /// Mounts the root file system and makes it the root.
 pub(crate) fn enter(root: &Root) -> Result<(), Error> {
     let target = if root.overlay { LOWER } else { NEW_ROOT };

@@ -280,7 +280,8 @@ fn definition() -> Value {
         "payload": {
             "kernel": guest::folder().join("vmlinux"),
             "initramfs": guest::folder().join("initramfs.cpio"),
-            "cmdline": "podvmm.pod",
+            // As Kata's shim has it: without the disk that it names.
+            "cmdline": "podvmm.pod root=/dev/vda1",
         },
         "cpus": {"boot_vcpus": 1, "max_vcpus": MAX_VCPUS},
         "memory": {"size": 512 << 20},
