@@ -51,7 +51,7 @@ fn pod(template: Option<&Template>) {
     let host = TempDir::new().unwrap();
     let applets = [
         "sh", "cat", "ls", "hostname", "id", "sleep", "grep", "stty", "dd", "tail", "touch",
-        "kill", "cut", "readlink", "wc", "mkdir", "chmod", "ping", "tr",
+        "kill", "cut", "readlink", "wc", "mkdir", "chmod", "ping", "tr", "mknod",
     ];
     fs::create_dir(host.path().join("one")).unwrap();
     let root = guest::root(&applets);
@@ -99,6 +99,7 @@ fn pod(template: Option<&Template>) {
     step("limits", || rights::limits(&agent));
     step("ambient capabilities", || rights::ambient(&agent));
     step("keyrings", || rights::keyrings(&agent));
+    step("devices", || rights::devices(&agent));
     step("own proc", || rights::own_proc(&agent));
     step("working directories", || {
         places::working_directories(&agent, host.path());

@@ -88,6 +88,7 @@ impl Container {
         let cgroup = Cgroup::new(&linux.cgroups_path, id)?;
         if let Some(resources) = &linux.resources {
             cgroup.limit(resources)?;
+            cgroup.restrict_devices(resources, &linux.devices)?;
         }
         let keyring = format!("_ses.{id}");
         let launch = Launch {

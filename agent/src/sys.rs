@@ -382,6 +382,78 @@ pub(crate) fn load_seccomp(filter: &[libc::sock_filter], flags: u32) -> io::Resu
     }
 }
 
+/// Has a program (bpf(2)) say which devices the processes of a cgroup may use. It goes with the cgroup.
+pub(crate) fn attach_device_filter(cgroup: &Path, program: &[u64]) -> io::Result<()> {
+    /// A `bpf_attr` as BPF_PROG_LOAD has it.
+    #[repr(C)]
+    struct Load {
+        kind: u32,
+        count: u32,
+        program: *const u64,
+        license: *const c_char,
+        log: [u64; 2],
+        version: u32,
+        flags: u32,
+    }
+    /// As BPF_PROG_ATTACH has it.
+    #[repr(C)]
+    struct Attach {
+        target: c_int,
+        program: c_int,
+        kind: u32,
+        flags: u32,
+    }
+    // From linux/bpf.h.
+    const BPF_PROG_LOAD: c_int = 5;
+    const BPF_PROG_ATTACH: c_int = 8;
+    const BPF_PROG_TYPE_CGROUP_DEVICE: u32 = 15;
+    const BPF_CGROUP_DEVICE: u32 = 6;
+    // A container may restrict the cgroups that it makes itself further.
+    const BPF_F_ALLOW_MULTI: u32 = 2;
+    let count = u32::try_from(program.len());
+    let load = Load {
+        kind: BPF_PROG_TYPE_CGROUP_DEVICE,
+        count: count.map_err(|_| io::Error::from_raw_os_error(libc::E2BIG))?,
+        program: program.as_ptr(),
+        license: c"Apache-2.0".as_ptr(),
+        log: [0; 2],
+        version: 0,
+        flags: 0,
+    };
+    // SAFETY: `load` describes `program` and outlives the call, as its strings do; the size is its own.
+    let loaded = unsafe {
+        libc::syscall(
+            libc::SYS_bpf,
+            BPF_PROG_LOAD,
+            &raw const load,
+            size_of::<Load>(),
+        )
+    };
+    let loaded = c_int::try_from(loaded).map_err(|_| io::ErrorKind::InvalidData)?;
+    // SAFETY: the kernel has just made this descriptor, or there is none.
+    let loaded = unsafe { OwnedFd::from_raw_fd(check(loaded)?) };
+    let cgroup = File::open(cgroup)?;
+    let attach = Attach {
+        target: cgroup.as_raw_fd(),
+        program: loaded.as_raw_fd(),
+        kind: BPF_CGROUP_DEVICE,
+        flags: BPF_F_ALLOW_MULTI,
+    };
+    // SAFETY: `attach` outlives the call, and the size is its own.
+    let attached = unsafe {
+        libc::syscall(
+            libc::SYS_bpf,
+            BPF_PROG_ATTACH,
+            &raw const attach,
+            size_of::<Attach>(),
+        )
+    };
+    match attached {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
 /// Asks a child to end. One that has ended and was not waited for keeps its number, so nobody else
 /// is meant.
 pub(crate) fn terminate(child: pid_t) {

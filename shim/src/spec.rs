@@ -126,11 +126,15 @@ pub(crate) fn check(spec: &Spec, is_pod: bool) -> Result<(), Error> {
     Ok(())
 }
 
+/// Whether a character device of these numbers is in the guest what it is on the host: memory and
+/// terminals, FUSE, tun (Linux, Documentation/admin-guide/devices.txt), or any device.
+fn is_in_guest(major: i64, minor: i64) -> bool {
+    matches!((major, minor), (-1 | 1 | 5 | 136, _) | (10, 229 | 200))
+}
+
 /// Lets through the devices that the guest has as well.
 fn check_device(device: &LinuxDevice) -> Result<(), Error> {
-    // Memory and terminals, FUSE, tun: Linux, Documentation/admin-guide/devices.txt.
-    let known = matches!((device.major, device.minor), (1 | 5, _) | (10, 229 | 200));
-    if device.r#type == "c" && known {
+    if device.r#type == "c" && is_in_guest(device.major, device.minor) {
         return Ok(());
     }
     Err(Error::Impossible {
@@ -216,7 +220,10 @@ pub(crate) fn process_for_guest(process: &mut Process) {
 
 /// What is said of the host's devices, processors and packets is not for the guest, by whatever name.
 pub(crate) fn resources_for_guest(resources: &mut LinuxResources) {
-    resources.devices.clear();
+    // What is allowed by the numbers of a device of the host's may be another device in the guest.
+    resources
+        .devices
+        .retain(|rule| !rule.allow || is_in_guest(rule.major, rule.minor));
     resources.network = None;
     resources.block_io = None;
     resources.hugepage_limits.clear();
@@ -321,7 +328,8 @@ mod tests {
     #[test]
     fn the_guest_is_told_only_what_is_its_own() {
         let mut spec = with_network(
-            r#","resources":{"devices":[{"allow":false}],"cpu":{"cpus":"0-3","shares":5},
+            r#","resources":{"devices":[{"allow":false},{"allow":true,"type":"c","major":1,"minor":3},
+            {"allow":true,"type":"b","major":254,"minor":0},{"allow":true,"type":"b","access":"m"}],"cpu":{"cpus":"0-3","shares":5},
             "unified":{"memory.oom.group":"1","cpuset.cpus":"0-3","io.max":"8:0 rbps=1"}}"#,
         );
         for_guest(&mut spec, "c", true);
@@ -333,7 +341,14 @@ mod tests {
             .collect();
         assert_eq!(kinds, ["ipc", "mount", "cgroup"]);
         let resources = linux.resources.unwrap();
-        assert!(resources.devices.is_empty());
+        let rules = resources
+            .devices
+            .iter()
+            .map(|rule| (rule.allow, rule.major));
+        assert_eq!(
+            rules.collect::<Vec<_>>(),
+            [(false, -1), (true, 1), (true, -1)]
+        );
         let cpu = resources.cpu.unwrap();
         assert_eq!((cpu.cpus.as_str(), cpu.shares), ("", 5));
         let unified: Vec<_> = resources.unified.keys().collect();

@@ -1,7 +1,9 @@
 //! What a container's processes may open, use and be: as runc has it on a node.
 
-use agent::protocol::agent::{WriteStreamRequest, WriteStreamResponse};
-use agent::protocol::oci::{PosixRlimit, Process, User};
+use agent::protocol::agent::{
+    CreateContainerRequest, Device, WriteStreamRequest, WriteStreamResponse,
+};
+use agent::protocol::oci::{LinuxDeviceCgroup, LinuxResources, PosixRlimit, Process, User};
 use tests::pod::{Agent, shell, spec, strings};
 
 fn by_user(uid: u32, mut process: Process) -> Process {
@@ -107,6 +109,64 @@ pub(crate) fn keyrings(agent: &Agent) {
     let (out, _, _) = agent.run("other-keys", spec("cat /proc/keys"));
     assert_ne!(keyring(&out, "other-keys"), first);
     agent.remove("keys");
+}
+
+/// A container makes nodes of any device, and uses those of memory and terminals and its own.
+pub(crate) fn devices(agent: &Agent) {
+    let rule = |allow, access: &str| LinuxDeviceCgroup {
+        allow,
+        major: -1,
+        minor: -1,
+        access: access.into(),
+        ..LinuxDeviceCgroup::default()
+    };
+    let container = |rules: &[LinuxDeviceCgroup]| {
+        // The disk's numbers are those of virtio's first one.
+        let script = "number=$(cat /sys/block/vda/dev)
+            mknod /dev/disk b ${number%:*} ${number#*:} && echo made
+            for device in disk null zero urandom; do
+                dd if=/dev/$device of=/dev/null bs=8 count=1 2>/dev/null && echo $device; done
+            true <>/dev/ptmx && echo ptmx";
+        let mut spec = spec(script);
+        let capabilities = &mut spec.process.as_mut().unwrap().capabilities;
+        let capabilities = capabilities.as_mut().unwrap();
+        for set in [
+            &mut capabilities.bounding,
+            &mut capabilities.effective,
+            &mut capabilities.permitted,
+        ] {
+            set.push("CAP_MKNOD".into());
+        }
+        spec.linux.as_mut().unwrap().resources = Some(LinuxResources {
+            devices: rules.to_vec(),
+            ..LinuxResources::default()
+        });
+        spec
+    };
+    let words = |out: &str| out.split_whitespace().collect::<Vec<_>>().join(" ");
+    let denied = [rule(false, "rwm")];
+    let (out, err, _) = agent.run("denied", container(&denied));
+    assert_eq!(words(&out), "made null zero urandom ptmx", "{err}");
+    let own = CreateContainerRequest {
+        devices: vec![Device {
+            r#type: "mmioblk".into(),
+            vm_path: "/dev/vda".into(),
+            container_path: "/dev/data".into(),
+            ..Device::default()
+        }],
+        ..CreateContainerRequest::default()
+    };
+    let all = "made disk null zero urandom ptmx";
+    agent.create_with("own", container(&denied), own).unwrap();
+    agent.start("own").unwrap();
+    let (err, out, _) = agent.outcome("own", "");
+    assert_eq!(words(&out), all, "{err}");
+    agent.remove("own");
+    let (out, err, _) = agent.run(
+        "allowed",
+        container(&[rule(false, "rwm"), rule(true, "rwm")]),
+    );
+    assert_eq!(words(&out), all, "{err}");
 }
 
 /// What the agent asks of a process's /proc is none of the container's making.

@@ -1,5 +1,6 @@
 //! A container's cgroup, of version 2 (kernel: Documentation/admin-guide/cgroup-v2.rst).
 
+mod devices;
 mod limits;
 mod stats;
 
@@ -48,6 +49,8 @@ pub(crate) enum Error {
     First(#[source] io::Error),
     #[error("the container's first process is in {}", .0.display())]
     Outside(PathBuf),
+    #[error("a rule for devices: {0}")]
+    Device(String),
     #[error("there are no huge pages of {0:?}")]
     PageSize(String),
     #[error("{0:?} is no limit of a cgroup of version 2")]

@@ -276,12 +276,20 @@ pub struct LinuxDeviceCgroup {
     pub allow: bool,
     #[prost(string, tag = "2")]
     pub r#type: String,
+    /// -1 is any.
     #[prost(int64, tag = "3")]
+    #[serde(default = "any_number")]
     pub major: i64,
     #[prost(int64, tag = "4")]
+    #[serde(default = "any_number")]
     pub minor: i64,
     #[prost(string, tag = "5")]
     pub access: String,
+}
+
+/// What a number that is not said stands for.
+fn any_number() -> i64 {
+    -1
 }
 
 /// Bytes; -1 is no limit, 0 is not said.
