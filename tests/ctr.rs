@@ -66,6 +66,25 @@ fn a_command_has_its_streams_and_its_status() {
     });
 }
 
+/// A user's streams by their names in /dev, and a working directory that the image has not.
+#[test]
+fn a_user_has_its_streams_and_its_folder() {
+    on_a_node(|node| {
+        let container = Container::new(node, "user");
+        let script =
+            "id -u; pwd; echo out >/dev/stdout; echo err >/dev/stderr; ls -ldn . | cut -c -10";
+        let mut command = container.run(
+            &node.containerd,
+            &["--rm", "--user", "1000", "--cwd", "/not/there"],
+            &["sh", "-c", script],
+        );
+        let ran: Ran = step("ctr run", || command.output().unwrap().into());
+        assert_eq!(ran.code, Some(0), "{ran:?}");
+        assert_eq!(ran.stdout, "1000\n/not/there\nout\ndrwxr-xr-x\n", "{ran:?}");
+        assert_eq!(ran.stderr, "err\n", "{ran:?}");
+    });
+}
+
 /// Starts a command, gives it all of its standard input, and waits for its end.
 fn with_input(command: &mut Command, input: &[u8]) -> Ran {
     let command = command.stdin(Stdio::piped()).stdout(Stdio::piped());
