@@ -4,12 +4,15 @@ use std::collections::HashMap;
 use std::ffi::CString;
 use std::fs;
 use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::{PermissionsExt, chown};
-use std::path::Path;
+use std::path::{Component, Path};
 use std::sync::{Mutex, MutexGuard};
 
 use agent::protocol::agent::Storage;
 use agent::ttrpc::{Code, Status};
+use rustix::fs::{Mode, OFlags, ResolveFlags};
+use rustix::io::Errno;
 use rustix::mount::{MountFlags, UnmountFlags};
 
 use crate::devices;
@@ -20,12 +23,21 @@ pub(crate) const DRIVERS: [&str; 5] = ["virtio-fs", "ephemeral", "local", "overl
 /// Of folders that belong to a group: what is made there does too.
 const GROUP_MODE: u32 = 0o2775;
 
-/// Mounted storage by place, and how many need it.
+/// Mounted storage by place.
 #[derive(Debug, Default)]
-pub(crate) struct Storages(Mutex<HashMap<String, usize>>);
+pub(crate) struct Storages(Mutex<HashMap<String, Held>>);
+
+/// Who needs what is mounted at a place.
+#[derive(Debug)]
+struct Held {
+    /// How many containers.
+    users: usize,
+    /// It lives as long as the pod: memory that one container leaves to the next.
+    stays: bool,
+}
 
 impl Storages {
-    fn places(&self) -> MutexGuard<'_, HashMap<String, usize>> {
+    fn places(&self) -> MutexGuard<'_, HashMap<String, Held>> {
         self.0.lock().expect("a panic ends the process")
     }
 
@@ -39,26 +51,37 @@ impl Storages {
             devices::wait_for(&storage.source)?;
         }
         let mut places = self.places();
-        if let Some(count) = places.get_mut(&storage.mount_point) {
-            *count += 1;
+        if let Some(held) = places.get_mut(&storage.mount_point) {
+            held.users += 1;
             return Ok(());
         }
-        prepare(storage).map_err(|error| failed("mount", storage, &error))?;
-        places.insert(storage.mount_point.clone(), 1);
+        let prepared = match (storage.fstype.as_str(), storage.driver.as_str()) {
+            ("bind", "ephemeral") => bind_part(storage, &places),
+            ("bind", _) => bind_whole(storage),
+            _ => prepare(storage),
+        };
+        prepared.map_err(|error| failed("mount", storage, &error))?;
+        let held = Held {
+            users: 1,
+            stays: ["ephemeral", "local"].contains(&storage.driver.as_str()),
+        };
+        places.insert(storage.mount_point.clone(), held);
         Ok(())
     }
 
-    /// Unmounts it once nobody needs it.
+    /// Unmounts it once no container needs it, unless it is the pod's.
     pub(crate) fn remove(&self, place: &str) {
         let mut places = self.places();
-        let Some(count) = places.get_mut(place) else {
+        let Some(held) = places.get_mut(place) else {
             return;
         };
-        *count -= 1;
-        if *count == 0 {
+        held.users = held.users.saturating_sub(1);
+        if held.users == 0 && !held.stays {
             places.remove(place);
             // A folder made for a driver that mounts nothing is left as it is.
-            let _ = rustix::mount::unmount(place, UnmountFlags::DETACH);
+            if rustix::mount::unmount(place, UnmountFlags::DETACH).is_ok() {
+                let _ = fs::remove_dir(place);
+            }
         }
     }
 
@@ -148,6 +171,65 @@ fn prepare(storage: &Storage) -> io::Result<()> {
         fs::set_permissions(place, fs::Permissions::from_mode(mode))?;
     }
     Ok(())
+}
+
+/// Mounts a folder of the host's for all containers at once. The kernel mounts it by itself where
+/// the shared files are looked at, but once for each mount namespace, and each is another file
+/// system to it: a socket or a lock in one is none in the other.
+fn bind_whole(storage: &Storage) -> io::Result<()> {
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let folder = rustix::fs::open(&*storage.source, flags, Mode::empty())?;
+    let place = Path::new(&storage.mount_point);
+    fs::create_dir_all(place)?;
+    rustix::mount::mount_bind(by_number(&folder), place)?;
+    // That of the kernel's own; a folder that the host has not mounted there has none.
+    let _ = rustix::mount::unmount(&*storage.source, UnmountFlags::DETACH);
+    Ok(())
+}
+
+/// Mounts a folder of other storage, which is made if it is not there. Containers can write to that
+/// storage: no symbolic link of theirs leads out of it.
+fn bind_part(storage: &Storage, places: &HashMap<String, Held>) -> io::Result<()> {
+    let source = Path::new(&storage.source);
+    let mut around = source.ancestors().skip(1);
+    let around = around.find(|path| path.to_str().is_some_and(|path| places.contains_key(path)));
+    let around = around.ok_or_else(|| io::Error::other("it is in no storage"))?;
+    let below = source.strip_prefix(around).map_err(io::Error::other)?;
+    let mode = options(&storage.options).mode.unwrap_or(0o755);
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let around = rustix::fs::open(around, flags, Mode::empty())?;
+    let open = |path: &Path| {
+        let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_MAGICLINKS;
+        rustix::fs::openat2(&around, path, flags, Mode::empty(), resolve)
+    };
+    let mut folder = open(Path::new("."))?;
+    let mut so_far = std::path::PathBuf::new();
+    for part in below.components() {
+        let Component::Normal(name) = part else {
+            return Err(io::ErrorKind::InvalidInput.into());
+        };
+        so_far.push(name);
+        folder = match open(&so_far) {
+            Err(Errno::NOENT) => {
+                rustix::fs::mkdirat(&folder, name, Mode::from_raw_mode(mode))?;
+                let made = open(&so_far)?;
+                // What the mask took away.
+                let permissions = fs::Permissions::from_mode(mode);
+                fs::set_permissions(by_number(&made), permissions)?;
+                made
+            }
+            found => found?,
+        };
+    }
+    let place = Path::new(&storage.mount_point);
+    fs::create_dir_all(place)?;
+    rustix::mount::mount_bind(by_number(&folder), place)?;
+    Ok(())
+}
+
+/// The path of an open file for calls that take none.
+fn by_number(file: &OwnedFd) -> String {
+    format!("/proc/self/fd/{}", file.as_raw_fd())
 }
 
 fn remount(storage: &Storage) -> io::Result<()> {
@@ -249,6 +331,74 @@ mod tests {
         ] {
             assert_eq!(huge_pages(bad), None, "{bad}");
         }
+    }
+
+    fn storage(driver: &str, source: &Path, fstype: &str, place: &Path) -> Storage {
+        Storage {
+            driver: driver.into(),
+            source: source.display().to_string(),
+            fstype: fstype.into(),
+            options: vec!["mode=777".into()],
+            mount_point: place.display().to_string(),
+            ..Storage::default()
+        }
+    }
+
+    #[test]
+    fn memory_is_there_for_the_next_container_and_its_folders_are_in_it() {
+        let folder = std::env::temp_dir().join(format!("podvmm-memory-{}", std::process::id()));
+        let [whole, part] = ["whole", "parts/0"].map(|name| folder.join(name));
+        let storages = Storages::default();
+        let memory = storage("ephemeral", Path::new("tmpfs"), "tmpfs", &whole);
+        let early = storages.add(&storage("ephemeral", &whole.join("a"), "bind", &part));
+        assert!(early.unwrap_err().message.ends_with("it is in no storage"));
+        storages.add(&memory).expect("this test needs root");
+        let inner = storage("ephemeral", &whole.join("a/b"), "bind", &part);
+        storages.add(&inner).unwrap();
+        fs::write(part.join("note"), "left behind").unwrap();
+        let mode = fs::metadata(whole.join("a/b"))
+            .unwrap()
+            .permissions()
+            .mode();
+        std::os::unix::fs::symlink("/etc", whole.join("out")).unwrap();
+        let out = storage(
+            "ephemeral",
+            &whole.join("out"),
+            "bind",
+            &folder.join("parts/1"),
+        );
+        let out = storages.add(&out);
+        for place in [&memory.mount_point, &inner.mount_point, &inner.mount_point] {
+            storages.remove(place);
+        }
+        storages.add(&memory).unwrap();
+        let note = fs::read_to_string(whole.join("a/b/note"));
+        for place in [&part, &whole] {
+            rustix::mount::unmount(place, UnmountFlags::DETACH).unwrap();
+        }
+        fs::remove_dir_all(&folder).unwrap();
+        assert_eq!(mode & 0o7777, 0o777);
+        assert_eq!(note.unwrap(), "left behind");
+        assert!(out.is_err(), "no link leads out of it");
+    }
+
+    #[test]
+    fn a_folder_of_the_hosts_is_mounted_until_the_last_container_ends() {
+        let folder = std::env::temp_dir().join(format!("podvmm-folder-{}", std::process::id()));
+        let [source, place] = ["source", "place"].map(|name| folder.join(name));
+        fs::create_dir_all(&source).unwrap();
+        fs::write(source.join("file"), "of the host").unwrap();
+        let storages = Storages::default();
+        let shared = storage("virtio-fs", &source, "bind", &place);
+        storages.add(&shared).expect("this test needs root");
+        storages.add(&shared).unwrap();
+        let seen = || place.join("file").exists();
+        storages.remove(&shared.mount_point);
+        let after_one = seen();
+        storages.remove(&shared.mount_point);
+        let after_both = place.exists();
+        fs::remove_dir_all(&folder).unwrap();
+        assert_eq!((after_one, after_both), (true, false));
     }
 
     #[test]
