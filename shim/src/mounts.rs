@@ -1,12 +1,16 @@
 //! What a pod sees of the host's files: the folder that is shared with its guest, in which each root
 //! file system and volume is mounted. Read-only is made so here, where the guest cannot undo it.
 
+mod mountinfo;
+mod volumes;
+
 use std::ffi::CString;
 use std::fs;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, MutexGuard};
 
 use agent::protocol::agent::Storage;
 use agent::protocol::oci::{Mount, Spec};
@@ -14,7 +18,12 @@ use rustix::fs::{Mode, OFlags};
 use rustix::mount::{MountFlags, MountPropagationFlags, UnmountFlags};
 
 use crate::protocol::task;
-use crate::spec::{GUEST_SANDBOX, GUEST_SHARED};
+use crate::spec::{self, GUEST_SANDBOX, GUEST_SHARED};
+use mountinfo::mounted_below;
+use volumes::{Key, Memory, Volumes};
+
+/// Where the volumes of all containers are mounted. No container has such a name.
+const VOLUMES: &str = ".volumes";
 
 /// What was to be mounted where.
 #[derive(Debug, thiserror::Error)]
@@ -32,6 +41,7 @@ pub(crate) struct Shared {
     path: PathBuf,
     /// The same folder below its mount, where it can be written.
     below: OwnedFd,
+    volumes: Mutex<Volumes>,
 }
 
 impl Shared {
@@ -47,7 +57,11 @@ impl Shared {
             Ok(below)
         };
         match make() {
-            Ok(below) => Ok(Self { path, below }),
+            Ok(below) => Ok(Self {
+                path,
+                below,
+                volumes: Mutex::default(),
+            }),
             Err(source) => Err(Error {
                 what: path.display().to_string(),
                 place: path,
@@ -67,11 +81,21 @@ impl Shared {
         (self.path.join(id), Path::new(&below).join(id))
     }
 
-    /// Unmounts what the container `id` has.
+    fn shared_volumes(&self) -> MutexGuard<'_, Volumes> {
+        self.volumes.lock().expect("a panic ends the process")
+    }
+
+    /// Unmounts what the container `id` has, and the volumes that no other container uses.
     pub(crate) fn clear(&self, id: &str) -> io::Result<()> {
         let (seen, below) = self.of(id);
-        unmount_below(&seen)?;
-        remove_places(&below)
+        let mut cleared = unmount_below(&seen).and_then(|()| remove_places(&below));
+        let (seen, below) = self.of(VOLUMES);
+        for name in self.shared_volumes().release(id) {
+            // Whatever became of the others.
+            let detached = detach(&seen.join(&name), &below.join(&name));
+            cleared = cleared.and(detached);
+        }
+        cleared
     }
 
     /// Mounts the root file system of the container `id`: what containerd says, or the folder
@@ -103,70 +127,155 @@ impl Shared {
     /// Returns the storage that the guest is to make itself.
     pub(crate) fn volumes(&self, id: &str, spec: &mut Spec) -> Result<Vec<Storage>, Error> {
         let mut storages = Vec::new();
-        for (index, mount) in spec.mounts.iter_mut().enumerate() {
-            match volume(mount) {
+        let pod = spec::pod_of(id, &spec.annotations).to_owned();
+        for mount in &mut spec.mounts {
+            match volume(mount, &pod) {
                 Volume::Guests => {}
                 Volume::Shm => {
                     mount.source = format!("{GUEST_SANDBOX}/shm");
                     readonly_in_guest(mount, true);
                 }
-                Volume::Memory(name) => {
-                    let storage = memory(name, Path::new(&mount.source));
-                    mount.source.clone_from(&storage.mount_point);
-                    storages.push(storage);
+                Volume::Memory(memory) => {
+                    let needed = self.memory(&memory, Path::new(&mount.source));
+                    if let Some(last) = needed.last() {
+                        mount.source.clone_from(&last.mount_point);
+                    }
+                    storages.extend(needed);
                     readonly_in_guest(mount, true);
                 }
+                Volume::HugePages => {
+                    return Err(Error {
+                        what: mount.source.clone(),
+                        place: PathBuf::from(&mount.destination),
+                        source: io::Error::other("a volume of huge pages is not possible in a VM"),
+                    });
+                }
                 Volume::Hosts => {
-                    let name = format!("{index}-{}", basename(&mount.destination));
-                    let is_plain = self.bind(mount, id, &name)?;
-                    mount.source = format!("{GUEST_SHARED}/{id}/{name}");
-                    readonly_in_guest(mount, is_plain);
+                    let bound = self.bind(mount, id).map_err(|source| Error {
+                        what: mount.source.clone(),
+                        place: self.path.join(VOLUMES),
+                        source,
+                    })?;
+                    mount.source = bound.source;
+                    storages.extend(bound.storage);
+                    readonly_in_guest(mount, bound.is_plain);
                 }
             }
         }
         Ok(storages)
     }
 
-    /// Whether nothing is mounted below it that might be written to though the volume is read-only.
-    fn bind(&self, mount: &Mount, id: &str, name: &str) -> Result<bool, Error> {
-        let (seen, below) = self.of(id);
-        let place = &seen.join(name);
-        let bind = || {
-            let source = Path::new(&mount.source);
-            if fs::metadata(source)?.is_dir() {
-                fs::create_dir_all(below.join(name))?;
-            } else {
-                fs::File::create(below.join(name))?;
-            }
-            let has = |wanted: &str| mount.options.iter().any(|option| option == wanted);
-            if has("bind") {
-                rustix::mount::mount_bind(source, place)?;
-            } else {
-                rustix::mount::mount_bind_recursive(source, place)?;
-            }
-            // What the host mounts there later is seen if that is wanted; never the other way.
-            let is_slave = has("rslave") || has("slave");
-            let propagation = if is_slave {
-                MountPropagationFlags::DOWNSTREAM
-            } else {
-                MountPropagationFlags::PRIVATE
-            };
-            rustix::mount::mount_change(place, propagation | MountPropagationFlags::REC)?;
-            if has("rro") {
-                make_readonly(place, Depth::All)?;
-                return Ok(true);
-            }
-            if has("ro") {
-                make_readonly(place, Depth::Top)?;
-            }
-            let mountinfo = fs::read("/proc/self/mountinfo")?;
-            Ok(!is_slave && mounted_below(&mountinfo, place).len() == 1)
+    /// What the guest is to make of a volume of memory, of which the container has what is in
+    /// `source` on the host. The last of it is the container's.
+    fn memory(&self, memory: &Memory, source: &Path) -> Vec<Storage> {
+        let name = memory.name();
+        let whole = memory_storage(&name, &memory.place);
+        if memory.below.as_os_str().is_empty() {
+            return vec![whole];
+        }
+        let number = self.shared_volumes().part(memory);
+        let part = Storage {
+            driver: "ephemeral".into(),
+            source: format!("{}/{}", whole.mount_point, memory.below.display()),
+            fstype: "bind".into(),
+            options: vec![format!("mode={:o}", mode(source))],
+            mount_point: format!("{GUEST_SANDBOX}/ephemeral-parts/{number}"),
+            ..Storage::default()
         };
-        bind().map_err(|source| Error {
-            what: mount.source.clone(),
-            place: place.into(),
-            source,
+        vec![whole, part]
+    }
+
+    /// Mounts a volume of the host's, unless it is mounted already.
+    fn bind(&self, mount: &Mount, id: &str) -> io::Result<Bound> {
+        let source = fs::canonicalize(&mount.source)?;
+        let is_folder = fs::metadata(&source)?.is_dir();
+        let key = Key::of(&source, &mount.options)?;
+        let depth = readonly(&mount.options);
+        let (seen, below) = self.of(VOLUMES);
+        let mut volumes = self.shared_volumes();
+        let (name, is_new) = volumes.acquire(&key, id, &basename(&mount.destination));
+        let (place, below_place) = (seen.join(&name), below.join(&name));
+        let attach = || {
+            fs::create_dir_all(&below)?;
+            match is_folder {
+                true => fs::create_dir(&below_place)?,
+                false => drop(fs::File::create_new(&below_place)?),
+            }
+            attach(&source, &place, &mount.options)?;
+            depth.map_or(Ok(()), |depth| change_readonly(&place, depth, true))
+        };
+        if is_new {
+            attach().inspect_err(|_| {
+                volumes.forget(&name);
+                // As far as it was mounted.
+                let _ = detach(&place, &below_place);
+            })?;
+        } else if depth.is_none() && key.may_be_written() {
+            // One that was read-only for all containers so far.
+            change_readonly(&place, Depth::Top, false)?;
+        }
+        let shared = format!("{GUEST_SHARED}/{VOLUMES}/{name}");
+        let storage = is_folder.then(|| Storage {
+            driver: "virtio-fs".into(),
+            source: shared.clone(),
+            fstype: "bind".into(),
+            options: vec!["bind".into()],
+            mount_point: format!("{GUEST_SANDBOX}/volumes/{name}"),
+            ..Storage::default()
+        });
+        let in_guest = storage.as_ref().map(|storage| storage.mount_point.clone());
+        Ok(Bound {
+            source: in_guest.unwrap_or(shared),
+            storage,
+            is_plain: key.is_plain(),
         })
+    }
+}
+
+/// How the guest has a volume of the host's.
+struct Bound {
+    /// Its path there.
+    source: String,
+    /// What the guest is to mount for it, if it is a folder.
+    storage: Option<Storage>,
+    /// Whether all of it is as read-only as its options say, and not what is mounted below it otherwise.
+    is_plain: bool,
+}
+
+/// Mounts a volume for all containers that share it.
+fn attach(source: &Path, place: &Path, options: &[String]) -> io::Result<()> {
+    let has = |wanted: &str| options.iter().any(|option| option == wanted);
+    if has("bind") {
+        rustix::mount::mount_bind(source, place)?;
+    } else {
+        rustix::mount::mount_bind_recursive(source, place)?;
+    }
+    // What the host mounts there later is seen if that is wanted; never the other way.
+    let propagation = if volumes::is_slave(options) {
+        MountPropagationFlags::DOWNSTREAM
+    } else {
+        MountPropagationFlags::PRIVATE
+    };
+    rustix::mount::mount_change(place, propagation | MountPropagationFlags::REC)?;
+    Ok(())
+}
+
+/// Unmounts a volume and removes its place, which is `below` the mount.
+fn detach(seen: &Path, below: &Path) -> io::Result<()> {
+    unmount_below(seen)?;
+    match fs::symlink_metadata(below)?.is_dir() {
+        true => fs::remove_dir(below),
+        false => fs::remove_file(below),
+    }
+}
+
+/// How much of a mount with these options is to be read-only.
+fn readonly(options: &[String]) -> Option<Depth> {
+    let has = |wanted: &str| options.iter().any(|option| option == wanted);
+    match (has("rro"), has("ro")) {
+        (true, _) => Some(Depth::All),
+        (false, true) => Some(Depth::Top),
+        (false, false) => None,
     }
 }
 
@@ -185,18 +294,21 @@ fn readonly_in_guest(mount: &mut Mount, is_plain: bool) {
 
 /// Whose a mount is.
 #[derive(Debug, PartialEq)]
-enum Volume<'a> {
+enum Volume {
     /// The guest's own, such as /proc.
     Guests,
     /// The memory that the pod's containers share.
     Shm,
-    /// A volume of memory, by its name.
-    Memory(&'a str),
+    /// A volume of memory, or a folder in it.
+    Memory(Memory),
+    /// One that a VM cannot have.
+    HugePages,
     /// A file or folder of the host's.
     Hosts,
 }
 
-fn volume(mount: &Mount) -> Volume<'_> {
+/// Whose `mount` is, of a container of `pod`.
+fn volume(mount: &Mount, pod: &str) -> Volume {
     let is_bind = mount.r#type == "bind"
         || mount
             .options
@@ -208,41 +320,38 @@ fn volume(mount: &Mount) -> Volume<'_> {
         .any(|root| source.starts_with(root));
     if !is_bind {
         Volume::Guests
-    } else if mount.destination == "/dev/shm" {
+    } else if mount.destination == "/dev/shm" && source.ends_with(Path::new(pod).join("shm")) {
+        // What containerd makes for each pod; any other is a volume of the pod's own.
         Volume::Shm
+    } else if is_of(source, HUGETLBFS) {
+        Volume::HugePages
     } else if of_kernel {
         Volume::Guests
-    } else if is_empty_dir(source) && is_tmpfs(source) {
-        Volume::Memory(
-            source
-                .file_name()
-                .and_then(|name| name.to_str())
-                .unwrap_or("memory"),
-        )
+    } else if let Some(memory) = is_of(source, TMPFS).then(|| Memory::find(source)).flatten() {
+        Volume::Memory(memory)
     } else {
         Volume::Hosts
     }
 }
 
-/// Whether the kubelet made it for an emptyDir.
-fn is_empty_dir(path: &Path) -> bool {
-    let parent = path.parent().and_then(Path::file_name);
-    parent.is_some_and(|name| name == "kubernetes.io~empty-dir")
+// linux/magic.h
+const TMPFS: i64 = 0x0102_1994;
+const HUGETLBFS: i64 = 0x9584_58f6;
+
+fn is_of(path: &Path, magic: i64) -> bool {
+    rustix::fs::statfs(path).is_ok_and(|stat| stat.f_type == magic)
 }
 
-fn is_tmpfs(path: &Path) -> bool {
-    // linux/magic.h: TMPFS_MAGIC.
-    rustix::fs::statfs(path).is_ok_and(|stat| stat.f_type == 0x0102_1994)
+fn mode(path: &Path) -> u32 {
+    use std::os::unix::fs::MetadataExt;
+    fs::metadata(path).map_or(0o777, |file| file.mode() & 0o7777)
 }
 
 /// Memory of the guest's for a volume that is memory of the host's.
-fn memory(name: &str, source: &Path) -> Storage {
+fn memory_storage(name: &str, source: &Path) -> Storage {
     let size = rustix::fs::statvfs(source).map_or(0, |stat| stat.f_blocks * stat.f_frsize);
-    let mode = fs::metadata(source).map_or(0o777, |file| {
-        std::os::unix::fs::MetadataExt::mode(&file) & 0o7777
-    });
     let group = fs::metadata(source).map_or(0, |file| std::os::unix::fs::MetadataExt::gid(&file));
-    let mut options = vec![format!("mode={mode:o}")];
+    let mut options = vec![format!("mode={:o}", mode(source))];
     // Without a limit it is as large as the host's memory, which the guest has not.
     if size > 0 && size < rustix::system::sysinfo().totalram / 2 {
         options.push(format!("size={size}"));
@@ -311,10 +420,19 @@ enum Depth {
 
 /// Makes a mount read-only.
 fn make_readonly(place: &Path, depth: Depth) -> io::Result<()> {
+    change_readonly(place, depth, true)
+}
+
+/// Makes a mount read-only, or writable again (mount_setattr(2)).
+fn change_readonly(place: &Path, depth: Depth, is_readonly: bool) -> io::Result<()> {
     let path = CString::new(place.as_os_str().as_bytes())?;
+    let (set, clear) = match is_readonly {
+        true => (libc::MOUNT_ATTR_RDONLY, 0),
+        false => (0, libc::MOUNT_ATTR_RDONLY),
+    };
     let attributes = libc::mount_attr {
-        attr_set: libc::MOUNT_ATTR_RDONLY,
-        attr_clr: 0,
+        attr_set: set,
+        attr_clr: clear,
         propagation: 0,
         userns_fd: 0,
     };
@@ -384,30 +502,6 @@ fn remove_places(folder: &Path) -> io::Result<()> {
     fs::remove_dir(folder)
 }
 
-/// The mount points at and below `folder` in the text of /proc/PID/mountinfo (proc_pid_mountinfo(5)),
-/// in the order they were mounted.
-fn mounted_below(text: &[u8], folder: &Path) -> Vec<PathBuf> {
-    let lines = text.split(|byte| *byte == b'\n');
-    let places = lines.filter_map(|line| line.split(|byte| *byte == b' ').nth(4));
-    let places = places.map(|field| PathBuf::from(std::ffi::OsStr::from_bytes(&unescape(field))));
-    places.filter(|place| place.starts_with(folder)).collect()
-}
-
-/// Undoes the octal escapes of space, tab, newline and backslash.
-fn unescape(field: &[u8]) -> Vec<u8> {
-    let mut bytes = Vec::with_capacity(field.len());
-    let mut rest = field;
-    while let Some((&byte, tail)) = rest.split_first() {
-        let digits = tail.first_chunk::<3>().filter(|_| byte == b'\\');
-        let code = digits
-            .and_then(|digits| std::str::from_utf8(digits).ok())
-            .and_then(|digits| u8::from_str_radix(digits, 8).ok());
-        rest = if code.is_some() { &tail[3..] } else { tail };
-        bytes.push(code.unwrap_or(byte));
-    }
-    bytes
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -425,26 +519,16 @@ mod tests {
     fn each_mount_is_somebodys() {
         let of = |source, destination| {
             let mount = mount("bind", source, destination);
-            format!("{:?}", volume(&mount))
+            format!("{:?}", volume(&mount, "pod"))
         };
-        assert_eq!(of("/run/x/shm", "/dev/shm"), "Shm");
+        assert_eq!(of("/run/x/pod/shm", "/dev/shm"), "Shm");
+        assert_eq!(of("/var/claim", "/dev/shm"), "Hosts");
         assert_eq!(of("/dev/null", "/x"), "Guests");
         assert_eq!(of("/etc/hosts", "/etc/hosts"), "Hosts");
         assert_eq!(of("/tmp/kubernetes.io~empty-dir/a", "/a"), "Hosts");
         let mut proc = mount("proc", "proc", "/proc");
         proc.options.clear();
-        assert_eq!(volume(&proc), Volume::Guests);
-    }
-
-    #[test]
-    fn mount_points_are_found_by_whole_names_below_the_folder() {
-        let text = b"1 2 0:1 / /run/a rw - tmpfs x rw\n\
-            2 1 0:1 / /run/ab rw - tmpfs x rw\n\
-            3 1 0:1 / /run/a/b\\040c rw - tmpfs x rw\nbroken\n";
-        assert_eq!(
-            mounted_below(text, Path::new("/run/a")),
-            [Path::new("/run/a"), Path::new("/run/a/b c")]
-        );
+        assert_eq!(volume(&proc, "pod"), Volume::Guests);
     }
 
     #[test]
@@ -482,10 +566,10 @@ mod tests {
             ..Spec::default()
         };
         let shared = Shared::make(folder.path().join("shared")).unwrap();
-        fs::create_dir(Path::new(&shared.of("c").1)).unwrap();
-        assert!(shared.volumes("c", &mut spec).unwrap().is_empty());
-        assert_eq!(spec.mounts[0].source, format!("{GUEST_SHARED}/c/0-x"));
-        let [top, below] = ["c/0-x/file", "c/0-x/inner/file"].map(|place| {
+        let storages = shared.volumes("c", &mut spec).unwrap();
+        assert_eq!(storages[0].source, format!("{GUEST_SHARED}/.volumes/0-x"));
+        assert_eq!(spec.mounts[0].source, storages[0].mount_point);
+        let [top, below] = [".volumes/0-x/file", ".volumes/0-x/inner/file"].map(|place| {
             match fs::write(folder.path().join("shared").join(place), "x") {
                 Ok(()) => true,
                 Err(error) => {
@@ -506,6 +590,48 @@ mod tests {
         assert_eq!(written("ro"), (false, true, words(&["rbind"])));
         assert_eq!(written("rro"), (false, false, words(&["rbind", "ro"])));
         assert_eq!(written("rw"), (true, true, words(&["rbind", "rw"])));
+    }
+
+    /// What containers `a` and `b` have of one folder, and whether the host lets it be written to.
+    #[test]
+    fn containers_share_one_mount_of_a_volume_and_it_goes_with_the_last() {
+        let folder = tempfile::tempdir().unwrap();
+        let source = folder.path().join("data");
+        fs::create_dir(&source).unwrap();
+        fs::write(source.join("single"), "x").unwrap();
+        let seen = folder.path().join("shared");
+        let shared = Shared::make(seen.clone()).expect("this test needs root");
+        let add = |id: &str, source: &Path, words: &[&str]| {
+            let mut mount = mount("bind", source.to_str().unwrap(), "/data");
+            mount.options = words.iter().map(|&word| word.into()).collect();
+            let mut spec = Spec {
+                mounts: vec![mount.clone(), mount],
+                ..Spec::default()
+            };
+            let storages = shared.volumes(id, &mut spec).unwrap();
+            assert_eq!(spec.mounts[0].source, spec.mounts[1].source);
+            (spec.mounts.remove(0), storages.len())
+        };
+        let place = seen.join(".volumes/0-data");
+        let (first, storages) = add("a", &source, &["rbind", "ro"]);
+        assert_eq!(
+            (storages, first.options),
+            (2, vec!["rbind".into(), "ro".into()])
+        );
+        let refused = fs::write(place.join("file"), "x").unwrap_err();
+        assert_eq!(refused.kind(), io::ErrorKind::ReadOnlyFilesystem);
+        let (second, _) = add("b", &source, &["rbind", "rw"]);
+        assert_eq!(second.source, first.source);
+        fs::write(place.join("file"), "x").unwrap();
+        let (file, storages) = add("b", &source.join("single"), &["rbind", "rw"]);
+        assert_eq!(file.source, format!("{GUEST_SHARED}/.volumes/1-data"));
+        assert_eq!(storages, 0, "a file needs no mount of the guest's");
+        shared.clear("a").unwrap();
+        assert!(place.join("file").exists());
+        shared.clear("b").unwrap();
+        assert_eq!(fs::read_dir(seen.join(".volumes")).unwrap().count(), 0);
+        clear(&seen).unwrap();
+        assert!(!seen.exists() && source.join("file").exists());
     }
 
     #[test]

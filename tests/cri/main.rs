@@ -56,6 +56,7 @@ fn a_pod_of_two_containers() {
         identity::seen(node, &one, &two);
         network::shared(node, &pod, &one, &two);
         volumes::seen(node, &pod, &two);
+        volumes::shared(node, &pod);
         resources::cases(node, &pod);
         lifecycle::stopping(node, &pod);
         node.remove_pod(&pod);

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use std::process::Command;
 
 use tests::cri::config::ContainerConfig;
-use tests::node::{Node, Pod, mount, step};
+use tests::node::{Node, Pod, container, mount, step, waiting};
 
 /// The empty volume in memory, a tmpfs as the kubelet mounts it.
 fn in_memory(node: &Node, pod: &Pod) -> PathBuf {
@@ -25,16 +25,9 @@ pub(crate) fn add(node: &Node, pod: &Pod, config: &mut ContainerConfig) {
     fs::write(data.join("sub/file"), "of the host\n").unwrap();
     fs::write(data.join("single"), "one file\n").unwrap();
     symlink("data", node.folder().join("link")).unwrap();
-    let memory = in_memory(node, pod);
-    let mounted = Command::new("mount")
-        .args(["-t", "tmpfs", "-o", "size=8m", "tmpfs"])
-        .arg(&memory)
-        .status();
-    assert!(mounted.unwrap().success(), "root can mount");
+    let memory = memory(node, pod, "memory", "8m");
     let disk = on_disk(node, pod);
-    for folder in [&memory, &disk] {
-        fs::set_permissions(folder, fs::Permissions::from_mode(0o777)).unwrap();
-    }
+    fs::set_permissions(&disk, fs::Permissions::from_mode(0o777)).unwrap();
     config.mounts.extend([
         mount(&data, "/data"),
         mount(&data.join("single"), "/etc/single"),
@@ -74,7 +67,8 @@ pub(crate) fn seen(node: &Node, pod: &Pod, container: &str) {
         container,
         [
             "cat /data/later",
-            "cat /read-only/single; { echo x > /read-only/x; } 2>&1 || echo refused",
+            // A file mounted by itself is another to a guest than in its folder, for a second.
+            "sleep 1.5; cat /read-only/single; { echo x > /read-only/x; } 2>&1 || echo refused",
             "awk '$2 == \"/memory\" { print $3 }' /proc/mounts",
             "for to in /memory /disk; do echo of $to > $to/note; \
                  dd if=/dev/zero of=$to/zeros bs=64k count=64 2>/dev/null || exit; done; \
@@ -98,7 +92,7 @@ pub(crate) fn seen(node: &Node, pod: &Pod, container: &str) {
 /// Both empty volumes are the pod's.
 fn also_seen(node: &Node, pod: &Pod) {
     step("another container sees both", || {
-        let mut config = tests::node::waiting("also");
+        let mut config = waiting("also");
         config.mounts.push(mount(&in_memory(node, pod), "/m"));
         config.mounts.push(mount(&on_disk(node, pod), "/d"));
         let also = node.run(pod, &config);
@@ -109,8 +103,127 @@ fn also_seen(node: &Node, pod: &Pod) {
     });
 }
 
+/// Volumes that are one for all containers of a pod: memory that an ended one leaves behind, a part of
+/// it, and pipes, sockets and files on the host's.
+pub(crate) fn shared(node: &Node, pod: &Pod) {
+    let left = memory(node, pod, "left", "8m");
+    let part = node.folder().join("volume-subpaths/left/0");
+    fs::create_dir_all(left.join("part")).unwrap();
+    fs::create_dir_all(&part).unwrap();
+    // As the kubelet has a subPath.
+    command(
+        "mount",
+        &[
+            "--bind",
+            left.join("part").to_str().unwrap(),
+            part.to_str().unwrap(),
+        ],
+    );
+    let mut first = container(
+        "first",
+        &[
+            "sh",
+            "-c",
+            "echo whole > /left/note; echo part > /part/note",
+        ],
+    );
+    first
+        .mounts
+        .extend([mount(&left, "/left"), mount(&part, "/part")]);
+    let first = node.run(pod, &first);
+    assert_eq!(node.ended(&first).exit_code, 0);
+    node.cri.remove(&first).unwrap();
+
+    let between = node.folder().join("between");
+    fs::create_dir(&between).unwrap();
+    let shm = memory(node, pod, "shm", "96m");
+    let [one, two] = ["one-of-both", "two-of-both"].map(|name| {
+        let mut config = waiting(name);
+        config.mounts.extend([
+            mount(&left, "/left"),
+            mount(&part, "/part"),
+            mount(&between, "/v"),
+            mount(&between, "/w"),
+            mount(&shm, "/dev/shm"),
+        ]);
+        if name.starts_with("two") {
+            config.mounts[2].readonly = true;
+        }
+        node.run(pod, &config)
+    });
+    let [notes, shm_kib] = node.sh_each(
+        &one,
+        [
+            "cat /left/note /left/part/note; echo x > /dev/shm/of-one",
+            "df -k /dev/shm | awk 'END { print $2 }'",
+        ],
+    );
+    assert_eq!(notes, "whole\npart");
+    assert_eq!(shm_kib, "98304");
+    step("a pipe and a socket between containers", || {
+        node.sh(
+            &one,
+            "mkfifo /v/pipe; { echo through > /v/pipe; } >/dev/null 2>&1 & ln -sf /v/socket /dev/log; \
+             syslogd -O /tmp/messages; while ! test -S /v/socket; do sleep 0.1; done",
+        );
+        let [note, through, refused] = node.sh_each(
+            &two,
+            [
+                "cat /part/note /dev/shm/of-one",
+                "timeout 20 cat /v/pipe; ln -sf /v/socket /dev/log; logger -t test said",
+                "{ echo x > /v/refused; } 2>&1 || echo refused",
+            ],
+        );
+        assert_eq!(note, "part\nx");
+        assert_eq!(through, "through");
+        assert!(refused.ends_with("refused"), "{refused}");
+        let [said, twice] = node.sh_each(
+            &one,
+            [
+                "i=0; until grep -c 'test: said' /tmp/messages; do i=$((i + 1)); test $i -lt 50 || exit; sleep 0.2; done",
+                "{ echo twice > /w/pipe; } >/dev/null 2>&1 & timeout 20 cat /v/pipe",
+            ],
+        );
+        assert_eq!((said.as_str(), twice.as_str()), ("1", "twice"));
+    });
+    for id in [one, two] {
+        node.cri.stop(&id, 30).unwrap();
+        node.cri.remove(&id).unwrap();
+    }
+    command("umount", &[part.to_str().unwrap()]);
+}
+
+/// A volume of memory as the kubelet makes it.
+fn memory(node: &Node, pod: &Pod, name: &str, size: &str) -> PathBuf {
+    let uid = &pod.config.metadata.as_ref().unwrap().uid;
+    let folder = node.volume(uid, "empty-dir", name);
+    let size = format!("size={size}");
+    command(
+        "mount",
+        &[
+            "-t",
+            "tmpfs",
+            "-o",
+            &size,
+            "tmpfs",
+            folder.to_str().unwrap(),
+        ],
+    );
+    fs::set_permissions(&folder, fs::Permissions::from_mode(0o777)).unwrap();
+    folder
+}
+
+fn command(program: &str, words: &[&str]) {
+    let status = Command::new(program).args(words).status();
+    assert!(status.unwrap().success(), "{program} {words:?}");
+}
+
 /// As the kubelet does once the pod is gone.
 pub(crate) fn remove(node: &Node, pod: &Pod) {
-    let unmounted = Command::new("umount").arg(in_memory(node, pod)).status();
-    assert!(unmounted.unwrap().success(), "nothing uses it any more");
+    let uid = &pod.config.metadata.as_ref().unwrap().uid;
+    for name in ["memory", "left", "shm"] {
+        let folder = node.volume(uid, "empty-dir", name);
+        // It fails while something uses it.
+        command("umount", &[folder.to_str().unwrap()]);
+    }
 }
