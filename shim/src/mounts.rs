@@ -2,6 +2,7 @@
 //! file system and volume is mounted. Read-only is made so here, where the guest cannot undo it.
 
 mod mountinfo;
+mod overlay;
 mod volumes;
 
 use std::ffi::CString;
@@ -11,11 +12,13 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard};
+use std::thread;
 
 use agent::protocol::agent::Storage;
 use agent::protocol::oci::{Mount, Spec};
 use rustix::fs::{Mode, OFlags};
 use rustix::mount::{MountFlags, MountPropagationFlags, UnmountFlags};
+use rustix::thread::UnshareFlags;
 
 use crate::protocol::task;
 use crate::spec::{self, GUEST_SANDBOX, GUEST_SHARED};
@@ -397,16 +400,27 @@ fn mount_as_told(mount: &task::Mount, place: &Path) -> io::Result<()> {
     match bind.or_else(|| (mount.r#type == "bind").then_some(true)) {
         Some(true) => rustix::mount::mount_bind_recursive(&mount.source, place)?,
         Some(false) => rustix::mount::mount_bind(&mount.source, place)?,
-        None => {
-            let data = CString::new(data.join(","))?;
-            rustix::mount::mount(&mount.source, place, &mount.r#type, flags, Some(&*data))?;
-            return Ok(());
-        }
+        None => return overlay::mount(&mount.source, place, &mount.r#type, flags, &data),
     }
     if flags.contains(MountFlags::RDONLY) {
         make_readonly(place, Depth::All)?;
     }
     Ok(())
+}
+
+/// Does something in a folder, on a thread whose folder that is alone.
+fn from_folder(folder: &Path, act: impl FnOnce() -> io::Result<()> + Send) -> io::Result<()> {
+    thread::scope(|scope| {
+        let act = || {
+            // SAFETY: it changes nothing but that this thread's folder is its own from now on.
+            unsafe { rustix::thread::unshare_unsafe(UnshareFlags::FS) }?;
+            rustix::process::chdir(folder)?;
+            act()
+        };
+        let thread = thread::Builder::new().name("mount".into());
+        let thread = thread.spawn_scoped(scope, act)?;
+        thread.join().expect("a panic ends the process")
+    })
 }
 
 /// How much of a mount is changed.
