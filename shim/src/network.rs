@@ -16,7 +16,7 @@ use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 use rustix::thread::{LinkNameSpaceType, UnshareFlags};
 
-use netlink::Netlink;
+use netlink::{FoundRoute, Netlink};
 
 /// What the VM's end of an interface is called, and its number.
 const TAP: &str = "podvmm";
@@ -36,6 +36,9 @@ pub(crate) enum Error {
     Tap { name: String, source: io::Error },
     #[error("the pod has {0} interfaces, and a VM that waited has one")]
     Count(usize),
+    /// What the guest's agent cannot be told, or cannot make.
+    #[error("the pod's network has {0}, which its VM cannot have")]
+    Impossible(String),
 }
 
 /// An interface of the pod's and the VM's end of it.
@@ -61,6 +64,16 @@ struct Found {
     mac: Vec<u8>,
     mtu: u32,
     no_arp: bool,
+    is_up: bool,
+}
+
+impl Found {
+    /// Whether frames may come to it. Modules of tunnels make interfaces in each namespace that lead
+    /// nowhere (`gretap0`, `erspan0`): nobody turns them on, or gives them an address.
+    fn is_in_use(&self, addresses: &[(u32, IpAddr, u8)]) -> bool {
+        let has_address = addresses.iter().any(|(index, ..)| *index == self.index);
+        self.mac.iter().any(|byte| *byte != 0) && (self.is_up || has_address)
+    }
 }
 
 /// Moves this thread, and what it starts, into a network namespace: that one, or a new one.
@@ -110,6 +123,7 @@ pub(crate) fn count(path: &Path) -> Result<usize, Error> {
 pub(crate) fn connect() -> Result<(Vec<Link>, Settings), Error> {
     let mut netlink = open()?;
     let found = interfaces(&mut netlink)?;
+    let settings = settings(&mut netlink, &found)?;
     let mut links = Vec::new();
     for (number, link) in found.iter().enumerate() {
         let name = format!("{TAP}{number}");
@@ -123,7 +137,6 @@ pub(crate) fn connect() -> Result<(Vec<Link>, Settings), Error> {
             tap,
         });
     }
-    let settings = settings(&mut netlink, &found)?;
     Ok((links, settings))
 }
 
@@ -156,10 +169,11 @@ pub(crate) fn connect_waiting(vms: &Path, pods: &Path) -> Result<Settings, Error
     within(pods, || {
         let mut netlink = open()?;
         let found = interfaces(&mut netlink)?;
+        let settings = settings(&mut netlink, &found)?;
         for link in &found {
             join(&mut netlink, link, &name)?;
         }
-        settings(&mut netlink, &found)
+        Ok(settings)
     })
 }
 
@@ -171,8 +185,8 @@ pub(crate) fn connect_late(mac: &str) -> Result<Option<Settings>, Error> {
     let Some(link) = found.first() else {
         return Ok(None);
     };
-    join(&mut netlink, link, &format!("{TAP}0"))?;
     let mut settings = settings(&mut netlink, &found)?;
+    join(&mut netlink, link, &format!("{TAP}0"))?;
     for interface in &mut settings.interfaces {
         interface.hw_addr = mac.into();
     }
@@ -182,7 +196,8 @@ pub(crate) fn connect_late(mac: &str) -> Result<Option<Settings>, Error> {
 /// Undoes [`connect`] in a namespace that stays. Taps go with their VM.
 pub(crate) fn disconnect() -> Result<(), Error> {
     let mut netlink = open()?;
-    for link in interfaces(&mut netlink)? {
+    // Also those that are out of use by now.
+    for link in links(&mut netlink)? {
         netlink
             .remove_ingress(link.index)
             .map_err(failed(&link.name))?;
@@ -190,11 +205,23 @@ pub(crate) fn disconnect() -> Result<(), Error> {
     Ok(())
 }
 
-/// The interfaces of this thread's network namespace that are not a VM's end of one.
+/// The pod's interfaces in this thread's network namespace.
 fn interfaces(netlink: &mut Netlink) -> Result<Vec<Found>, Error> {
+    let addresses = addresses(netlink)?;
+    let mut found = links(netlink)?;
+    found.retain(|link| link.is_in_use(&addresses));
+    Ok(found)
+}
+
+/// The interfaces of this thread's network namespace that are not a VM's end of one.
+fn links(netlink: &mut Netlink) -> Result<Vec<Found>, Error> {
     let mut found = netlink.links().map_err(failed("list the interfaces"))?;
     found.retain(|link| !link.name.starts_with(TAP));
     Ok(found)
+}
+
+fn addresses(netlink: &mut Netlink) -> Result<Vec<(u32, IpAddr, u8)>, Error> {
+    netlink.addresses().map_err(failed("list the addresses"))
 }
 
 fn open() -> Result<Netlink, Error> {
@@ -220,7 +247,7 @@ fn join(netlink: &mut Netlink, link: &Found, name: &str) -> Result<(), Error> {
 }
 
 fn settings(netlink: &mut Netlink, found: &[Found]) -> Result<Settings, Error> {
-    let addresses = netlink.addresses().map_err(failed("list the addresses"))?;
+    let addresses = addresses(netlink)?;
     let interface = |link: &Found| Interface {
         device: link.name.clone(),
         name: link.name.clone(),
@@ -242,17 +269,16 @@ fn settings(netlink: &mut Netlink, found: &[Found]) -> Result<Settings, Error> {
         let link = found.iter().find(|link| link.index == index);
         link.map(|link| link.name.clone())
     };
+    let rules = netlink.rules().map_err(failed("list the rules"))?;
+    if let Some(rule) = rules.into_iter().next() {
+        return Err(Error::Impossible(rule));
+    }
     let routes = netlink.routes().map_err(failed("list the routes"))?;
+    let routes = passed_on(routes, name)?;
     let neighbors = netlink.neighbors().map_err(failed("list the neighbours"))?;
     Ok(Settings {
         interfaces: found.iter().map(interface).collect(),
-        routes: routes
-            .into_iter()
-            .filter_map(|(index, mut route)| {
-                route.device = name(index)?;
-                Some(route)
-            })
-            .collect(),
+        routes,
         neighbors: neighbors
             .into_iter()
             .filter_map(|neighbor| {
@@ -266,6 +292,44 @@ fn settings(netlink: &mut Netlink, found: &[Found]) -> Result<Settings, Error> {
             })
             .collect(),
     })
+}
+
+/// The routes as the guest's agent is told of them. It knows no metrics, which matter where routes
+/// lead to the same destination.
+fn passed_on(
+    found: Vec<FoundRoute>,
+    name: impl Fn(u32) -> Option<String>,
+) -> Result<Vec<Route>, Error> {
+    let mut routes: Vec<Route> = Vec::new();
+    for FoundRoute {
+        index,
+        mut route,
+        strange,
+    } in found
+    {
+        let what = match route.dest.as_str() {
+            "" => "a default route".into(),
+            dest => format!("a route to {dest}"),
+        };
+        if let Some(strange) = strange {
+            return Err(Error::Impossible(format!("{what} {strange}")));
+        }
+        match index.and_then(&name) {
+            Some(name) => route.device = name,
+            None => {
+                let strange = "by an interface that is not the pod's";
+                return Err(Error::Impossible(format!("{what} {strange}")));
+            }
+        }
+        let is_other = |other: &Route| (other.family, &other.dest) == (route.family, &route.dest);
+        if let Some(other) = routes.iter().find(|other| is_other(other)) {
+            let devices = format!("by {} and by {}", other.device, route.device);
+            let several = "more than one, to choose from by metric";
+            return Err(Error::Impossible(format!("{what} {devices}: {several}")));
+        }
+        routes.push(route);
+    }
+    Ok(routes)
 }
 
 fn ip(address: IpAddr, mask: &str) -> IpAddress {
@@ -306,6 +370,7 @@ mod tests {
         let thread = std::thread::spawn(|| {
             enter(None).expect("this test needs root");
             run("ip link add eth0 mtu 1400 address 02:00:00:00:00:07 type bridge");
+            run("ip link set eth0 up");
             test();
         });
         thread.join().unwrap();
@@ -315,7 +380,6 @@ mod tests {
     fn a_pods_interface_is_told_and_taken_over_and_given_back() {
         in_a_pods_namespace(|| {
             for line in [
-                "ip link set eth0 up",
                 "ip address add 10.9.8.7/24 dev eth0",
                 "ip -6 address add fd00::7/64 dev eth0 nodad",
                 "ip route add default via 10.9.8.1 dev eth0",
@@ -373,6 +437,8 @@ mod tests {
             });
             let vms = told.recv().unwrap();
             run("ip link add eth1 type bridge");
+            assert_eq!(count(&pods).unwrap(), 1, "it is not in use");
+            run("ip link set eth1 up");
             assert_eq!(count(&pods).unwrap(), 2);
             let refused = connect_waiting(&vms, &pods).unwrap_err();
             assert!(refused.to_string().contains("2 interfaces"), "{refused}");
@@ -401,5 +467,90 @@ mod tests {
             assert_eq!(settings.interfaces[0].hw_addr, spare.mac);
             assert_eq!(settings.interfaces[0].addresses[0].address, "10.9.8.7");
         });
+    }
+    /// As modules of tunnels make in each namespace, where these have none.
+    #[test]
+    fn interfaces_that_lead_nowhere_are_not_the_pods() {
+        in_a_pods_namespace(|| {
+            run("ip address add 10.9.8.7/24 dev eth0");
+            run("ip link add gretap0 type bridge");
+            run("ip link add erspan0 type bridge");
+            assert_eq!(count(&own()).unwrap(), 1);
+            let (links, settings) = connect().unwrap();
+            assert_eq!((links.len(), settings.interfaces.len()), (1, 1));
+            disconnect().unwrap();
+        });
+    }
+
+    /// What is said of a pod's network with this, made by ip(8).
+    fn refused(line: &'static str) -> String {
+        let (tell, told) = std::sync::mpsc::channel();
+        in_a_pods_namespace(move || {
+            for line in [
+                "ip address add 10.9.8.7/24 dev eth0",
+                "ip -6 address add fd00::7/64 dev eth0 nodad",
+                "ip route add default via 10.9.8.1 metric 100",
+                "ip -6 route add default via fd00::1",
+                "ip route add 10.7.0.0/16 dev eth0 scope link src 10.9.8.7 mtu 1300",
+            ] {
+                run(line);
+            }
+            let settings = connect().unwrap().1;
+            assert_eq!(settings.routes.len(), 3, "{:?}", settings.routes);
+            let linked = settings.routes.iter().find(|route| route.mtu == 1300);
+            let linked = linked.unwrap();
+            assert_eq!((linked.scope, &*linked.source), (253, "10.9.8.7"));
+            disconnect().unwrap();
+            run(line);
+            tell.send(connect().unwrap_err().to_string()).unwrap();
+            assert!(!run("ip link").contains("podvmm0"));
+            assert!(!run("tc qdisc show dev eth0").contains("ingress"));
+        });
+        told.recv().unwrap()
+    }
+
+    #[test]
+    fn routes_that_the_guest_cannot_have_are_refused_by_name() {
+        for (line, said) in [
+            (
+                "ip route add default via 10.9.8.2 metric 200",
+                "a default route by eth0 and by eth0: more than one, to choose from by metric",
+            ),
+            (
+                "ip route add 10.1.0.0/16 nexthop via 10.9.8.2 nexthop via 10.9.8.3",
+                "a route to 10.1.0.0/16 by several gateways",
+            ),
+            (
+                "ip route add blackhole 10.2.0.0/16",
+                "a route to 10.2.0.0/16 of type blackhole",
+            ),
+            (
+                "ip route add 10.3.0.0/16 via 10.9.8.2 table 100",
+                "a route to 10.3.0.0/16 in table 100",
+            ),
+            (
+                "ip -6 route add fd01::/64 via fd00::2 table 1000",
+                "a route to fd01::/64 in table 1000",
+            ),
+            (
+                "ip route add 10.4.0.0/16 via 10.9.8.2 tos 0x10",
+                "a route to 10.4.0.0/16 for a type of service",
+            ),
+            (
+                "ip route add 10.5.0.0/16 via inet6 fd00::2",
+                "a route to 10.5.0.0/16 by a gateway of another family",
+            ),
+            (
+                "ip rule add from 10.9.8.7 table 100",
+                "the routing rule 32765",
+            ),
+            (
+                "ip -6 rule add from fd00::7 table 100 pref 50",
+                "the routing rule 50",
+            ),
+        ] {
+            let expected = format!("the pod's network has {said}, which its VM cannot have");
+            assert_eq!(refused(line), expected, "{line}");
+        }
     }
 }

@@ -18,6 +18,7 @@ use netlink_packet_route::neighbour::{
 use netlink_packet_route::route::{
     RouteAddress, RouteAttribute, RouteHeader, RouteMessage, RouteMetric, RouteProtocol, RouteType,
 };
+use netlink_packet_route::rule::{RuleAction, RuleAttribute, RuleMessage};
 use netlink_packet_route::tc::{
     TcAction, TcActionAttribute, TcActionGeneric, TcActionMirrorOption, TcActionOption,
     TcActionType, TcAttribute, TcFilterU32Option, TcHandle, TcMessage, TcMirror,
@@ -51,6 +52,16 @@ pub(super) struct Neighbor {
     pub(super) lladdr: Vec<u8>,
     /// By the kernel's number.
     pub(super) state: u16,
+}
+
+/// A route that somebody set.
+#[derive(Debug)]
+pub(super) struct FoundRoute {
+    /// Of the link.
+    pub(super) index: Option<u32>,
+    pub(super) route: Route,
+    /// What it has that a [`Route`] cannot have.
+    pub(super) strange: Option<String>,
 }
 
 /// A socket to ask by.
@@ -137,8 +148,8 @@ impl Netlink {
         Ok(addresses.collect())
     }
 
-    /// Index of the link, and the route. Those the kernel makes by itself it makes in the guest too.
-    pub(super) fn routes(&mut self) -> io::Result<Vec<(u32, Route)>> {
+    /// Those of all tables. Those the kernel makes by itself it makes in the guest too.
+    pub(super) fn routes(&mut self) -> io::Result<Vec<FoundRoute>> {
         let request = RouteNetlinkMessage::GetRoute(RouteMessage::default());
         let answers = self.ask(request, NLM_F_DUMP)?;
         let routes = answers.into_iter().filter_map(|answer| match answer {
@@ -146,6 +157,21 @@ impl Netlink {
             _ => None,
         });
         Ok(routes.collect())
+    }
+
+    /// The rules by which tables of routes are chosen, by name, without those that each kernel has.
+    pub(super) fn rules(&mut self) -> io::Result<Vec<String>> {
+        let mut rules = Vec::new();
+        for family in [AddressFamily::Inet, AddressFamily::Inet6] {
+            let mut request = RuleMessage::default();
+            request.header.family = family;
+            let answers = self.ask(RouteNetlinkMessage::GetRule(request), NLM_F_DUMP)?;
+            rules.extend(answers.into_iter().filter_map(|answer| match answer {
+                RouteNetlinkMessage::NewRule(message) => rule(&message),
+                _ => None,
+            }));
+        }
+        Ok(rules)
     }
 
     /// Those that somebody set.
@@ -225,6 +251,7 @@ fn found(link: &LinkMessage) -> Option<Found> {
         mac: mac?,
         mtu,
         no_arp: link.header.flags.contains(LinkFlags::Noarp),
+        is_up: link.header.flags.contains(LinkFlags::Up),
     })
 }
 
@@ -247,12 +274,9 @@ fn address(message: &AddressMessage) -> Option<(u32, IpAddr, u8)> {
     Some((message.header.index, found?, message.header.prefix_len))
 }
 
-fn route(message: &RouteMessage) -> Option<(u32, Route)> {
+fn route(message: &RouteMessage) -> Option<FoundRoute> {
     let header = &message.header;
-    let is_ours = header.table == RouteHeader::RT_TABLE_MAIN
-        && header.kind == RouteType::Unicast
-        && header.protocol != RouteProtocol::Kernel;
-    if !is_ours {
+    if header.protocol == RouteProtocol::Kernel || header.protocol == RouteProtocol::IcmpRedirect {
         return None;
     }
     let mut route = Route {
@@ -263,8 +287,17 @@ fn route(message: &RouteMessage) -> Option<(u32, Route)> {
         ..Route::default()
     };
     let mut index = None;
+    let mut table = u32::from(header.table);
+    let mut strange = match header.kind {
+        RouteType::Unicast => None,
+        kind => Some(format!("of type {}", format!("{kind:?}").to_lowercase())),
+    };
+    if header.tos != 0 {
+        strange = Some("for a type of service".into());
+    }
     for attribute in &message.attributes {
         match attribute {
+            RouteAttribute::Table(value) => table = *value,
             RouteAttribute::Oif(value) => index = Some(*value),
             RouteAttribute::Destination(value) => {
                 let prefix = header.destination_prefix_length;
@@ -272,6 +305,10 @@ fn route(message: &RouteMessage) -> Option<(u32, Route)> {
             }
             RouteAttribute::Gateway(value) => route.gateway = ip(value)?.to_string(),
             RouteAttribute::PrefSource(value) => route.source = ip(value)?.to_string(),
+            RouteAttribute::Source(_) => strange = Some("for some sources alone".into()),
+            RouteAttribute::MultiPath(_) => strange = Some("by several gateways".into()),
+            RouteAttribute::Via(_) => strange = Some("by a gateway of another family".into()),
+            RouteAttribute::EncapType(_) => strange = Some("by a tunnel of its own".into()),
             RouteAttribute::Metrics(metrics) => {
                 let mtu = metrics.iter().find_map(|metric| match metric {
                     RouteMetric::Mtu(mtu) => Some(*mtu),
@@ -282,7 +319,32 @@ fn route(message: &RouteMessage) -> Option<(u32, Route)> {
             _ => {}
         }
     }
-    Some((index?, route))
+    if table != u32::from(RouteHeader::RT_TABLE_MAIN) {
+        strange = Some(format!("in table {table}"));
+    }
+    Some(FoundRoute {
+        index,
+        route,
+        strange,
+    })
+}
+
+/// The name of a rule, unless the kernel made it: to the tables local, main and default, in this order.
+fn rule(message: &RuleMessage) -> Option<String> {
+    let header = &message.header;
+    let (mut priority, mut table, mut is_plain) = (0, u32::from(header.table), true);
+    for attribute in &message.attributes {
+        match attribute {
+            RuleAttribute::Priority(value) => priority = *value,
+            RuleAttribute::Table(value) => table = *value,
+            RuleAttribute::Protocol(_) | RuleAttribute::SuppressPrefixLen(u32::MAX) => {}
+            _ => is_plain = false,
+        }
+    }
+    let is_kernels = matches!((priority, table), (0, 255) | (32766, 254) | (32767, 253))
+        && (header.action, header.tos) == (RuleAction::ToTable, 0)
+        && is_plain;
+    (!is_kernels).then(|| format!("the routing rule {priority}"))
 }
 
 fn ip(address: &RouteAddress) -> Option<IpAddr> {
