@@ -6,6 +6,7 @@ mod agent;
 mod arguments;
 mod cgroup;
 mod config;
+mod cpus;
 mod error;
 mod figures;
 mod guest;
@@ -101,6 +102,8 @@ fn main() -> ExitCode {
 }
 
 fn run(arguments: &Arguments) -> Result<(), Box<dyn Error>> {
+    // containerd may be held to some of the host's CPUs; pods are not.
+    cpus::unpin();
     let path = arguments.config_path();
     let config = || Config::read(&path);
     match arguments.action {

@@ -3,6 +3,7 @@
 use agent::protocol::oci::{LinuxResources, Spec};
 
 use crate::config::Config;
+use crate::cpus;
 
 const MIB: u64 = 1 << 20;
 /// Memory is plugged in blocks of this size, so VMs have whole ones.
@@ -18,10 +19,9 @@ pub(crate) struct Size {
 impl Size {
     /// What the host has.
     pub(crate) fn of_host() -> Self {
-        let cpus = std::thread::available_parallelism().map_or(1, usize::from);
         let system = rustix::system::sysinfo();
         Self {
-            vcpus: u8::try_from(cpus).unwrap_or(u8::MAX),
+            vcpus: u8::try_from(cpus::online()).unwrap_or(u8::MAX),
             memory_mib: system.totalram * u64::from(system.mem_unit) / MIB,
         }
     }

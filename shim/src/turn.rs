@@ -11,13 +11,13 @@
 
 use std::fs::File;
 use std::io;
-use std::num::NonZero;
 use std::path::Path;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use rustix::fs::{FlockOperation, flock};
 
+use crate::cpus;
 use crate::place::make_private;
 
 /// The module of a KVM that emulates.
@@ -42,8 +42,7 @@ impl Turn {
         if !Path::new(EMULATING).exists() {
             return Self(None);
         }
-        let processors = thread::available_parallelism().map_or(1, NonZero::get);
-        let count = (processors / PROCESSORS).max(1);
+        let count = (cpus::online() / PROCESSORS).max(1);
         let since = Instant::now();
         let turn = within(Path::new(FOLDER), count, PATIENCE);
         let waited = since.elapsed();
