@@ -69,8 +69,9 @@ pub(crate) struct Guest {
     size: Mutex<Size>,
     /// Whether the first container is a sandbox, which uses next to nothing whatever it may.
     has_sandbox: bool,
-    /// What the kubelet said of all of the pod, before its containers came.
-    pub(crate) foretold: Limits,
+    /// What the kubelet said of all of the pod, before its containers came, less what was taken from
+    /// them since.
+    announced: Mutex<Limits>,
     abilities: Abilities,
     /// Whether an interface may still come.
     waits_for_network: AtomicBool,
@@ -126,7 +127,7 @@ impl Guest {
             shared,
             cgroup: None,
             has_sandbox: spec::is_sandbox(spec),
-            foretold: foretold(spec),
+            announced: Mutex::new(announced(spec)),
             abilities,
         };
         let resized = guest.resize(size, false);
@@ -143,6 +144,14 @@ impl Guest {
             log::debug!("end the guest: {error}");
         }
         self.vm.kill();
+    }
+
+    pub(crate) fn announced(&self) -> Limits {
+        *self.announced.lock().expect("a panic ends the process")
+    }
+
+    pub(crate) fn announce(&self, limits: Limits) {
+        *self.announced.lock().expect("a panic ends the process") = limits;
     }
 
     /// Has the agent make a container of what is mounted for it, which sees the processes of the
@@ -466,7 +475,8 @@ pub(crate) fn template_of(config: &Config, spec: &Spec) -> Result<Option<Templat
 }
 
 fn size_of(config: &Config, spec: &Spec) -> Size {
-    size::size(config, [foretold(spec)].into_iter())
+    let announced = announced(spec);
+    size::size(config, announced, [announced].into_iter())
 }
 
 /// Or it could not be taken away.
@@ -477,7 +487,7 @@ pub(crate) fn leave(cgroup: &Cgroup) {
 }
 
 /// What the pod will need: the kubelet says it with the sandbox; one container alone has it itself.
-fn foretold(spec: &Spec) -> Limits {
+fn announced(spec: &Spec) -> Limits {
     if spec::is_sandbox(spec) {
         return Limits::of_pod(spec);
     }

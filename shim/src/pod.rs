@@ -557,6 +557,8 @@ impl Pod {
             *limits = before.updated(&resources);
             (before, *limits)
         };
+        let announced = guest.announced();
+        guest.announce(announced.less(before, after));
         if id == self.id
             && !guest.is_sandbox(id, &self.id)
             && let Some(cgroup) = &guest.cgroup
@@ -574,6 +576,7 @@ impl Pod {
         update().inspect_err(|_| {
             if before != after {
                 *container.limits.lock().expect("a panic ends the process") = before;
+                guest.announce(announced);
                 let _ = self.resize(true);
             }
         })
@@ -592,9 +595,10 @@ impl Pod {
         };
         let mut limits: Vec<_> = workloads.map(limits).collect();
         if limits.is_empty() {
-            limits.push(guest.foretold);
+            limits.push(guest.announced());
         }
-        guest.resize(size::size(&guest.config, limits.into_iter()), may_shrink)
+        let size = size::size(&guest.config, guest.announced(), limits.into_iter());
+        guest.resize(size, may_shrink)
     }
 
     /// The host ends a VM as it would end the most dispensable of its containers.

@@ -64,6 +64,22 @@ impl Limits {
         }
     }
 
+    /// With what an update of one container from `before` to `after` takes away. An update that gives
+    /// more is in that container's own limits.
+    pub(crate) fn less(self, before: Self, after: Self) -> Self {
+        let less = |own: Option<u64>, before: Option<u64>, after: Option<u64>| match (before, after)
+        {
+            (Some(before), Some(after)) => {
+                own.map(|own| own - own.min(before.saturating_sub(after)))
+            }
+            _ => own,
+        };
+        Self {
+            memory_mib: less(self.memory_mib, before.memory_mib, after.memory_mib),
+            milli_cpus: less(self.milli_cpus, before.milli_cpus, after.milli_cpus),
+        }
+    }
+
     /// Of all containers of a pod that is about to be made, as the kubelet says in annotations of
     /// its sandbox.
     pub(crate) fn of_pod(spec: &Spec) -> Self {
@@ -93,8 +109,13 @@ fn cpus(quota: i64, period: u64) -> Option<u64> {
 }
 
 /// The VM for containers with these limits: memory is their sum, vCPUs their sum rounded up. All
-/// without a limit share the defaults.
-pub(crate) fn size(config: &Config, containers: impl Iterator<Item = Limits>) -> Size {
+/// without a limit share the defaults. It is no smaller than what was `announced` for all of the pod,
+/// which may have limits of its own.
+pub(crate) fn size(
+    config: &Config,
+    announced: Limits,
+    containers: impl Iterator<Item = Limits>,
+) -> Size {
     let (mut memory, mut milli) = (0, 0);
     let (mut memory_default, mut cpu_default) = (false, false);
     for limits in containers {
@@ -109,6 +130,8 @@ pub(crate) fn size(config: &Config, containers: impl Iterator<Item = Limits>) ->
     if cpu_default || milli == 0 {
         milli += 1000 * u64::from(config.default_vcpus);
     }
+    memory = memory.max(announced.memory_mib.unwrap_or(0));
+    milli = milli.max(announced.milli_cpus.unwrap_or(0));
     let most = config.most();
     let memory = (memory + u64::from(config.guest_overhead_mib)).min(most.memory_mib);
     Size {
@@ -144,7 +167,7 @@ mod tests {
     }
 
     fn sized(containers: &[Limits]) -> (u8, u64) {
-        let size = size(&config(), containers.iter().copied());
+        let size = size(&config(), Limits::default(), containers.iter().copied());
         (size.vcpus, size.memory_mib)
     }
 
@@ -158,6 +181,23 @@ mod tests {
         assert_eq!(sized(&two), (3, 166), "rounded up");
         assert_eq!(sized(&[two[0], limits(0, 0)]), (3, 676));
         assert_eq!(sized(&[limits(i64::MAX, i64::MAX)]), (4, 8192));
+    }
+
+    #[test]
+    fn a_vm_is_no_smaller_than_its_pod_was_announced() {
+        let mib = 1 << 20;
+        let announced = limits(2048 * mib, 300_000);
+        let sized = |announced, containers: &[Limits]| {
+            let size = size(&config(), announced, containers.iter().copied());
+            (size.vcpus, size.memory_mib)
+        };
+        assert_eq!(sized(announced, &[limits(0, 0)]), (3, 2112));
+        assert_eq!(sized(announced, &[limits(3072 * mib, 50_000)]), (3, 3136));
+        let (before, after) = (limits(1024 * mib, 200_000), limits(512 * mib, 100_000));
+        let less = announced.less(before, after);
+        assert_eq!(sized(less, &[after]), (2, 1600));
+        assert_eq!(announced.less(after, before), announced);
+        assert_eq!(announced.less(before, limits(0, 0)), announced);
     }
 
     #[test]

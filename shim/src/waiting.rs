@@ -79,7 +79,7 @@ impl Waiting {
 
 /// The template of pods without limits, made if it is not there.
 pub(crate) fn template(config: &Config) -> Result<Template, Error> {
-    let size = size::size(config, std::iter::empty());
+    let size = size::size(config, size::Limits::default(), std::iter::empty());
     let of = || Template::of(config, size, 1).ok_or(Error::NoTemplate);
     let template = of()?;
     template.start_over();
