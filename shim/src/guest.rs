@@ -28,6 +28,8 @@ use crate::waiting::Waiting;
 
 /// How long a guest that goes on from a template may take to answer.
 const CLONE_PATIENCE: Duration = Duration::from_secs(20);
+/// How long the news of a VM's end may take behind that of its connections'.
+const LAST_NEWS: Duration = Duration::from_secs(1);
 /// Which part of its boot's time a guest is left to itself before it becomes a template, while its pod
 /// waits.
 const SETTLING_SHARE: u32 = 8;
@@ -72,6 +74,8 @@ pub(crate) struct Guest {
     /// What the kubelet said of all of the pod, before its containers came, less what was taken from
     /// them since.
     announced: Mutex<Limits>,
+    /// It is being ended, so that what it does not answer any more is no fault.
+    ends: AtomicBool,
     abilities: Abilities,
     /// Whether an interface may still come.
     waits_for_network: AtomicBool,
@@ -128,6 +132,7 @@ impl Guest {
             cgroup: None,
             has_sandbox: spec::is_sandbox(spec),
             announced: Mutex::new(announced(spec)),
+            ends: AtomicBool::new(false),
             abilities,
         };
         let resized = guest.resize(size, false);
@@ -137,6 +142,7 @@ impl Guest {
 
     /// Ends the VM, after the guest has written its files.
     pub(crate) fn end(&self) {
+        self.ends.store(true, Ordering::Relaxed);
         if self.vm.life.has_ended() {
             return;
         }
@@ -144,6 +150,11 @@ impl Guest {
             log::debug!("end the guest: {error}");
         }
         self.vm.kill();
+    }
+
+    /// Whether it ends as it was told to, or has ended: of that its agent's connection may tell first.
+    pub(crate) fn is_ending(&self) -> bool {
+        self.ends.load(Ordering::Relaxed) || self.vm.life.ends_within(LAST_NEWS)
     }
 
     pub(crate) fn announced(&self) -> Limits {

@@ -108,8 +108,9 @@ pub(crate) fn check(spec: &Spec, is_pod: bool) -> Result<(), Error> {
     if has("user") {
         return impossible("a user namespace", "the guest's agent makes none");
     }
+    let is_privileged = linux.resources.as_ref().is_some_and(allows_all_devices);
     for device in &linux.devices {
-        check_device(device)?;
+        check_device(device, is_privileged)?;
     }
     for mount in &spec.mounts {
         if mount
@@ -132,15 +133,31 @@ fn is_in_guest(major: i64, minor: i64) -> bool {
     matches!((major, minor), (-1 | 1 | 5 | 136, _) | (10, 229 | 200))
 }
 
+/// Whether a container may use any device, as privileged ones may.
+fn allows_all_devices(resources: &LinuxResources) -> bool {
+    let mut rules = resources.devices.iter();
+    rules.any(|rule| rule.allow && matches!(rule.r#type.as_str(), "" | "a"))
+}
+
 /// Lets through the devices that the guest has as well.
-fn check_device(device: &LinuxDevice) -> Result<(), Error> {
+fn check_device(device: &LinuxDevice, is_privileged: bool) -> Result<(), Error> {
     if device.r#type == "c" && is_in_guest(device.major, device.minor) {
         return Ok(());
     }
+    let why = match (is_privileged, device.r#type.as_str()) {
+        (true, _) => {
+            "the pod has a VM, which has none of the host's devices; for privileged containers \
+             set privileged_without_host_devices in containerd's configuration"
+        }
+        (false, "b") => {
+            "the pod has a VM, which has none of the host's disks; use the volume with \
+             volumeMode: Filesystem"
+        }
+        (false, _) => "the pod has a VM, which has none of the host's devices",
+    };
     Err(Error::Impossible {
         what: format!("device {}", device.path),
-        why: "the pod has a VM, which has none of the host's devices; for privileged containers \
-              set privileged_without_host_devices in containerd's configuration",
+        why,
     })
 }
 
@@ -268,8 +285,12 @@ mod tests {
         let disk =
             with_network(r#","devices":[{"path":"/dev/sda","type":"b","major":8,"minor":0}]"#);
         assert!(refused(&disk).starts_with("device /dev/sda is not possible"));
-        check(&with_network(""), true).unwrap();
-        check(&spec(""), false).unwrap();
+        assert!(refused(&disk).ends_with("volumeMode: Filesystem"));
+        let privileged = with_network(
+            r#","devices":[{"path":"/dev/sda","type":"b","major":8,"minor":0}],
+            "resources":{"devices":[{"allow":false,"access":"rwm"},{"allow":true,"access":"rwm"}]}"#,
+        );
+        assert!(refused(&privileged).contains("privileged_without_host_devices"));
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! The pod's VM: a podvmm process of the shim's, in the pod's network namespace, driven over HTTP.
 
-use std::io::{self, BufRead, BufReader};
+use std::io::{self, BufRead, BufReader, Read};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
@@ -85,11 +85,19 @@ impl Life {
 
     /// Whether it was killed, of which this may hear a little late.
     fn was_killed(&self) -> bool {
+        self.end_within(NEWS) == Some(End::Killed)
+    }
+
+    /// Whether it has ended, or does so in time.
+    pub(crate) fn ends_within(&self, patience: Duration) -> bool {
+        self.end_within(patience).is_some()
+    }
+
+    fn end_within(&self, patience: Duration) -> Option<End> {
         let end = self
             .ended
-            .wait_timeout_while(self.lock(), NEWS, |end| end.is_none());
-        let (end, _) = end.expect("a panic ends the process");
-        *end == Some(End::Killed)
+            .wait_timeout_while(self.lock(), patience, |end| end.is_none());
+        *end.expect("a panic ends the process").0
     }
 
     pub(crate) fn wait(&self) {
@@ -513,23 +521,29 @@ impl Budget {
     }
 }
 
+/// The longest line that is logged as one, in bytes.
+const MAX_LINE_LEN: usize = 1024;
+
+/// The next line, or as much of it as there may be in one; `None` at the end. A guest may print what it
+/// likes, as long as it likes, and its console gives it away a character at a time.
+fn next_line(reader: &mut impl BufRead) -> Option<Vec<u8>> {
+    let mut line = Vec::new();
+    let room = u64::try_from(MAX_LINE_LEN).expect("it is small");
+    match reader.by_ref().take(room).read_until(b'\n', &mut line) {
+        Ok(0) => None,
+        Err(_) if line.is_empty() => None,
+        _ => Some(line),
+    }
+}
+
 fn log_lines(
     who: &'static str,
     from: impl io::Read + Send + 'static,
 ) -> Option<thread::JoinHandle<()>> {
     let copy = move || {
-        // A guest may print what it likes, as long as it likes: no line is longer than this.
         let mut reader = BufReader::with_capacity(1024, from);
         let mut budget = Budget::new();
-        loop {
-            let line = match reader.fill_buf() {
-                Ok([]) | Err(_) => return,
-                Ok(bytes) => {
-                    let end = bytes.iter().position(|byte| *byte == b'\n');
-                    bytes[..end.map_or(bytes.len(), |end| end + 1)].to_vec()
-                }
-            };
-            reader.consume(line.len());
+        while let Some(line) = next_line(&mut reader) {
             let text = String::from_utf8_lossy(&line);
             let text = text.trim_end();
             if !text.is_empty() && budget.spend() {
@@ -552,6 +566,34 @@ mod tests {
         assert!((500..600).contains(&said), "{said}");
     }
 
+    /// Gives a byte at a time, as a console does.
+    struct Slow<'a>(&'a [u8]);
+
+    impl io::Read for Slow<'_> {
+        fn read(&mut self, bytes: &mut [u8]) -> io::Result<usize> {
+            self.0.read(&mut bytes[..1])
+        }
+    }
+
+    #[test]
+    fn a_line_is_one_however_slowly_it_comes() {
+        let long = [b'x'; MAX_LINE_LEN + 3];
+        let said = [b"Oops: 0000\n\nRIP\n", &long[..], b"\nlast"].concat();
+        let mut reader = BufReader::new(Slow(&said));
+        let lines = std::iter::from_fn(|| next_line(&mut reader));
+        let lines: Vec<_> = lines.map(|line| (line.len(), line[0])).collect();
+        let long = (MAX_LINE_LEN, b'x');
+        let expected = [
+            (11, b'O'),
+            (1, b'\n'),
+            (4, b'R'),
+            long,
+            (4, b'x'),
+            (4, b'l'),
+        ];
+        assert_eq!(lines, expected);
+    }
+
     #[test]
     fn who_killed_a_vm_did_not_end_it_by_itself() {
         for (line, killed) in [("kill -9 $$", true), ("exit 1", false)] {
@@ -561,6 +603,7 @@ mod tests {
             assert!(!life.has_ended() && !life.was_killed());
             life.end(watch(command.spawn().unwrap()));
             assert_eq!((life.has_ended(), life.was_killed()), (true, killed));
+            assert!(life.ends_within(Duration::ZERO));
         }
     }
 

@@ -74,6 +74,10 @@ impl Pod {
                 return;
             }
             match guest.agent.check(HEARTBEAT_PATIENCE) {
+                Err(error) if guest.is_ending() => {
+                    log::debug!("the guest's agent: {error}");
+                    return;
+                }
                 Err(CallError::Late { .. }) => {
                     log::error!("the guest's agent does not answer, so its VM is ended");
                     guest.vm.kill();
