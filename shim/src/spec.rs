@@ -112,6 +112,14 @@ pub(crate) fn check(spec: &Spec, is_pod: bool) -> Result<(), Error> {
     for device in &linux.devices {
         check_device(device, is_privileged)?;
     }
+    let mut pages = linux.resources.iter().flat_map(|it| &it.hugepage_limits);
+    // Of sizes that are not asked for there are limits of 0.
+    if let Some(pages) = pages.find(|pages| pages.limit > 0) {
+        return Err(Error::Impossible {
+            what: format!("memory in huge pages of {}", pages.pagesize),
+            why: "the pod has a VM, which has none of the host's huge pages",
+        });
+    }
     for mount in &spec.mounts {
         if mount
             .options
@@ -291,6 +299,17 @@ mod tests {
             "resources":{"devices":[{"allow":false,"access":"rwm"},{"allow":true,"access":"rwm"}]}"#,
         );
         assert!(refused(&privileged).contains("privileged_without_host_devices"));
+        let pages = |limit| {
+            with_network(&format!(
+                r#","resources":{{"hugepageLimits":[{{"pageSize":"2MB","limit":{limit}}}]}}"#
+            ))
+        };
+        let said = refused(&pages(4 << 20));
+        assert!(
+            said.starts_with("memory in huge pages of 2MB is not possible"),
+            "{said}"
+        );
+        check(&pages(0), true).unwrap();
     }
 
     #[test]
