@@ -6,8 +6,78 @@ use agent::protocol::agent::{BlkioStats, CgroupStats};
 
 use crate::protocol::figures::{Cpu, Hugetlb, Io, IoEntry, Memory, MemoryEvents, Metrics, Pids};
 
+/// What a container cannot have used more than, whatever its guest says.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Bounds {
+    /// All that the VM has.
+    pub(crate) memory_bytes: u64,
+    /// All that the VM has used of the host.
+    pub(crate) cpu_usec: u64,
+}
+
+/// Most processes that Linux can have (linux/threads.h, PID_MAX_LIMIT).
+const MAX_PIDS: u64 = 4 << 20;
+/// Most disks, and sizes of huge pages, that are told of.
+const MAX_ENTRIES: usize = 64;
+/// Longest name of a size of pages, in bytes: `1024MB`.
+const MAX_PAGESIZE_LEN: usize = 16;
+
+/// What the guest says of a container, as far as that can be. Limits are as they are: to have none is
+/// to have the largest number.
+pub(crate) fn of_guest(stats: &CgroupStats, bounds: Bounds) -> Metrics {
+    let mut metrics = as_said(stats);
+    if let Some(pids) = &mut metrics.pids {
+        pids.current = pids.current.min(MAX_PIDS);
+    }
+    if let Some(cpu) = &mut metrics.cpu {
+        for used in [
+            &mut cpu.usage_usec,
+            &mut cpu.user_usec,
+            &mut cpu.system_usec,
+        ] {
+            *used = (*used).min(bounds.cpu_usec);
+        }
+    }
+    if let Some(memory) = &mut metrics.memory {
+        for used in [
+            &mut memory.anon,
+            &mut memory.file,
+            &mut memory.kernel_stack,
+            &mut memory.slab,
+            &mut memory.sock,
+            &mut memory.shmem,
+            &mut memory.file_mapped,
+            &mut memory.file_dirty,
+            &mut memory.file_writeback,
+            &mut memory.inactive_anon,
+            &mut memory.active_anon,
+            &mut memory.inactive_file,
+            &mut memory.active_file,
+            &mut memory.unevictable,
+            &mut memory.slab_reclaimable,
+            &mut memory.slab_unreclaimable,
+            &mut memory.usage,
+            &mut memory.swap_usage,
+            &mut memory.max_usage,
+        ] {
+            *used = (*used).min(bounds.memory_bytes);
+        }
+    }
+    if let Some(io) = &mut metrics.io {
+        io.usage.truncate(MAX_ENTRIES);
+    }
+    metrics
+        .hugetlb
+        .retain(|pages| pages.pagesize.len() <= MAX_PAGESIZE_LEN);
+    metrics.hugetlb.truncate(MAX_ENTRIES);
+    for pages in &mut metrics.hugetlb {
+        pages.current = pages.current.min(bounds.memory_bytes);
+    }
+    metrics
+}
+
 /// The guest's cgroups are of version 2, so nothing is lost.
-pub(crate) fn of_guest(stats: &CgroupStats) -> Metrics {
+fn as_said(stats: &CgroupStats) -> Metrics {
     Metrics {
         pids: stats.pids_stats.map(|pids| Pids {
             current: pids.current,
@@ -104,7 +174,7 @@ fn io(stats: &BlkioStats) -> Io {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use agent::protocol::agent::BlkioStatsEntry;
+    use agent::protocol::agent::{BlkioStatsEntry, CpuStats, HugetlbStats, MemoryStats, PidsStats};
 
     #[test]
     fn operations_of_one_disk_are_one_entry() {
@@ -139,5 +209,71 @@ mod tests {
         };
         let usage = io(&stats).usage;
         assert_eq!((usage.len(), usage[0].rbytes), (100_000, u64::MAX));
+        let stats = CgroupStats {
+            blkio_stats: Some(stats),
+            ..CgroupStats::default()
+        };
+        assert_eq!(
+            of_guest(&stats, BOUNDS).io.unwrap().usage.len(),
+            MAX_ENTRIES
+        );
+    }
+
+    const BOUNDS: Bounds = Bounds {
+        memory_bytes: 512 << 20,
+        cpu_usec: 3_000_000,
+    };
+
+    #[test]
+    fn no_container_has_used_more_than_its_vm() {
+        let said = |nanos, bytes, pids| {
+            let mut cpu = CpuStats::default();
+            cpu.cpu_usage.get_or_insert_default().total_usage = nanos;
+            cpu.cpu_usage.get_or_insert_default().usage_in_usermode = nanos;
+            let mut memory = MemoryStats::default();
+            let usage = memory.usage.get_or_insert_default();
+            (usage.usage, usage.max_usage, usage.limit) = (bytes, bytes, u64::MAX);
+            memory.stats.insert("anon".into(), bytes);
+            let pages = HugetlbStats {
+                usage: bytes,
+                ..HugetlbStats::default()
+            };
+            CgroupStats {
+                cpu_stats: Some(cpu),
+                memory_stats: Some(memory),
+                pids_stats: Some(PidsStats {
+                    current: pids,
+                    ..PidsStats::default()
+                }),
+                hugetlb_stats: [("2MB".into(), pages), ("x".repeat(99), pages)].into(),
+                ..CgroupStats::default()
+            }
+        };
+        let seen = |stats| {
+            let Metrics {
+                cpu,
+                memory,
+                pids,
+                hugetlb,
+                ..
+            } = of_guest(&stats, BOUNDS);
+            let (cpu, memory) = (cpu.unwrap(), memory.unwrap());
+            assert_eq!((hugetlb.len(), memory.usage_limit), (1, u64::MAX));
+            let cpu = [cpu.usage_usec, cpu.user_usec];
+            let memory = [
+                memory.usage,
+                memory.max_usage,
+                memory.anon,
+                hugetlb[0].current,
+            ];
+            (cpu, memory, pids.unwrap().current)
+        };
+        let mib = 1 << 20;
+        assert_eq!(
+            seen(said(2_000_000_000, mib, 7)),
+            ([2_000_000; 2], [mib; 4], 7)
+        );
+        let most = said(u64::MAX, u64::MAX, u64::MAX);
+        assert_eq!(seen(most), ([3_000_000; 2], [512 * mib; 4], MAX_PIDS));
     }
 }

@@ -13,6 +13,7 @@ use crate::agent::{Abilities, Agent, ReachError};
 use crate::cgroup::{self, Cgroup};
 use crate::config::Config;
 use crate::error::{Error, asked};
+use crate::figures::Bounds;
 use crate::mounts::Shared;
 use crate::network::{self, Settings};
 use crate::phases::Phases;
@@ -163,6 +164,15 @@ impl Guest {
 
     pub(crate) fn announce(&self, limits: Limits) {
         *self.announced.lock().expect("a panic ends the process") = limits;
+    }
+
+    /// What its containers cannot have used more than.
+    pub(crate) fn bounds(&self) -> Bounds {
+        let size = *self.size.lock().expect("a panic ends the process");
+        Bounds {
+            memory_bytes: size.memory_mib << 20,
+            cpu_usec: self.vm.cpu_usec(),
+        }
     }
 
     /// Has the agent make a container of what is mounted for it, which sees the processes of the

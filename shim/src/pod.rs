@@ -542,7 +542,7 @@ impl Pod {
                     .agent
                     .stats(id)
                     .map_err(asked("tell what it has used"))?;
-                Ok(crate::figures::of_guest(&stats))
+                Ok(crate::figures::of_guest(&stats, guest.bounds()))
             }
         }
     }

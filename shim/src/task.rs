@@ -15,6 +15,9 @@ use crate::stdio::{Close, Paths, Target};
 /// What a process that ended with its VM is said to have ended by: SIGKILL.
 pub(crate) const KILLED: u32 = 128 + 9;
 
+/// The largest there is (wait(2)).
+const MAX_STATUS: u32 = 255;
+
 /// How a process ended.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) struct Exit {
@@ -142,7 +145,7 @@ impl Process {
         if said == 9 && self.is_given_up() {
             KILLED
         } else {
-            said
+            said.min(MAX_STATUS)
         }
     }
 
@@ -218,6 +221,8 @@ mod tests {
         };
         let process = Process::new(target, Paths::default(), None);
         assert_eq!([0, 9, 137].map(|said| process.status(said)), [0, 9, 137]);
+        let of_no_process = [256, u32::MAX].map(|said| process.status(said));
+        assert_eq!(of_no_process, [255, 255]);
         process.killed.store(true, Ordering::Relaxed);
         assert_eq!([0, 9, 15].map(|said| process.status(said)), [0, 137, 15]);
     }

@@ -330,6 +330,15 @@ impl Vm {
         self.pid
     }
 
+    /// How much of the host's processors' time it has used, in microseconds.
+    pub(crate) fn cpu_usec(&self) -> u64 {
+        // What cannot be told is no bound.
+        let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.pid));
+        stat.ok()
+            .and_then(|stat| cpu_usec(&stat))
+            .unwrap_or(u64::MAX)
+    }
+
     /// Ends it as one that does not work. Whether it is because somebody killed it.
     pub(crate) fn fail(&self) -> bool {
         let was_killed = self.life.was_killed();
@@ -536,6 +545,18 @@ fn next_line(reader: &mut impl BufRead) -> Option<Vec<u8>> {
     }
 }
 
+/// The processors' time in the text of /proc/PID/stat (proc_pid_stat(5)): utime and stime, in hundredths
+/// of a second. The name of the program before them may have any characters.
+fn cpu_usec(stat: &str) -> Option<u64> {
+    const TICK_USEC: u64 = 10_000;
+    let (_, rest) = stat.rsplit_once(')')?;
+    let mut fields = rest.split_whitespace().skip(11);
+    let mut ticks = || fields.next()?.parse::<u64>().ok();
+    // Each is rounded down.
+    let ticks = ticks()?.saturating_add(ticks()?).saturating_add(2);
+    Some(ticks.saturating_mul(TICK_USEC))
+}
+
 fn log_lines(
     who: &'static str,
     from: impl io::Read + Send + 'static,
@@ -592,6 +613,15 @@ mod tests {
             (4, b'l'),
         ];
         assert_eq!(lines, expected);
+    }
+
+    #[test]
+    fn the_processors_time_is_found_behind_any_name() {
+        let stat = "1 (a) b) S 2 3 4 5 6 7 8 9 10 11 150 250 14 15 16";
+        assert_eq!(cpu_usec(stat), Some(4_020_000));
+        assert_eq!((cpu_usec("1 (a) S 2"), cpu_usec("")), (None, None));
+        let own = std::fs::read_to_string("/proc/self/stat").unwrap();
+        assert!(cpu_usec(&own).is_some());
     }
 
     #[test]
