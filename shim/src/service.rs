@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::mpsc::Sender;
+use std::time::Duration;
 
 use agent::protocol::oci::{LinuxResources, Process};
 use agent::ttrpc::{Call, Code, Service, Status};
@@ -22,6 +23,9 @@ use crate::spec;
 use crate::stdio::Paths;
 use crate::task::State;
 use crate::turn::Turn;
+
+/// Between looks at whether a caller that waits for a process is still there.
+const ORPHAN_PERIOD: Duration = Duration::from_secs(20);
 
 /// Answers for the pod.
 pub(crate) struct Tasks {
@@ -151,8 +155,11 @@ impl Tasks {
         })
     }
 
-    fn wait(&self, request: &ProcessRequest) -> Result<WaitResponse, Status> {
-        let exit = self.pod.process(&request.id, &request.exec_id)?.wait();
+    fn wait(&self, request: &ProcessRequest, call: &Call<'_>) -> Result<WaitResponse, Status> {
+        let process = self.pod.process(&request.id, &request.exec_id)?;
+        // containerd asks anew after it was started anew, and each call that waits holds a thread.
+        let exit = process.wait_for(ORPHAN_PERIOD, || call.is_orphan());
+        let exit = exit.ok_or_else(|| Status::new(Code::Cancelled, "the caller is gone"))?;
         Ok(WaitResponse {
             exit_status: exit.status,
             exited_at: Some(timestamp(exit.at)),
@@ -207,7 +214,7 @@ impl Service for Tasks {
             "Start" => call.answer(|request| self.start(&request)),
             "Delete" => call.answer(|request| self.delete(request)),
             "State" => call.answer(|request| self.state(request)),
-            "Wait" => call.answer(|request| self.wait(&request)),
+            "Wait" => call.answer(|request| self.wait(&request, call)),
             "Kill" => call.answer(|request: KillRequest| {
                 let KillRequest {
                     id,

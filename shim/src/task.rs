@@ -123,6 +123,16 @@ impl Process {
         }
     }
 
+    /// Waits for the end, but not on behalf of a caller who `is_gone`, after whom it looks each `period`.
+    pub(crate) fn wait_for(&self, period: Duration, is_gone: impl Fn() -> bool) -> Option<Exit> {
+        while !self.ends_within(period) {
+            if is_gone() {
+                return None;
+            }
+        }
+        self.state().exit()
+    }
+
     /// Waits for the end, but no longer than `patience`. Says whether it came.
     pub(crate) fn ends_within(&self, patience: Duration) -> bool {
         let runs = |state: &mut State| !matches!(state, State::Stopped(_));
@@ -206,7 +216,11 @@ mod tests {
         });
         assert!(process.enter(State::Running));
         assert!(!process.ends_within(Duration::from_millis(1)));
+        let soon = Duration::from_millis(1);
+        assert_eq!(process.wait_for(soon, || true), None, "nobody hears of it");
         assert!(process.enter(State::Stopped(Exit::now(7))));
+        let exit = process.wait_for(soon, || true);
+        assert_eq!(exit.map(|exit| exit.status), Some(7));
         assert!(process.ends_within(Duration::ZERO));
         assert!(!process.enter(State::Stopped(Exit::now(KILLED))));
         assert!(!process.enter(State::Running));
