@@ -32,6 +32,37 @@ pub(crate) fn pin(thread: Option<Pid>, cpus: &[usize]) -> io::Result<()> {
     Ok(sched_setaffinity(thread, &set)?)
 }
 
+/// Has all threads of a process, and those they make later, run on these CPUs alone; empty for all.
+pub(crate) fn pin_process(pid: u32, cpus: &[usize]) -> io::Result<()> {
+    let all: Vec<_> = (0..CpuSet::MAX_CPU).collect();
+    let cpus = if cpus.is_empty() { &all } else { cpus };
+    // A thread that was made meanwhile is there the second time.
+    for _ in 0..2 {
+        for entry in fs::read_dir(format!("/proc/{pid}/task"))? {
+            let thread = entry?.file_name();
+            let thread = thread.to_str().and_then(|name| name.parse().ok());
+            match pin(thread.and_then(Pid::from_raw), cpus) {
+                // It has ended.
+                Err(error) if error.raw_os_error() == Some(libc::ESRCH) => {}
+                pinned => pinned?,
+            }
+        }
+    }
+    Ok(())
+}
+
+/// The CPUs of several lists together; none, for all, if one of them has none, or there is no list.
+pub(crate) fn together(lists: &[String]) -> Vec<usize> {
+    let lists = lists
+        .iter()
+        .map(|text| list(text).filter(|cpus| !cpus.is_empty()));
+    let lists: Option<Vec<_>> = lists.collect();
+    let mut cpus = lists.unwrap_or_default().concat();
+    cpus.sort_unstable();
+    cpus.dedup();
+    cpus
+}
+
 /// The CPUs of a list such as `0-3,8` (cpuset(7), List format), in order. `None` if it is none.
 pub(crate) fn list(text: &str) -> Option<Vec<usize>> {
     let mut cpus = Vec::new();
@@ -52,6 +83,7 @@ pub(crate) fn list(text: &str) -> Option<Vec<usize>> {
 mod tests {
     use super::*;
     use rustix::thread::sched_getaffinity;
+    use std::process::Command;
 
     #[test]
     fn a_thread_that_may_use_one_cpu_counts_all_and_starts_what_uses_all() {
@@ -73,6 +105,34 @@ mod tests {
         let online = text.lines().filter(|line| line.starts_with("processor"));
         assert_eq!((one, is_unpinned), (1, true));
         assert_eq!((counted, host), (online.count(), counted));
+    }
+
+    #[test]
+    fn a_process_is_held_to_its_cpus_and_let_go() {
+        let mut child = Command::new("sleep").arg("1000").spawn().unwrap();
+        let pid = i32::try_from(child.id()).ok().and_then(Pid::from_raw);
+        let count = || sched_getaffinity(pid).unwrap().count();
+        let before = count();
+        let first = sched_getaffinity(None).unwrap();
+        let first = (0..CpuSet::MAX_CPU).find(|cpu| first.is_set(*cpu)).unwrap();
+        pin_process(child.id(), &[first]).unwrap();
+        let held = count();
+        pin_process(child.id(), &[]).unwrap();
+        let free = count();
+        child.kill().unwrap();
+        child.wait().unwrap();
+        assert!(held == 1 && free >= before, "{before}, {held}, {free}");
+        assert!(pin_process(child.id(), &[first]).is_err(), "it is gone");
+    }
+
+    #[test]
+    fn a_pod_has_the_cpus_of_its_containers_or_all() {
+        let together = |lists: &[&str]| {
+            let lists: Vec<_> = lists.iter().map(|&text| text.into()).collect();
+            together(&lists)
+        };
+        assert_eq!(together(&["2-3", "0,2"]), [0, 2, 3]);
+        assert_eq!((together(&["2-3", ""]), together(&[])), (vec![], vec![]));
     }
 
     #[test]

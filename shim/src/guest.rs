@@ -12,6 +12,7 @@ use agent::ttrpc::{CallError, Code};
 use crate::agent::{Abilities, Agent, ReachError};
 use crate::cgroup::{self, Cgroup};
 use crate::config::Config;
+use crate::cpus;
 use crate::error::{Error, asked};
 use crate::figures::Bounds;
 use crate::mounts::Shared;
@@ -75,6 +76,8 @@ pub(crate) struct Guest {
     /// What the kubelet said of all of the pod, before its containers came, less what was taken from
     /// them since.
     announced: Mutex<Limits>,
+    /// The host's CPUs that it may run on; empty for all.
+    pinned: Mutex<Vec<usize>>,
     /// It is being ended, so that what it does not answer any more is no fault.
     ends: AtomicBool,
     abilities: Abilities,
@@ -133,6 +136,7 @@ impl Guest {
             cgroup: None,
             has_sandbox: spec::is_sandbox(spec),
             announced: Mutex::new(announced(spec)),
+            pinned: Mutex::default(),
             ends: AtomicBool::new(false),
             abilities,
         };
@@ -172,6 +176,19 @@ impl Guest {
         Bounds {
             memory_bytes: size.memory_mib << 20,
             cpu_usec: self.vm.cpu_usec(),
+        }
+    }
+
+    /// Has the VM run on the CPUs of its containers' sets, which are lists.
+    pub(crate) fn pin(&self, sets: &[String]) {
+        let wanted = cpus::together(sets);
+        let mut pinned = self.pinned.lock().expect("a panic ends the process");
+        if *pinned == wanted {
+            return;
+        }
+        match cpus::pin_process(self.vm.pid(), &wanted) {
+            Ok(()) => *pinned = wanted,
+            Err(error) => log::warn!("have the VM run on the CPUs {wanted:?}: {error}"),
         }
     }
 

@@ -158,6 +158,8 @@ impl Pod {
             .as_ref()
             .and_then(|linux| linux.resources.as_ref());
         let limits = resources.map_or_else(Limits::default, Limits::of);
+        let cpus = resources.map_or_else(String::new, spec::cpus);
+        spec::check_cpus(&cpus)?;
         let guest = if is_pod {
             let booted = self.boot(&spec, &config);
             booted.inspect_err(|_| self.end())?
@@ -173,6 +175,7 @@ impl Pod {
             thread: OnceLock::new(),
             execs: Mutex::default(),
             limits: Mutex::new(limits),
+            cpus: Mutex::new(cpus),
             oom_score: process.map_or(0, |process| process.oom_score_adj),
         });
         // So that the end of the VM is the end of it as well.
@@ -189,6 +192,7 @@ impl Pod {
             return Err(error);
         }
         self.set_oom_score();
+        self.pin();
         self.phases().note("container");
         Ok(())
     }
@@ -456,6 +460,7 @@ impl Pod {
             self.end();
         } else if let Ok(guest) = self.guest() {
             guest.unmake(id);
+            self.pin();
             // What it needed is the host's again.
             if let Err(error) = self.resize(true) {
                 log::warn!("{id}: {}", api::chain(&error).join(": "));
@@ -551,6 +556,8 @@ impl Pod {
     pub(crate) fn update(&self, id: &str, mut resources: LinuxResources) -> Result<(), Error> {
         let container = self.container(id)?;
         let guest = self.guest()?;
+        let cpus = spec::cpus(&resources);
+        spec::check_cpus(&cpus)?;
         let (before, after) = {
             let mut limits = container.limits.lock().expect("a panic ends the process");
             let before = *limits;
@@ -571,6 +578,10 @@ impl Pod {
             self.resize(false)?;
             let updated = guest.agent.update(id, resources);
             updated.map_err(asked("update the container"))?;
+            if !cpus.is_empty() {
+                container.set_cpus(&cpus);
+                self.pin();
+            }
             self.resize(true)
         };
         update().inspect_err(|_| {
@@ -599,6 +610,17 @@ impl Pod {
         }
         let size = size::size(&guest.config, guest.announced(), limits.into_iter());
         guest.resize(size, may_shrink)
+    }
+
+    /// Has the VM run on the CPUs of its containers together; on all if one of them may.
+    fn pin(&self) {
+        let Ok(guest) = self.guest() else { return };
+        let containers: Vec<_> = self.containers().values().cloned().collect();
+        let workloads = containers
+            .iter()
+            .filter(|container| !guest.is_sandbox(&container.id, &self.id));
+        let sets: Vec<_> = workloads.map(|container| container.cpus()).collect();
+        guest.pin(&sets);
     }
 
     /// The host ends a VM as it would end the most dispensable of its containers.

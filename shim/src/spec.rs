@@ -169,6 +169,25 @@ fn check_device(device: &LinuxDevice, is_privileged: bool) -> Result<(), Error> 
     })
 }
 
+/// The host's CPUs that a container may use, as a list; empty for all.
+pub(crate) fn cpus(resources: &LinuxResources) -> String {
+    resources
+        .cpu
+        .as_ref()
+        .map_or_else(String::new, |cpu| cpu.cpus.trim().into())
+}
+
+/// An error if it is no list of CPUs.
+pub(crate) fn check_cpus(text: &str) -> Result<(), Error> {
+    match crate::cpus::list(text) {
+        Some(_) => Ok(()),
+        None => Err(Error::Impossible {
+            what: format!("the set of CPUs {text:?}"),
+            why: "it is no list of numbers and ranges",
+        }),
+    }
+}
+
 /// The path of the pid namespace that the container is to enter: its pod's, or another container's.
 pub(crate) fn pid_namespace(spec: &Spec) -> Option<&str> {
     let mut namespaces = spec.linux.iter().flat_map(|linux| &linux.namespaces);
@@ -233,6 +252,13 @@ pub(crate) fn for_guest(spec: &mut Spec, id: &str, seccomp: bool) {
         path: String::new(),
     });
     if let Some(resources) = &mut linux.resources {
+        let cpu = resources.cpu.as_ref();
+        if let Some(cpu) = cpu.filter(|cpu| !cpu.mems.is_empty()) {
+            log::warn!(
+                "{id}: its memory may be of any NUMA node, not of {} alone",
+                cpu.mems
+            );
+        }
         resources_for_guest(resources);
     }
 }
@@ -310,6 +336,13 @@ mod tests {
             "{said}"
         );
         check(&pages(0), true).unwrap();
+        let said = check_cpus("0-x").unwrap_err().to_string();
+        assert!(
+            said.starts_with("the set of CPUs \"0-x\" is not possible"),
+            "{said}"
+        );
+        check(&with_network(""), true).unwrap();
+        check(&spec(""), false).unwrap();
     }
 
     #[test]

@@ -176,6 +176,8 @@ pub(crate) struct Container {
     /// The others, by containerd's name.
     pub(crate) execs: Mutex<HashMap<String, Arc<Process>>>,
     pub(crate) limits: Mutex<Limits>,
+    /// The CPUs that it may use of the host's, as a list; empty for all.
+    pub(crate) cpus: Mutex<String>,
     /// What the host is to prefer when it runs out of memory.
     pub(crate) oom_score: i64,
 }
@@ -188,6 +190,14 @@ impl Container {
         }
         let execs = self.execs.lock().expect("a panic ends the process");
         execs.get(exec_id).cloned()
+    }
+
+    pub(crate) fn cpus(&self) -> String {
+        self.cpus.lock().expect("a panic ends the process").clone()
+    }
+
+    pub(crate) fn set_cpus(&self, cpus: &str) {
+        *self.cpus.lock().expect("a panic ends the process") = cpus.into();
     }
 
     /// All of its processes, the first last.
