@@ -6,6 +6,7 @@
 
 use std::fs;
 use std::io::Write;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::thread;
@@ -277,6 +278,116 @@ fn what_is_below_a_read_only_volume_is_so_if_that_is_asked_for() {
         assert_eq!(ran.stdout, "/ro/inner/b\n", "{ran:?}");
         assert!(inner.join("b").exists());
         let unmounted = Command::new("umount").arg(&inner).status();
+        assert!(unmounted.unwrap().success());
+    });
+}
+
+/// A program that is missing, or that cannot be started: an error that names it, and the network namespace
+/// is the next container's.
+#[test]
+fn a_program_that_cannot_be_started_leaves_its_network_to_the_next() {
+    on_a_node(|node| {
+        let network = PodNetwork::new(1);
+        let namespace = format!("network:{}", network.path());
+        let bad = node.folder().join("bad");
+        fs::write(&bad, "#!/no/such/interpreter\n").unwrap();
+        fs::set_permissions(&bad, fs::Permissions::from_mode(0o755)).unwrap();
+        let bad = format!("type=bind,src={},dst=/bad,options=rbind:ro", bad.display());
+        let options = ["--with-ns", &namespace, "--mount", &bad];
+        for (name, program) in [("missing", "/nosuch"), ("unfit", "/bad")] {
+            let container = Container::new(node, name);
+            let mut command = container.run(&node.containerd, &options, &[program]);
+            let ran: Ran = step(name, || command.output().unwrap()).into();
+            assert_ne!(ran.code, Some(0), "{ran:?}");
+            assert!(ran.stderr.contains(program), "it says what: {ran:?}");
+            assert_eq!(container.vmms(), Vec::<i32>::new());
+            let next = Container::new(node, &format!("after-{name}"));
+            let mut command = next.run(
+                &node.containerd,
+                &["--rm", "--with-ns", &namespace],
+                &["cat", "/sys/class/net/eth0/address"],
+            );
+            let ran: Ran = step("the next", || command.output().unwrap()).into();
+            assert_eq!(ran.stdout.trim(), PodNetwork::hardware(0), "{ran:?}");
+            // What ctr leaves of one that it could not start.
+            let _ = node
+                .containerd
+                .ctr(&["tasks", "delete", "--force", container.id()]);
+            let _ = node
+                .containerd
+                .ctr(&["containers", "delete", container.id()]);
+        }
+    });
+}
+
+/// Interfaces that lead nowhere are not the container's, and routes that a VM cannot have are refused.
+#[test]
+fn networks_of_more_than_a_pods() {
+    on_a_node(|node| {
+        let network = PodNetwork::new(1);
+        let pod = network.path();
+        let pod = pod.rsplit('/').next().unwrap();
+        let ip = |line: &str| tests::network::ip(&format!("-n {pod} {line}"));
+        ip("link add gretap0 type bridge");
+        let namespace = format!("network:{}", network.path());
+        let run = |name: &str| -> Ran {
+            let container = Container::new(node, name);
+            let options = ["--rm", "--with-ns", &namespace];
+            let script = "ls /sys/class/net; ip route get 192.0.2.1";
+            let mut command = container.run(&node.containerd, &options, &["sh", "-c", script]);
+            step(name, || command.output().unwrap()).into()
+        };
+        ip("route add default via 10.9.0.1 metric 100");
+        let ran = run("one");
+        assert_eq!(ran.code, Some(0), "{ran:?}");
+        assert!(
+            ran.stdout.contains("192.0.2.1 via 10.9.0.1 dev eth0"),
+            "{ran:?}"
+        );
+        assert_eq!(ran.stdout.contains("gretap0"), !node.is_podvmm(), "{ran:?}");
+        ip("route add default via 10.9.0.7 metric 50");
+        let ran = run("two");
+        if node.is_podvmm() {
+            assert_ne!(ran.code, Some(0), "{ran:?}");
+            assert!(
+                ran.stderr.contains("a default route by eth0 and by eth0"),
+                "{ran:?}"
+            );
+        } else {
+            assert!(
+                ran.stdout.contains("192.0.2.1 via 10.9.0.7 dev eth0"),
+                "{ran:?}"
+            );
+        }
+    });
+}
+
+/// Huge pages of the host's would be lost in a VM, so they are refused by name.
+#[test]
+fn a_volume_of_huge_pages_is_refused() {
+    on_a_node(|node| {
+        if !node.is_podvmm() {
+            return;
+        }
+        let pages = node.folder().join("pages");
+        fs::create_dir(&pages).unwrap();
+        let mounted = Command::new("mount")
+            .args(["-t", "hugetlbfs", "podvmm-test"])
+            .arg(&pages)
+            .status();
+        assert!(mounted.unwrap().success());
+        let container = Container::new(node, "pages");
+        let volume = format!("type=bind,src={},dst=/pages,options=rbind", pages.display());
+        let options = ["--rm", "--mount", &volume];
+        let mut command = container.run(&node.containerd, &options, &["true"]);
+        let ran: Ran = step("ctr run", || command.output().unwrap()).into();
+        assert_ne!(ran.code, Some(0), "{ran:?}");
+        assert!(
+            ran.stderr
+                .contains("a volume of huge pages is not possible"),
+            "{ran:?}"
+        );
+        let unmounted = Command::new("umount").arg(&pages).status();
         assert!(unmounted.unwrap().success());
     });
 }

@@ -24,7 +24,7 @@ use crate::publish::Publisher;
 use crate::size::{self, Limits};
 use crate::spec;
 use crate::stdio::{Paths, Stdio, Target};
-use crate::task::{Container, Exit, KILLED, Process, State};
+use crate::task::{Container, Exit, KILLED, NOT_STARTED, Process, State};
 use crate::waiting::Waiting;
 
 /// How long a guest that did not do as told may take to say that it lives.
@@ -250,7 +250,14 @@ impl Pod {
         container.first.starts.store(true, Ordering::Relaxed);
         let started = guest.agent.start_container(id);
         container.first.starts.store(false, Ordering::Relaxed);
-        started.map_err(asked("start the container"))?;
+        if let Err(error) = started {
+            self.ended(&container, &container.first, Exit::now(NOT_STARTED));
+            if id == self.id {
+                // What it has on the host is another pod's to use.
+                self.end();
+            }
+            return Err(asked("start the container")(error));
+        }
         container.first.enter(State::Running);
         self.attend(&guest, &container, &container.first, stdio)?;
         let mut phases = self.phases();

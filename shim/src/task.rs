@@ -15,6 +15,9 @@ use crate::stdio::{Close, Paths, Target};
 /// What a process that ended with its VM is said to have ended by: SIGKILL.
 pub(crate) const KILLED: u32 = 128 + 9;
 
+/// The status of one that could not be started, as shells have it.
+pub(crate) const NOT_STARTED: u32 = 127;
+
 /// The largest there is (wait(2)).
 const MAX_STATUS: u32 = 255;
 

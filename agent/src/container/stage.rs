@@ -104,6 +104,10 @@ fn prepare(
     drop(namespaces);
     join_keyring(&launch)?;
     let uid = process.user.as_ref().map_or(0, |user| user.uid);
+    if launch.spec.is_some() {
+        // Now, for the host takes away what cannot be made, but not what cannot be started.
+        find_program(&process)?;
+    }
     if process.terminal {
         let is_first = launch.spec.is_some();
         say(
@@ -270,23 +274,16 @@ fn command(process: &Process) -> Result<Command, Error> {
         .args
         .split_first()
         .ok_or("there is nothing to run")?;
-    let variable = |wanted: &str| {
-        let variables = process.env.iter().filter_map(|text| text.split_once('='));
-        variables
-            .rev()
-            .find(|(key, _)| *key == wanted)
-            .map(|(_, value)| value)
-    };
     let path = match name.contains('/') {
         true => name.into(),
-        false => search(name, variable("PATH").unwrap_or_default()),
+        false => search(name, variable(process, "PATH").unwrap_or_default()),
     };
     let mut command = Command::new(path);
     command.arg0(name).args(arguments).env_clear();
     if let Some(tunables) = std::env::var_os(sys::C_LIBRARY) {
         command.env(sys::C_LIBRARY, tunables);
     }
-    if variable("HOME").is_none() {
+    if variable(process, "HOME").is_none() {
         let uid = process.user.as_ref().map_or(0, |user| user.uid);
         let passwd = fs::read_to_string("/etc/passwd").unwrap_or_default();
         command.env("HOME", home(&passwd, uid));
@@ -301,18 +298,39 @@ fn command(process: &Process) -> Result<Command, Error> {
     Ok(command)
 }
 
+/// The value of a variable of its environment. Of several of a name the last counts.
+fn variable<'a>(process: &'a Process, wanted: &str) -> Option<&'a str> {
+    let variables = process.env.iter().filter_map(|text| text.split_once('='));
+    let mut variables = variables.rev().filter(|(key, _)| *key == wanted);
+    variables.next().map(|(_, value)| value)
+}
+
+/// An error if there is no such program.
+fn find_program(process: &Process) -> Result<(), Error> {
+    let name = process.args.first().ok_or("there is nothing to run")?;
+    // Those that are told by a path are where they are told to be from their folder.
+    let path = match name.contains('/') {
+        true => std::path::Path::new("/").join(&process.cwd).join(name),
+        false => search(name, variable(process, "PATH").unwrap_or_default()).into(),
+    };
+    match is_program(&path) {
+        true => Ok(()),
+        false => Err(format!("{name}: there is no such program").into()),
+    }
+}
+
+fn is_program(path: &std::path::Path) -> bool {
+    use std::os::unix::fs::PermissionsExt;
+    fs::metadata(path).is_ok_and(|file| file.is_file() && file.permissions().mode() & 0o111 != 0)
+}
+
 /// Where in `path` there is a program of this name; the name itself if nowhere.
 fn search(name: &str, path: &str) -> String {
-    use std::os::unix::fs::PermissionsExt;
     let places = path.split(':').filter(|folder| !folder.is_empty());
     let mut places = places.map(|folder| format!("{folder}/{name}"));
-    let is_program = |place: &String| {
-        fs::metadata(place)
-            .is_ok_and(|file| file.is_file() && file.permissions().mode() & 0o111 != 0)
-    };
     // With a slash, or it would be looked for in the agent's own PATH.
     places
-        .find(is_program)
+        .find(|place| is_program(place.as_ref()))
         .unwrap_or_else(|| format!("./{name}"))
 }
 
@@ -340,6 +358,37 @@ mod tests {
             [0, 1000, 7].map(|uid| home(passwd, uid)),
             ["/root", "/home/me", "/"]
         );
+    }
+
+    #[test]
+    fn a_program_that_is_missing_is_found_out_before_it_is_started() {
+        let find = |name: &str, cwd: &str| {
+            let process = Process {
+                args: vec![name.into()],
+                env: vec!["PATH=/nowhere".into(), "PATH=/bin".into()],
+                cwd: cwd.into(),
+                ..Process::default()
+            };
+            find_program(&process).map_err(|error| error.to_string())
+        };
+        for (name, cwd) in [
+            ("sh", "/"),
+            ("/bin/sh", "/x"),
+            ("./sh", "/bin"),
+            ("bin/sh", ""),
+        ] {
+            assert_eq!(find(name, cwd), Ok(()), "{name} in {cwd}");
+        }
+        let missing = "/nosuch: there is no such program";
+        assert_eq!(find("/nosuch", "/"), Err(missing.into()));
+        for (name, cwd) in [
+            ("nosuch", "/bin"),
+            ("./sh", "/"),
+            ("/etc/passwd", "/"),
+            ("/bin", "/"),
+        ] {
+            assert!(find(name, cwd).is_err(), "{name} in {cwd}");
+        }
     }
 
     #[test]
