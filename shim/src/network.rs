@@ -6,7 +6,7 @@ mod netlink;
 mod tap;
 
 use std::io;
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::thread;
@@ -16,10 +16,13 @@ use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 use rustix::thread::{LinkNameSpaceType, UnshareFlags};
 
-use netlink::{FoundRoute, Netlink};
+use netlink::{Address, FoundRoute, Netlink};
 
 /// What the VM's end of an interface is called, and its number.
 const TAP: &str = "podvmm";
+
+/// To what is on the link itself (linux/rtnetlink.h, RT_SCOPE_LINK).
+const LINK_SCOPE: u32 = 253;
 
 /// Why there is no network.
 #[derive(Debug, thiserror::Error)]
@@ -70,8 +73,8 @@ struct Found {
 impl Found {
     /// Whether frames may come to it. Modules of tunnels make interfaces in each namespace that lead
     /// nowhere (`gretap0`, `erspan0`): nobody turns them on, or gives them an address.
-    fn is_in_use(&self, addresses: &[(u32, IpAddr, u8)]) -> bool {
-        let has_address = addresses.iter().any(|(index, ..)| *index == self.index);
+    fn is_in_use(&self, addresses: &[Address]) -> bool {
+        let has_address = addresses.iter().any(|address| address.index == self.index);
         self.mac.iter().any(|byte| *byte != 0) && (self.is_up || has_address)
     }
 }
@@ -220,7 +223,7 @@ fn links(netlink: &mut Netlink) -> Result<Vec<Found>, Error> {
     Ok(found)
 }
 
-fn addresses(netlink: &mut Netlink) -> Result<Vec<(u32, IpAddr, u8)>, Error> {
+fn addresses(netlink: &mut Netlink) -> Result<Vec<Address>, Error> {
     netlink.addresses().map_err(failed("list the addresses"))
 }
 
@@ -253,8 +256,8 @@ fn settings(netlink: &mut Netlink, found: &[Found]) -> Result<Settings, Error> {
         name: link.name.clone(),
         addresses: addresses
             .iter()
-            .filter(|(index, ..)| *index == link.index)
-            .map(|(_, address, prefix)| ip(*address, &prefix.to_string()))
+            .filter(|address| address.index == link.index)
+            .map(|address| ip(address.address, &own_prefix(address).to_string()))
             .collect(),
         mtu: link.mtu.into(),
         hw_addr: mac(&link.mac),
@@ -274,7 +277,11 @@ fn settings(netlink: &mut Netlink, found: &[Found]) -> Result<Settings, Error> {
         return Err(Error::Impossible(rule));
     }
     let routes = netlink.routes().map_err(failed("list the routes"))?;
-    let routes = passed_on(routes, name)?;
+    let mut routes = passed_on(routes, name)?;
+    let to_peers = addresses
+        .iter()
+        .filter_map(|address| to_peer(address, name(address.index)?));
+    routes.extend(to_peers);
     let neighbors = netlink.neighbors().map_err(failed("list the neighbours"))?;
     Ok(Settings {
         interfaces: found.iter().map(interface).collect(),
@@ -291,6 +298,40 @@ fn settings(netlink: &mut Netlink, found: &[Found]) -> Result<Settings, Error> {
                 })
             })
             .collect(),
+    })
+}
+
+/// The length of an address's prefix as the guest has it: of one of a pair of ends, all of it.
+fn own_prefix(address: &Address) -> u8 {
+    match (address.peer, address.address) {
+        (None, _) => address.prefix,
+        (Some(_), IpAddr::V4(_)) => 32,
+        (Some(_), IpAddr::V6(_)) => 128,
+    }
+}
+
+/// The route to the other end of a pair, which the kernel makes with the address. The agent's protocol has
+/// no words for such a pair.
+fn to_peer(address: &Address, device: String) -> Option<Route> {
+    let peer = address.peer?;
+    let prefix = address.prefix;
+    let network: IpAddr = match peer {
+        IpAddr::V4(peer) => {
+            let mask = u32::MAX.checked_shl(32 - u32::from(prefix)).unwrap_or(0);
+            Ipv4Addr::from(u32::from(peer) & mask).into()
+        }
+        IpAddr::V6(peer) => {
+            let mask = u128::MAX.checked_shl(128 - u32::from(prefix)).unwrap_or(0);
+            Ipv6Addr::from(u128::from(peer) & mask).into()
+        }
+    };
+    Some(Route {
+        dest: format!("{network}/{prefix}"),
+        device,
+        source: address.address.to_string(),
+        scope: LINK_SCOPE,
+        family: family(peer).into(),
+        ..Route::default()
     })
 }
 
@@ -479,6 +520,30 @@ mod tests {
             let (links, settings) = connect().unwrap();
             assert_eq!((links.len(), settings.interfaces.len()), (1, 1));
             disconnect().unwrap();
+        });
+    }
+
+    #[test]
+    fn the_other_end_of_an_address_is_reached_by_a_route() {
+        in_a_pods_namespace(|| {
+            run("ip address add 10.9.8.7 peer 10.1.2.3/24 dev eth0");
+            run("ip -6 address add fd00::7 peer fd01::1/128 dev eth0 nodad");
+            let settings = connect().unwrap().1;
+            disconnect().unwrap();
+            let addresses = settings.interfaces[0].addresses.iter();
+            let addresses = addresses.map(|ip| format!("{}/{}", ip.address, ip.mask));
+            let mut addresses: Vec<_> = addresses.collect();
+            addresses.sort();
+            assert_eq!(addresses, ["10.9.8.7/32", "fd00::7/128"]);
+            let routes = settings.routes.iter();
+            let routes = routes.map(|route| (&*route.dest, &*route.source, route.scope));
+            let mut routes: Vec<_> = routes.collect();
+            routes.sort_unstable();
+            let expected = [
+                ("10.1.2.0/24", "10.9.8.7", 253),
+                ("fd01::1/128", "fd00::7", 253),
+            ];
+            assert_eq!(routes, expected);
         });
     }
 

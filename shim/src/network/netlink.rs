@@ -54,6 +54,17 @@ pub(super) struct Neighbor {
     pub(super) state: u16,
 }
 
+/// An address of a link.
+#[derive(Debug)]
+pub(super) struct Address {
+    /// Of the link.
+    pub(super) index: u32,
+    pub(super) address: IpAddr,
+    pub(super) prefix: u8,
+    /// The other end, if it is one of a pair: the prefix is that one's.
+    pub(super) peer: Option<IpAddr>,
+}
+
 /// A route that somebody set.
 #[derive(Debug)]
 pub(super) struct FoundRoute {
@@ -137,8 +148,8 @@ impl Netlink {
             .ok_or_else(|| io::Error::new(io::ErrorKind::NotFound, format!("there is no {name}")))
     }
 
-    /// Index, address and length of its prefix. Those of one link alone are made by each by itself.
-    pub(super) fn addresses(&mut self) -> io::Result<Vec<(u32, IpAddr, u8)>> {
+    /// Those of one link alone are made by each by itself.
+    pub(super) fn addresses(&mut self) -> io::Result<Vec<Address>> {
         let request = RouteNetlinkMessage::GetAddress(AddressMessage::default());
         let answers = self.ask(request, NLM_F_DUMP)?;
         let addresses = answers.into_iter().filter_map(|answer| match answer {
@@ -255,23 +266,29 @@ fn found(link: &LinkMessage) -> Option<Found> {
     })
 }
 
-fn address(message: &AddressMessage) -> Option<(u32, IpAddr, u8)> {
+fn address(message: &AddressMessage) -> Option<Address> {
     if !matches!(
         message.header.scope,
         AddressScope::Universe | AddressScope::Site
     ) {
         return None;
     }
-    let mut found = None;
+    // Of a pair of ends both are told, and the local one is the near one.
+    let (mut local, mut other) = (None, None);
     for attribute in &message.attributes {
         match attribute {
-            // Of a pair of ends this is the near one.
-            AddressAttribute::Local(address) => found = Some(*address),
-            AddressAttribute::Address(address) => found = found.or(Some(*address)),
+            AddressAttribute::Local(address) => local = Some(*address),
+            AddressAttribute::Address(address) => other = Some(*address),
             _ => {}
         }
     }
-    Some((message.header.index, found?, message.header.prefix_len))
+    let address = local.or(other)?;
+    Some(Address {
+        index: message.header.index,
+        address,
+        prefix: message.header.prefix_len,
+        peer: other.filter(|other| *other != address),
+    })
 }
 
 fn route(message: &RouteMessage) -> Option<FoundRoute> {
