@@ -49,7 +49,7 @@ echo middle | dd of=big bs=1 seek=10001 conv=notrunc 2>/quiet
 cp -a a e; mv e/f1 e/moved; mv e d; mv a/f2 a/f3
 ln a/f4 hard; ln -s ../a/f5 d/soft; ln -s /nowhere dangling; ln hard d/harder
 chmod 4755 a/f6; chmod 1777 d; chmod 000 a/f7; chown 1000:1001 a/f8; chown -h 5:6 dangling
-chown 7:8 a/f6; mknod fifo p; mknod null c 1 3; mknod -m 600 disk b 7 9
+chown 7:8 a/f6; mknod fifo p; mknod -m 600 whiteout c 0 0
 truncate -s 12345 a/f9; echo more >> a/f10; : > a/f11; rm a/f12 d/e/f13; mkdir x; rmdir x
 exec 3<>gone; rm gone; echo removed >&3; exec 3>&-
 mkdir group; chown 0:77 group; chmod 2775 group; echo x > group/inherits; mkdir group/also

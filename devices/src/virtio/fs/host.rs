@@ -15,7 +15,8 @@ use super::abi::Attr;
 const PLACE: OFlags = OFlags::PATH.union(OFlags::NOFOLLOW).union(OFlags::CLOEXEC);
 
 /// What tells one file from all others. The time of birth tells it from an earlier file whose
-/// number it got, where the file system is on a device and knows it.
+/// number it got, where the file system is on a device and knows it; the type of the file tells it
+/// from one of another kind everywhere.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) struct Identity {
     /// The same file seen through another mount is another one: folders have one parent.
@@ -23,6 +24,8 @@ pub(super) struct Identity {
     device: (u32, u32),
     inode: u64,
     birth: (i64, u32),
+    /// The type bits of its mode, which never change.
+    pub(super) kind: u32,
 }
 
 /// What statx(2) says.
@@ -34,11 +37,7 @@ pub(super) struct Status {
 
 impl Status {
     pub(super) fn is_folder(&self) -> bool {
-        self.kind() == libc::S_IFDIR
-    }
-
-    pub(super) fn kind(&self) -> u32 {
-        self.attr.mode & libc::S_IFMT
+        self.identity.kind == libc::S_IFDIR
     }
 
     fn of(statx: &Statx) -> Self {
@@ -57,6 +56,7 @@ impl Status {
                 device: (statx.stx_dev_major, statx.stx_dev_minor),
                 inode: statx.stx_ino,
                 birth,
+                kind: u32::from(statx.stx_mode) & libc::S_IFMT,
             },
             attr: Attr {
                 ino: statx.stx_ino,
@@ -122,9 +122,16 @@ impl Descriptors {
         rustix::fs::openat(CWD, "/proc/self/fd", flags, Mode::empty()).map(Self)
     }
 
-    /// Opens what `place` stands for, which must be a regular file or a folder: opening anything
-    /// else can block or do something.
+    /// Opens what `place` stands for if that is a regular file or a folder: opening anything else
+    /// can block, or do something to the host. The guest's kernel has its own pipes, sockets and
+    /// devices.
     pub(super) fn open_again(&self, place: impl AsFd, flags: OFlags) -> Result<OwnedFd, Errno> {
+        // Asked of the descriptor that is opened, so whatever names have come to stand for.
+        match status(&place)?.identity.kind {
+            libc::S_IFREG | libc::S_IFDIR => {}
+            libc::S_IFLNK => return Err(Errno::LOOP),
+            _ => return Err(Errno::NXIO),
+        }
         let flags = flags | OFlags::CLOEXEC | OFlags::NOCTTY | OFlags::NONBLOCK;
         rustix::fs::openat(&self.0, DecInt::from_fd(place), flags, Mode::empty())
     }
@@ -153,11 +160,4 @@ impl Descriptors {
 /// A device number as Linux passes it to user space (new_encode_dev).
 fn encode_device(major: u32, minor: u32) -> u32 {
     minor & 0xff | major << 8 | (minor & !0xff) << 12
-}
-
-/// Undoes [`encode_device`]: the number for mknod(2).
-pub(super) fn device(encoded: u32) -> u64 {
-    let major = encoded >> 8 & 0xfff;
-    let minor = encoded & 0xff | encoded >> 12 & 0xfff00;
-    rustix::fs::makedev(major, minor)
 }

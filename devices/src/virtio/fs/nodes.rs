@@ -4,13 +4,20 @@
 //! descriptor) is opened when it is needed, from the nearest folder that has one, and checked to be
 //! the same file still: the host may have changed the tree. Places are kept for a while, the least
 //! used go first. A file whose name was removed can only be found by its place, so that is kept
-//! until the guest forgets the file.
+//! until the guest forgets the file; if there is no room for it, the file is gone for the guest.
 //!
 //! ```text
 //!            ┌───────── evicted ────────┐
 //!            ▼                          │
-//!          Named ── needed, opened ─▶ Placed ── name removed ─▶ Orphan
+//!          Named ── needed, opened ─▶ Placed ── name removed ─▶ Pinned
+//!            │                          │                         │
+//!            │ name removed, not found  │ the same, without room  │ given a name
+//!            └───────────▶ Gone ◀───────┘          Placed ◀───────┘
 //! ```
+//!
+//! A file system uses the inode number of a removed file again. So a node that is gone has no
+//! identity: the next file with that number is another node. And the type of a file is a part of its
+//! identity: a number that comes back as another kind of file is never taken for the old one.
 
 use std::collections::hash_map::Entry;
 use std::collections::{HashMap, VecDeque};
@@ -40,14 +47,36 @@ pub(super) struct Limits {
 pub(super) struct Place {
     pub(super) fd: Arc<OwnedFd>,
     pub(super) identity: Identity,
+}
+
+impl Place {
     /// The type bits of its mode, which never change.
-    pub(super) kind: u32,
+    pub(super) fn kind(&self) -> u32 {
+        self.identity.kind
+    }
+}
+
+/// How a node's file can be found (see the module's diagram).
+#[derive(Debug)]
+enum Whereabouts {
+    /// By its name in its folder.
+    Named(Identity),
+    /// By its name, but its place is open, so it need not be looked up.
+    Placed {
+        identity: Identity,
+        fd: Arc<OwnedFd>,
+        /// Used since it was last considered for eviction.
+        recent: bool,
+    },
+    /// By its place alone: the root, and files without a name.
+    Pinned(Identity, Arc<OwnedFd>),
+    /// Not any more.
+    Gone,
 }
 
 #[derive(Debug)]
 struct Node {
-    identity: Identity,
-    kind: u32,
+    at: Whereabouts,
     /// Its folder's number. The root's is its own.
     parent: u64,
     name: CString,
@@ -55,20 +84,42 @@ struct Node {
     lookups: u64,
     /// Nodes whose parent it is.
     children: u64,
-    fd: Option<Arc<OwnedFd>>,
-    /// Used since it was last considered for eviction.
-    recent: bool,
-    orphan: bool,
+}
+
+impl Node {
+    /// Which file it is. `None` if that is gone.
+    fn identity(&self) -> Option<Identity> {
+        match &self.at {
+            Whereabouts::Named(identity)
+            | Whereabouts::Placed { identity, .. }
+            | Whereabouts::Pinned(identity, _) => Some(*identity),
+            Whereabouts::Gone => None,
+        }
+    }
+
+    /// Whether the file has the name that is remembered here.
+    fn has_name(&self) -> bool {
+        match &self.at {
+            Whereabouts::Named(_) | Whereabouts::Placed { .. } => true,
+            Whereabouts::Pinned(..) | Whereabouts::Gone => false,
+        }
+    }
+
+    fn is_known_as(&self, parent: u64, name: &CStr) -> bool {
+        self.has_name() && self.parent == parent && self.name.as_c_str() == name
+    }
 }
 
 #[derive(Debug)]
 pub(super) struct Nodes {
     nodes: HashMap<u64, Node>,
+    /// The nodes that are not gone, by what they are.
     numbers: HashMap<Identity, u64>,
     /// The next number. None is used twice, so there are no generations.
     next: u64,
     /// Nodes that got a place, in the order they did. May name some that are gone.
     placed: VecDeque<u64>,
+    /// Pinned nodes, without the root.
     orphans: usize,
     limits: Limits,
 }
@@ -76,20 +127,16 @@ pub(super) struct Nodes {
 impl Nodes {
     /// Knows only the root.
     pub(super) fn new(root: Arc<OwnedFd>, limits: Limits) -> Result<Self, Errno> {
-        let status = host::status(&root)?;
+        let Status { identity, .. } = host::status(&root)?;
         let node = Node {
-            identity: status.identity,
-            kind: status.kind(),
+            at: Whereabouts::Pinned(identity, root),
             parent: ROOT,
             name: CString::default(),
             lookups: 1,
             children: 0,
-            fd: Some(root),
-            recent: false,
-            orphan: false,
         };
         Ok(Self {
-            numbers: HashMap::from([(node.identity, ROOT)]),
+            numbers: HashMap::from([(identity, ROOT)]),
             nodes: HashMap::from([(ROOT, node)]),
             next: ROOT + 1,
             placed: VecDeque::new(),
@@ -102,34 +149,33 @@ impl Nodes {
     pub(super) fn place(&mut self, nodeid: u64) -> Result<Place, Errno> {
         // Up to the nearest folder with a place. Were there a ring, it would not be longer than
         // there are nodes.
+        let longest = self.nodes.len();
         let mut way = Vec::new();
         let mut at = nodeid;
         let mut fd = loop {
             let node = self.nodes.get_mut(&at).ok_or(Errno::STALE)?;
-            if let Some(fd) = &node.fd {
-                node.recent = true;
-                break fd.clone();
-            }
-            if node.orphan || way.len() > self.nodes.len() {
-                return Err(Errno::STALE);
+            match &mut node.at {
+                Whereabouts::Placed { fd, recent, .. } => {
+                    *recent = true;
+                    break fd.clone();
+                }
+                Whereabouts::Pinned(_, fd) => break fd.clone(),
+                Whereabouts::Named(_) if way.len() <= longest => {}
+                Whereabouts::Named(_) | Whereabouts::Gone => return Err(Errno::STALE),
             }
             way.push(at);
-            at = self.nodes[&at].parent;
+            at = node.parent;
         };
         for at in way.into_iter().rev() {
             let node = &self.nodes[&at];
             fd = Arc::new(host::place_at(&fd, &node.name).map_err(gone)?);
-            if host::status(&fd)?.identity != node.identity {
+            if Some(host::status(&fd)?.identity) != node.identity() {
                 return Err(Errno::STALE);
             }
             self.keep_place(at, &fd);
         }
-        let node = &self.nodes[&nodeid];
-        Ok(Place {
-            fd,
-            identity: node.identity,
-            kind: node.kind,
-        })
+        let identity = self.nodes[&nodeid].identity().ok_or(Errno::STALE)?;
+        Ok(Place { fd, identity })
     }
 
     /// The guest is told of `name` in `parent`. Returns its number.
@@ -142,7 +188,7 @@ impl Nodes {
         let nodeid = self.find_or_add(parent, name, status)?;
         let node = self.nodes.get_mut(&nodeid).expect("just found or added");
         node.lookups = node.lookups.saturating_add(1);
-        if node.orphan || node.parent != parent || node.name.as_c_str() != name {
+        if !node.is_known_as(parent, name) {
             self.name(nodeid, parent, name);
         }
         Ok(nodeid)
@@ -156,9 +202,8 @@ impl Nodes {
         let nodeid = self.find_or_add(ROOT, c"", status)?;
         let node = self.nodes.get_mut(&nodeid).expect("just found or added");
         node.lookups = node.lookups.saturating_add(1);
-        if !node.orphan {
-            node.orphan = true;
-            node.fd = Some(Arc::new(fd));
+        if node.has_name() {
+            node.at = Whereabouts::Pinned(status.identity, Arc::new(fd));
             self.orphans += 1;
         }
         Ok(nodeid)
@@ -185,8 +230,7 @@ impl Nodes {
     ) -> Option<u64> {
         let status = host::status_at(folder, name).ok()?;
         let nodeid = *self.numbers.get(&status.identity)?;
-        let node = &self.nodes[&nodeid];
-        if node.orphan || node.parent != parent || node.name.as_c_str() != name {
+        if !self.nodes[&nodeid].is_known_as(parent, name) {
             return None;
         }
         // Without a place it will be stale, which is what it is then.
@@ -199,13 +243,17 @@ impl Nodes {
         let Some(node) = nodeid.and_then(|nodeid| self.nodes.get_mut(&nodeid)) else {
             return;
         };
-        node.orphan = true;
-        if node.fd.is_some() {
-            if self.orphans < self.limits.orphans {
+        match &node.at {
+            Whereabouts::Placed { identity, fd, .. } if self.orphans < self.limits.orphans => {
+                node.at = Whereabouts::Pinned(*identity, fd.clone());
                 self.orphans += 1;
-            } else {
-                node.fd = None;
             }
+            // Nothing holds the file, so its inode number may soon be another's.
+            Whereabouts::Named(identity) | Whereabouts::Placed { identity, .. } => {
+                self.numbers.remove(identity);
+                node.at = Whereabouts::Gone;
+            }
+            Whereabouts::Pinned(..) | Whereabouts::Gone => {}
         }
     }
 
@@ -228,15 +276,14 @@ impl Nodes {
             parent: node.parent,
             name: node.name.to_bytes().to_vec(),
             lookups: node.lookups,
-            orphan: node.orphan,
+            orphan: !node.has_name(),
         });
         let mut nodes: Vec<_> = nodes.collect();
         nodes.sort_by_key(|node| node.nodeid);
         (self.next, nodes)
     }
 
-    /// Adds a node of another life, whose parent is there. It is an orphan if there is no such
-    /// file now.
+    /// Adds a node of another life, whose parent is there. It is gone if there is no such file now.
     pub(super) fn restore(&mut self, state: &NodeState, name: CString) -> Result<(), Errno> {
         let NodeState {
             nodeid,
@@ -255,20 +302,19 @@ impl Nodes {
         let status = status.filter(|status| !known(status));
         let parent_node = self.nodes.get_mut(&parent).ok_or(Errno::INVAL)?;
         parent_node.children += 1;
-        let root = self.nodes[&ROOT].identity;
-        if let Some(status) = &status {
-            self.numbers.insert(status.identity, nodeid);
-        }
+        let at = match status {
+            Some(Status { identity, .. }) => {
+                self.numbers.insert(identity, nodeid);
+                Whereabouts::Named(identity)
+            }
+            None => Whereabouts::Gone,
+        };
         let node = Node {
-            identity: status.map_or(root, |status| status.identity),
-            kind: status.map_or(0, |status| status.kind()),
+            at,
             parent,
             name,
             lookups,
             children: 0,
-            fd: None,
-            recent: false,
-            orphan: status.is_none(),
         };
         self.nodes.insert(nodeid, node);
         Ok(())
@@ -291,15 +337,11 @@ impl Nodes {
         self.next += 1;
         vacant.insert(nodeid);
         let node = Node {
-            identity: status.identity,
-            kind: status.kind(),
+            at: Whereabouts::Named(status.identity),
             parent,
             name: name.into(),
             lookups: 0,
             children: 0,
-            fd: None,
-            recent: false,
-            orphan: false,
         };
         self.nodes.insert(nodeid, node);
         Ok(nodeid)
@@ -311,9 +353,9 @@ impl Nodes {
             return;
         }
         let node = self.nodes.get_mut(&nodeid).expect("the caller found it");
-        if std::mem::take(&mut node.orphan)
-            && let Some(fd) = node.fd.take()
-        {
+        if let Whereabouts::Pinned(identity, fd) = &node.at {
+            let (identity, fd) = (*identity, fd.clone());
+            node.at = Whereabouts::Named(identity);
             self.orphans -= 1;
             self.keep_place(nodeid, &fd);
         }
@@ -329,24 +371,33 @@ impl Nodes {
         }
     }
 
+    /// Keeps the open place of a node that has a name.
     fn keep_place(&mut self, nodeid: u64, fd: &Arc<OwnedFd>) {
         while self.placed.len() >= self.limits.places {
             let oldest = self.placed.pop_front().expect("it is not empty");
             let Some(node) = self.nodes.get_mut(&oldest) else {
                 continue;
             };
-            if node.orphan {
-                continue;
-            }
-            if std::mem::take(&mut node.recent) {
-                self.placed.push_back(oldest);
-            } else {
-                node.fd = None;
+            if let Whereabouts::Placed {
+                identity, recent, ..
+            } = &mut node.at
+            {
+                if std::mem::take(recent) {
+                    self.placed.push_back(oldest);
+                } else {
+                    node.at = Whereabouts::Named(*identity);
+                }
             }
         }
         let node = self.nodes.get_mut(&nodeid).expect("the caller found it");
-        node.fd = Some(fd.clone());
-        self.placed.push_back(nodeid);
+        if let Whereabouts::Named(identity) = node.at {
+            node.at = Whereabouts::Placed {
+                identity,
+                fd: fd.clone(),
+                recent: false,
+            };
+            self.placed.push_back(nodeid);
+        }
     }
 
     fn drop_child(&mut self, nodeid: u64) {
@@ -367,10 +418,10 @@ impl Nodes {
                 return;
             }
             let node = self.nodes.remove(&nodeid).expect("just seen");
-            if self.numbers.get(&node.identity) == Some(&nodeid) {
-                self.numbers.remove(&node.identity);
+            if let Some(identity) = node.identity() {
+                self.numbers.remove(&identity);
             }
-            if node.orphan && node.fd.is_some() {
+            if matches!(node.at, Whereabouts::Pinned(..)) {
                 self.orphans -= 1;
             }
             nodeid = node.parent;

@@ -36,7 +36,7 @@ impl Server {
         let place = self.place(request.header.nodeid)?;
         let wants = |bits: u32| asked.valid & bits != 0;
         if wants(valid::MODE) {
-            if place.kind == libc::S_IFLNK {
+            if place.kind() == libc::S_IFLNK {
                 return Err(Errno::OPNOTSUPP);
             }
             self.descriptors
@@ -173,7 +173,7 @@ impl Server {
         if asked.valid & valid::FH != 0 {
             return truncate(&self.handles.get(asked.fh)?.file);
         }
-        match place.kind {
+        match place.kind() {
             libc::S_IFREG => truncate(&self.descriptors.open_again(&place.fd, OFlags::WRONLY)?),
             libc::S_IFDIR => Err(Errno::ISDIR),
             _ => Err(Errno::INVAL),

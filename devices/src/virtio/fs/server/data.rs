@@ -22,7 +22,7 @@ impl Server {
         let asked: OpenIn = request.take()?;
         let nodeid = request.header.nodeid;
         let flags = self.open_flags(asked.flags)?;
-        if self.place(nodeid)?.kind == libc::S_IFDIR {
+        if self.place(nodeid)?.kind() == libc::S_IFDIR {
             return Err(Errno::ISDIR);
         }
         let file = self.open_for(nodeid, flags, asked.open_flags)?;

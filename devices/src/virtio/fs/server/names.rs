@@ -48,9 +48,17 @@ impl Server {
         if kind == FileType::Unknown {
             return Err(Errno::INVAL);
         }
+        // A device would be the host's. What an overlay in the guest puts where a file of a lower
+        // layer was is none.
+        let is_whiteout = kind == FileType::CharacterDevice && rdev == 0;
+        match kind {
+            FileType::CharacterDevice | FileType::BlockDevice if !is_whiteout => {
+                return Err(Errno::PERM);
+            }
+            _ => {}
+        }
         let folder = self.folder(request.header.nodeid)?;
-        let device = host::device(rdev);
-        rustix::fs::mknodat(&folder.fd, name, kind, permissions(mode), device)?;
+        rustix::fs::mknodat(&folder.fd, name, kind, permissions(mode), 0)?;
         let entry = self.adopt(request, &folder, name, mode)?;
         request.put(&entry)
     }
@@ -79,7 +87,10 @@ impl Server {
                 Err(Errno::EXIST) if !exclusive => {}
                 made => {
                     let file = made?;
-                    let entry = self.enter(nodeid, &folder, name)?;
+                    // What is open, whatever the name has come to stand for since.
+                    let status = host::status(&file)?;
+                    let entered = self.nodes().enter(nodeid, name, &status)?;
+                    let entry = self.entry(entered, &status, folder.identity.mount);
                     return self.put_created(request, file, entry, flags);
                 }
             }
@@ -181,7 +192,7 @@ impl Server {
     /// The place of a folder.
     pub(super) fn folder(&self, nodeid: u64) -> Result<Place, Errno> {
         let place = self.place(nodeid)?;
-        match place.kind {
+        match place.kind() {
             libc::S_IFDIR => Ok(place),
             _ => Err(Errno::NOTDIR),
         }

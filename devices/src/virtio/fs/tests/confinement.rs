@@ -204,28 +204,18 @@ fn what_the_host_put_in_the_place_of_a_file_is_not_taken_for_it() {
 }
 
 #[test]
-fn pipes_sockets_and_devices_are_made_but_never_opened() {
+fn pipes_sockets_and_whiteouts_are_made_but_never_opened() {
     let mut client = Client::new();
     let kinds = [
-        ("pipe", libc::S_IFIFO, 0),
-        ("socket", libc::S_IFSOCK, 0),
-        // /dev/zero and the first disk.
-        ("char", libc::S_IFCHR, 1 << 8 | 5),
-        ("block", libc::S_IFBLK, 254 << 8),
+        ("pipe", libc::S_IFIFO),
+        ("socket", libc::S_IFSOCK),
+        // What an overlay in the guest puts where a file of a lower layer was.
+        ("whiteout", libc::S_IFCHR),
     ];
-    for (name, kind, rdev) in kinds {
-        let entry = client.mknod(ROOT, name, kind | 0o666, rdev).unwrap();
+    for (name, kind) in kinds {
+        let entry = client.mknod(ROOT, name, kind | 0o666, 0).unwrap();
         assert_eq!(entry.attr.mode, kind | 0o666);
-        assert_eq!(entry.attr.rdev, rdev, "{name}");
-        for flags in [OFlags::RDONLY, OFlags::WRONLY, OFlags::RDWR] {
-            assert_eq!(client.open(entry.nodeid, flags), Err(libc::ENXIO), "{name}");
-            assert_eq!(client.create(ROOT, name, flags).map(drop), Err(libc::ENXIO));
-        }
-        let cut = SetAttrIn {
-            valid: valid::SIZE,
-            ..SetAttrIn::default()
-        };
-        assert_eq!(client.set(entry.nodeid, cut).map(drop), Err(libc::EINVAL));
+        assert_is_never_opened(&mut client, name, entry.nodeid);
     }
     assert_eq!(
         client.mknod(ROOT, "x", libc::S_IFDIR, 0).map(drop),
@@ -235,6 +225,42 @@ fn pipes_sockets_and_devices_are_made_but_never_opened() {
         client.mknod(ROOT, "x", libc::S_IFLNK, 0).map(drop),
         Err(libc::EINVAL)
     );
+}
+
+#[test]
+fn devices_are_not_made_and_those_of_the_host_are_never_opened() {
+    let mut client = Client::new();
+    let devices = [
+        // /dev/zero, the first disk, and what is no device but for the guest's kernel.
+        ("char", libc::S_IFCHR, 1 << 8 | 5),
+        ("block", libc::S_IFBLK, 254 << 8),
+        ("none", libc::S_IFBLK, 0),
+    ];
+    for (name, kind, rdev) in devices {
+        let made = client.mknod(ROOT, name, kind | 0o666, rdev);
+        assert_eq!(made.map(drop), Err(libc::EPERM), "{name}");
+        assert!(!client.host(name).exists(), "{name}");
+        // One that came with an image.
+        let kind = rustix::fs::FileType::from_raw_mode(kind);
+        let mode = rustix::fs::Mode::from_raw_mode(0o666);
+        let path = client.host(name);
+        rustix::fs::mknodat(rustix::fs::CWD, &path, kind, mode, rdev.into()).unwrap();
+        let entry = client.lookup(ROOT, name).unwrap();
+        assert_eq!(entry.attr.rdev, rdev, "{name}");
+        assert_is_never_opened(&mut client, name, entry.nodeid);
+    }
+}
+
+fn assert_is_never_opened(client: &mut Client, name: &str, nodeid: u64) {
+    for flags in [OFlags::RDONLY, OFlags::WRONLY, OFlags::RDWR] {
+        assert_eq!(client.open(nodeid, flags), Err(libc::ENXIO), "{name}");
+        assert_eq!(client.create(ROOT, name, flags).map(drop), Err(libc::ENXIO));
+    }
+    let cut = SetAttrIn {
+        valid: valid::SIZE,
+        ..SetAttrIn::default()
+    };
+    assert_eq!(client.set(nodeid, cut).map(drop), Err(libc::EINVAL));
 }
 
 #[test]
@@ -265,6 +291,95 @@ fn a_mount_swapped_below_the_share_is_another_file() {
     });
 }
 
+/// Mounts an overlay of the folders below `layers` as `root` in the share.
+fn mount_overlay(client: &Client, layers: &TempDir) -> PathBuf {
+    for name in ["lower", "upper", "work"] {
+        fs::create_dir_all(layers.as_path().join(name)).unwrap();
+    }
+    let root = client.host("root");
+    fs::create_dir(&root).unwrap();
+    let options = format!(
+        "lowerdir={0}/lower,upperdir={0}/upper,workdir={0}/work",
+        layers.as_path().display()
+    );
+    let options = std::ffi::CString::new(options).unwrap();
+    let flags = MountFlags::empty();
+    rustix::mount::mount("overlay", &root, "overlay", flags, Some(&*options)).unwrap();
+    root
+}
+
+/// Makes and removes files while there is no room for files without names, until a new file gets the
+/// inode number of a removed one. It must not get the removed one's node with it.
+fn reuse_inodes(client: &mut Client, folder: u64) {
+    for index in 0..DESCRIPTORS {
+        let name = format!("orphan-{index}");
+        let (_, fh) = client.create(folder, &name, OFlags::RDWR).unwrap();
+        client.release(fh).unwrap();
+        client.named(Op::Unlink, folder, &name).unwrap();
+    }
+    for kind in [libc::S_IFIFO, libc::S_IFREG, libc::S_IFSOCK] {
+        for _ in 0..20 {
+            let (file, fh) = client.create(folder, "f", OFlags::RDWR).unwrap();
+            client.release(fh).unwrap();
+            client.named(Op::Unlink, folder, "f").unwrap();
+            let other = client.mknod(folder, "g", kind | 0o666, 0).unwrap();
+            assert_ne!(other.nodeid, file.nodeid, "kind {kind:o}");
+            assert_eq!(client.attr(file.nodeid).map(drop), Err(libc::ESTALE));
+            let opened = client.open(other.nodeid, OFlags::RDWR);
+            assert_eq!(opened.is_ok(), kind == libc::S_IFREG, "kind {kind:o}");
+            client.named(Op::Unlink, folder, "g").unwrap();
+            if let Ok(fh) = opened {
+                client.release(fh).unwrap();
+            }
+        }
+    }
+}
+
+#[test]
+fn the_inode_number_of_a_removed_file_does_not_bring_back_its_node() {
+    let mut client = Client::new();
+    reuse_inodes(&mut client, ROOT);
+    with_own_mounts(|| {
+        let mut client = Client::new();
+        let layers = TempDir::new().unwrap();
+        let root = mount_overlay(&client, &layers);
+        let folder = client.lookup(ROOT, "root").unwrap().nodeid;
+        reuse_inodes(&mut client, folder);
+        rustix::mount::unmount(&root, UnmountFlags::DETACH).unwrap();
+    });
+}
+
+/// Two mounts of one folder are two folders for the guest. What it removes in one of them it still
+/// knows in the other.
+#[test]
+fn a_name_in_a_second_mount_of_a_folder_is_no_way_to_open_another_kind() {
+    with_own_mounts(|| {
+        let mut client = Client::new();
+        let layers = TempDir::new().unwrap();
+        let root = mount_overlay(&client, &layers);
+        let second = client.host("second");
+        fs::create_dir(&second).unwrap();
+        rustix::mount::mount_bind(&root, &second).unwrap();
+        let first = client.lookup(ROOT, "root").unwrap().nodeid;
+        let again = client.lookup(ROOT, "second").unwrap().nodeid;
+        for _ in 0..20 {
+            let (_, fh) = client.create(first, "f", OFlags::RDWR).unwrap();
+            client.release(fh).unwrap();
+            let seen = client.lookup(again, "f").unwrap().nodeid;
+            client.named(Op::Unlink, first, "f").unwrap();
+            client.mknod(first, "f", libc::S_IFIFO | 0o666, 0).unwrap();
+            let opened = client.open(seen, OFlags::RDWR);
+            assert_eq!(opened, Err(libc::ESTALE));
+            let other = client.lookup(again, "f").unwrap().nodeid;
+            assert_ne!(other, seen);
+            assert_eq!(client.open(other, OFlags::RDWR), Err(libc::ENXIO));
+            client.named(Op::Unlink, first, "f").unwrap();
+        }
+        rustix::mount::unmount(&second, UnmountFlags::DETACH).unwrap();
+        rustix::mount::unmount(&root, UnmountFlags::DETACH).unwrap();
+    });
+}
+
 /// As containers' root file systems are: writing to a layer's file, or making one in a layer's folder,
 /// first copies it. A guest that took that for another file would undo what is mounted on it.
 #[test]
@@ -272,20 +387,10 @@ fn what_an_overlay_copies_up_stays_the_file_it_is() {
     with_own_mounts(|| {
         let mut client = Client::new();
         let layers = TempDir::new().unwrap();
-        let layer = |name: &str| layers.as_path().join(name);
-        for name in ["lower/etc", "upper", "work"] {
-            fs::create_dir_all(layer(name)).unwrap();
-        }
-        fs::write(layer("lower/etc/passwd"), "root").unwrap();
-        let root = client.host("root");
-        fs::create_dir(&root).unwrap();
-        let options = format!(
-            "lowerdir={0}/lower,upperdir={0}/upper,workdir={0}/work",
-            layers.as_path().display()
-        );
-        let options = std::ffi::CString::new(options).unwrap();
-        let flags = MountFlags::empty();
-        rustix::mount::mount("overlay", &root, "overlay", flags, Some(&*options)).unwrap();
+        let lower = layers.as_path().join("lower/etc");
+        fs::create_dir_all(&lower).unwrap();
+        fs::write(lower.join("passwd"), "root").unwrap();
+        let root = mount_overlay(&client, &layers);
         let folder = client.lookup(ROOT, "root").unwrap().nodeid;
         let etc = client.lookup(folder, "etc").unwrap().nodeid;
         let passwd = client.lookup(etc, "passwd").unwrap().nodeid;
@@ -293,7 +398,7 @@ fn what_an_overlay_copies_up_stays_the_file_it_is() {
         client.write(fh, 4, b":x", OFlags::empty()).unwrap();
         client.release(fh).unwrap();
         client.create(etc, "hosts", OFlags::RDWR).unwrap();
-        assert!(layer("upper/etc/hosts").exists());
+        assert!(layers.as_path().join("upper/etc/hosts").exists());
         assert_eq!(client.lookup(folder, "etc").unwrap().nodeid, etc);
         assert_eq!(client.lookup(etc, "passwd").unwrap().nodeid, passwd);
         rustix::mount::unmount(&root, UnmountFlags::DETACH).unwrap();
