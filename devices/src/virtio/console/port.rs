@@ -197,7 +197,8 @@ impl LivePort {
                 &mut chain,
                 ram,
                 counters,
-                TURN - moved,
+                // What the host takes at once may be more than was left of the turn.
+                TURN.saturating_sub(moved),
             ) {
                 (count, Some(stop)) => {
                     self.sent += count;

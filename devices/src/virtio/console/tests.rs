@@ -460,3 +460,23 @@ fn ports_out_of_measure_are_refused() {
     assert!(errors[3].starts_with("a console port's name is 1 to 64 bytes long"));
     assert_eq!(Console::new(ports(16)).unwrap().handle().0.size(), None);
 }
+
+/// What the host takes at once does not divide a turn.
+#[test]
+fn output_in_large_pieces_takes_as_many_turns_as_it_needs() {
+    let file = TempFile::new().unwrap();
+    let output = Output::new(file.as_file().try_clone().unwrap().into()).unwrap();
+    let ports = vec![Port {
+        output: Some(output),
+        ..port("log", None, None)
+    }];
+    let mut guest = Guest::live(Console::new(ports).unwrap());
+    for _ in 0..16 {
+        guest.add(OUT[0], &[Buffer::Out(vec![7; 20_000])]).unwrap();
+    }
+    guest.kick(OUT[0]);
+    guest.settle();
+    assert_eq!(guest.in_flight(OUT[0]), 16, "they are all used");
+    assert_eq!(std::iter::from_fn(|| guest.take(OUT[0])).count(), 16);
+    assert_eq!(file.as_file().metadata().unwrap().len(), 16 * 20_000);
+}
