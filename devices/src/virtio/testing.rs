@@ -402,6 +402,22 @@ impl Guest {
         self.take(queue)
     }
 
+    /// Whether the device wants to be told of the chain that was added last (virtio 1.3 §2.7.10): if
+    /// not, it must find that without a kick.
+    pub fn is_to_kick(&self, queue: usize) -> bool {
+        let ring = &self.queues[queue];
+        let word = |offset: u64| -> u16 {
+            let place = GuestAddress(ring.base + DEVICE_AREA + offset);
+            self.ram().read_obj(place).expect("the ring lies in RAM")
+        };
+        if self.event_idx {
+            // The avail_event field follows the ring. Nothing may be kept back by it.
+            word(4 + 8 * u64::from(ring.size)) == ring.added
+        } else {
+            word(0) & 1 == 0
+        }
+    }
+
     /// How many chains the device has and has not returned.
     pub fn in_flight(&self, queue: usize) -> usize {
         self.queues[queue].chains.len()

@@ -110,7 +110,7 @@ pub(super) struct Connection {
     sent: u32,
     guest_window: u32,
     guest_forwarded: u32,
-    /// The guest was asked for credit and has not answered.
+    /// The guest was asked for credit and has given none since.
     asked_credit: bool,
 }
 
@@ -262,7 +262,8 @@ impl Connection {
     pub(super) fn learn_credit(&mut self, window: u32, forwarded: u32) {
         self.guest_window = window;
         self.guest_forwarded = forwarded;
-        self.asked_credit = false;
+        // An answer that gives none is not asked for again: the guest tells when its program reads.
+        self.asked_credit &= self.credit() == 0;
     }
 
     /// Bytes the guest has room for. Nonsense of the guest's makes that none.

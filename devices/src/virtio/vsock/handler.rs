@@ -42,6 +42,15 @@ enum Reset {
     Over,
 }
 
+/// How a turn of hearing the guest ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Heard {
+    /// Its ring tells when there is more.
+    ToTheEnd,
+    /// It has to take resets first.
+    Choked,
+}
+
 #[derive(Debug)]
 pub(super) struct VsockHandler {
     memory: Memory,
@@ -106,6 +115,11 @@ impl VsockHandler {
     }
 
     /// Hears the guest and answers it, as far as both go.
+    ///
+    /// What wakes the handler next: the driver's kicks, where a turn of a ring ended in
+    /// [`Ring::rest`]; the ring itself, where it ended there with more to do; else the event that
+    /// makes up for what was missing, which is a kick of the receive queue for a guest that has to
+    /// take resets.
     fn serve(&mut self) {
         let memory = self.memory.clone();
         let ram = memory.memory();
@@ -118,18 +132,23 @@ impl VsockHandler {
             }
             return;
         }
-        // Resets that the guest takes make room to hear more of it.
-        while self.hear(&ram) | self.tell(&ram) && self.muxer.is_choked() {}
+        let heard = self.hear(&ram);
         self.tell(&ram);
+        // Resets that the guest took make room to hear more of it, in the next turn.
+        if heard == Heard::Choked
+            && !self.muxer.is_choked()
+            && let Some(ring) = &self.transmit
+        {
+            ring.rekick();
+        }
     }
 
-    /// Takes the guest's packets. True if there was one.
-    fn hear(&mut self, ram: &GuestRam) -> bool {
+    /// Takes the guest's packets.
+    fn hear(&mut self, ram: &GuestRam) -> Heard {
         let Some(ring) = &mut self.transmit else {
-            return false;
+            return Heard::ToTheEnd;
         };
         let now = Instant::now();
-        let mut heard = false;
         ring.wake(ram);
         loop {
             while !self.muxer.is_choked()
@@ -139,24 +158,22 @@ impl VsockHandler {
                 self.muxer
                     .hear(&self.host, ram, packet, &self.counters, now);
                 ring.complete(ram, chain, 0);
-                heard = true;
             }
             if self.muxer.is_choked() {
                 ring.signal(ram);
-                return heard;
+                return Heard::Choked;
             }
             if !ring.rest(ram) {
-                return heard;
+                return Heard::ToTheEnd;
             }
         }
     }
 
-    /// Gives the guest packets, as long as it has room for them. True if there was one.
-    fn tell(&mut self, ram: &GuestRam) -> bool {
+    /// Gives the guest packets, as long as it has room for them.
+    fn tell(&mut self, ram: &GuestRam) {
         let Some(ring) = &mut self.receive else {
-            return false;
+            return;
         };
-        let mut told = false;
         ring.wake(ram);
         while self.muxer.has_message() {
             let Some(mut chain) = ring.pop(ram) else {
@@ -164,7 +181,7 @@ impl VsockHandler {
                     continue;
                 }
                 self.counters.queue_full.increment();
-                return told;
+                return;
             };
             let room = &mut chain.writable;
             if room.split_front(HEADER_LEN, &mut self.front).is_err() {
@@ -179,7 +196,6 @@ impl VsockHandler {
                 Some(len) => {
                     let header = u32::try_from(HEADER_LEN).expect("it is 44");
                     ring.complete(ram, chain, header + len);
-                    told = true;
                 }
                 None => {
                     ring.put_back(chain);
@@ -188,7 +204,6 @@ impl VsockHandler {
             }
         }
         ring.signal(ram);
-        told
     }
 
     /// "the device MUST send" a transport reset when connections cannot go on, as after a restore:
@@ -319,7 +334,7 @@ impl Handler for VsockHandler {
     fn drain(&mut self) {
         let memory = self.memory.clone();
         let ram = memory.memory();
-        (0..LAST_TURNS).any(|_| !self.hear(&ram));
+        (0..LAST_TURNS).any(|_| self.hear(&ram) == Heard::Choked);
     }
 
     fn rings(&self) -> Vec<RingState> {

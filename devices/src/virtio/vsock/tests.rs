@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use std::thread;
 use std::time::Duration;
 
+use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::tempdir::TempDir;
 
@@ -526,4 +527,53 @@ fn the_socket_goes_with_its_device() {
     let path = bench.path();
     drop(bench);
     assert!(!path.exists());
+}
+
+/// A guest whose program does not read answers each question as Linux does: with the same credit.
+#[test]
+fn a_guest_without_room_is_asked_once_until_it_has_some() {
+    let mut bench = Bench::new();
+    let (mut stream, mut header) = bench.connected();
+    header.buf_alloc = 4;
+    bench.say(with(header, Op::CreditUpdate), &[]);
+    stream.write_all(b"0123456789").unwrap();
+    assert_eq!(bench.hear().unwrap().1, b"0123");
+    assert_eq!(bench.hear_op(), Some((Op::CreditRequest, 0)));
+    for _ in 0..10 {
+        bench.say(with(header, Op::CreditUpdate), &[]);
+        assert_eq!(bench.hear_op(), None);
+    }
+    header.fwd_cnt = 4;
+    bench.say(with(header, Op::CreditUpdate), &[]);
+    assert_eq!(bench.hear().unwrap().1, b"4567");
+    assert_eq!(bench.hear_op(), Some((Op::CreditRequest, 0)));
+    header.fwd_cnt = 8;
+    bench.say(with(header, Op::CreditUpdate), &[]);
+    assert_eq!(bench.hear().unwrap().1, b"89");
+}
+
+/// As many packets that are answered with a reset as may wait, and room for all the answers: the guest
+/// is heard again although it neither kicks nor gives more room.
+#[test]
+fn a_guest_that_took_its_resets_is_heard_again() {
+    for features in [u64::MAX, !(1 << VIRTIO_RING_F_EVENT_IDX)] {
+        let mut bench = Bench::new();
+        bench.guest.start(features, 256);
+        while bench.guest.add(RX, &[Buffer::In(64)]).is_some() {}
+        bench.guest.kick(RX);
+        bench.guest.settle();
+        let packet = |port| from_guest(Op::Data, port, 1).to_bytes().to_vec();
+        for port in 0..256 {
+            let queued = bench.guest.add(TX, &[Buffer::Out(packet(port))]);
+            queued.expect("the queue has as many descriptors");
+        }
+        bench.guest.kick(TX);
+        bench.guest.settle();
+        let heard = std::iter::from_fn(|| bench.guest.take(TX)).count();
+        let resets = std::iter::from_fn(|| bench.guest.take(RX)).count();
+        assert_eq!((heard, resets), (256, 256));
+        assert!(bench.guest.is_to_kick(TX), "its kicks are not wanted");
+        bench.say(from_guest(Op::Data, 9, 1), &[]);
+        assert_eq!(bench.hear_op(), Some((Op::Reset, 0)));
+    }
 }
