@@ -2,7 +2,8 @@
 //!
 //! virtio-queue walks the table and refuses loops, indices and tables outside their bounds by
 //! ending the walk early. Here an early end is told from a proper one, the order of readable and
-//! writable parts is enforced, and every buffer is known to lie in RAM.
+//! writable parts is enforced, every buffer is known to lie in RAM, and all of them together are no
+//! longer than the device can take.
 
 use virtio_queue::DescriptorChain;
 
@@ -32,10 +33,12 @@ pub(super) struct Spare {
 }
 
 impl Chain {
-    /// Checks the whole chain. One that is not well formed returns its room.
+    /// Checks the whole chain, which may have `max_len` bytes. One that is not well formed returns
+    /// its room.
     pub(super) fn parse(
         ram: &GuestRam,
         descriptors: DescriptorChain<&GuestRam>,
+        max_len: usize,
         spare: Spare,
     ) -> Result<Self, Spare> {
         let Spare {
@@ -46,7 +49,7 @@ impl Chain {
         writable.clear();
         let head = descriptors.head_index();
         match Self::collect(ram, descriptors, &mut readable, &mut writable) {
-            Some(()) => {
+            Some(()) if readable.len().saturating_add(writable.len()) <= max_len => {
                 let writable_len = writable.len();
                 Ok(Self {
                     head,
@@ -55,7 +58,7 @@ impl Chain {
                     writable_len,
                 })
             }
-            None => Err(Spare { readable, writable }),
+            Some(()) | None => Err(Spare { readable, writable }),
         }
     }
 

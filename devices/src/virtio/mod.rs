@@ -73,6 +73,12 @@ pub trait VirtioDevice: Send + Debug {
     /// How many queues there are, and the largest size of each: a power of two.
     fn queue_sizes(&self) -> &[u16];
 
+    /// Most bytes of one request on queue `queue`, what the device reads and what it writes together.
+    /// The ring returns a longer one as not well formed, so that the work of a request has a bound:
+    /// a chain can name all of RAM a thousand times. [`usize::MAX`] is for a queue whose handler
+    /// keeps to a bound of its own.
+    fn max_request_len(&self, queue: u16) -> usize;
+
     /// Feature bits of the device type. What the transport and the rings offer is added.
     fn features(&self) -> u64;
 

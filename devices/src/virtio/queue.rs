@@ -31,7 +31,7 @@ use super::{Counters, GuestRam, Interrupt};
 const BATCH: Duration = Duration::from_micros(500);
 
 /// How long a turn may last before the handler is to hear of anything else, a recall above all.
-/// One request may take longer; no further one is begun.
+/// One request may take longer, but its length has a bound; no further one is begun.
 const TURN: Duration = Duration::from_millis(50);
 
 /// Turns there are for what is queued when the VM ends. A driver that means well needs one.
@@ -56,6 +56,8 @@ pub struct Ring {
     kick: EventFd,
     interrupt: Interrupt,
     counters: Arc<Counters>,
+    /// Most bytes of a chain.
+    max_len: usize,
     /// Chains that may still be popped before others get their turn.
     budget: u32,
     /// The turn ended with chains left, and the ring has kicked itself.
@@ -69,13 +71,14 @@ pub struct Ring {
 }
 
 impl Ring {
-    /// `kick` must be non-blocking.
+    /// `kick` must be non-blocking. Chains of more than `max_len` bytes are not well formed.
     pub(super) fn new(
         index: u16,
         queue: Queue,
         kick: EventFd,
         interrupt: Interrupt,
         counters: Arc<Counters>,
+        max_len: usize,
     ) -> Self {
         Self {
             index,
@@ -83,6 +86,7 @@ impl Ring {
             kick,
             interrupt,
             counters,
+            max_len,
             budget: 0,
             turn_over: false,
             broken: false,
@@ -203,7 +207,8 @@ impl Ring {
                 self.fail();
                 return None;
             }
-            match Chain::parse(ram, descriptors, self.spare.pop().unwrap_or_default()) {
+            let spare = self.spare.pop().unwrap_or_default();
+            match Chain::parse(ram, descriptors, self.max_len, spare) {
                 Ok(chain) => return Some(chain),
                 Err(spare) => {
                     self.spare.push(spare);

@@ -259,6 +259,7 @@ impl Session {
                     kick,
                     self.interrupt.clone(),
                     self.counters.clone(),
+                    self.device.max_request_len(index),
                 ))
             })
             .collect()

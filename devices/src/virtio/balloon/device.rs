@@ -27,6 +27,11 @@ const VIRTIO_BALLOON_F_PAGE_REPORTING: u32 = 5;
 /// fifth: queues of features that are not offered are left out, as by other devices and by Linux.
 const QUEUE_SIZES: [u16; 4] = [128, 128, 16, 32];
 
+/// Most bytes of page numbers in one request. Each page may take a system call; Linux sends 256 of them.
+const MAX_NUMBERS: usize = 64 << 10;
+/// Most bytes of pages that one request reports as free. Linux reports up to 128 MiB.
+const MAX_REPORT: usize = 1 << 30;
+
 /// A balloon.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct BalloonConfig {
@@ -132,6 +137,14 @@ impl VirtioDevice for Balloon {
             3
         };
         &QUEUE_SIZES[..count]
+    }
+
+    fn max_request_len(&self, queue: u16) -> usize {
+        match queue {
+            0 | 1 => MAX_NUMBERS,
+            // Statistics, of which only the first are looked at, and reports.
+            _ => MAX_REPORT,
+        }
     }
 
     fn features(&self) -> u64 {

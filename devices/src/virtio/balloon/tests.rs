@@ -1,3 +1,4 @@
+use virtio_bindings::virtio_ring::{VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT};
 use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
 
 use super::{Balloon, BalloonConfig, BalloonHandle, PAGE_BYTES};
@@ -151,4 +152,40 @@ fn the_device_lives_through_pause_and_reset() {
         guest.request(0, &[pages(&[page(1)])]).unwrap();
         assert_eq!(zeros(guest), [1]);
     });
+}
+
+/// Writes a table of `count` descriptors that all name the same megabyte from `start`.
+fn name_often(guest: &mut Guest, queue: usize, count: u16, start: u64) {
+    let table = 8 << 20;
+    for index in 0..count {
+        let (more, next) = match index + 1 < count {
+            true => (VRING_DESC_F_NEXT, index + 1),
+            false => (0, 0),
+        };
+        guest.write_descriptor(table, index, start, 1 << 20, more, next);
+    }
+    let base = guest.areas(queue)[0];
+    let len = u32::from(count) * 16;
+    guest.write_descriptor(base, 0, table, len, VRING_DESC_F_INDIRECT, 0);
+    guest.publish(queue, 0);
+    guest.kick(queue);
+    guest.settle();
+}
+
+#[test]
+fn a_request_that_names_pages_without_end_gives_none_back() {
+    let (mut guest, _) = live();
+    let numbers = 9 << 20;
+    // Every second page, so that each takes a call.
+    let every_second = |index: u32| (1536 + index * 2 % 512).to_le_bytes();
+    let bytes: Vec<u8> = (0..1 << 18).flat_map(every_second).collect();
+    guest
+        .ram()
+        .write_slice(&bytes, GuestAddress(numbers))
+        .unwrap();
+    name_often(&mut guest, 0, 16, numbers);
+    assert_eq!(guest.take(0), Some(vec![]));
+    assert_eq!(guest.counters().bytes_out.get(), 0);
+    assert_eq!(guest.counters().bad_chains.get(), 1);
+    assert_eq!(guest.status(), crate::virtio::testing::LIVE);
 }

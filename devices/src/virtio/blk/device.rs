@@ -11,7 +11,7 @@ use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 
 use super::handler::BlkHandler;
 use super::image::{BlkError, Image};
-use super::request::{Limits, MAX_DISCARD, MAX_RANGES, MAX_ZEROES};
+use super::request::{Limits, MAX_DISCARD, MAX_DISCARD_RANGES, MAX_ZERO_RANGES, MAX_ZEROES};
 use crate::virtio::limiter::Limiter;
 use crate::virtio::{
     self, ActivateError, Activation, Counters, DeviceState, Handler, StateError, VirtioDevice,
@@ -108,10 +108,10 @@ impl Blk {
         put(20, &self.limits.block.to_le_bytes());
         put(34, &queues.to_le_bytes());
         put(36, &MAX_DISCARD.to_le_bytes());
-        put(40, &MAX_RANGES.to_le_bytes());
+        put(40, &MAX_DISCARD_RANGES.to_le_bytes());
         put(44, &block_sectors.to_le_bytes());
         put(48, &MAX_ZEROES.to_le_bytes());
-        put(52, &MAX_RANGES.to_le_bytes());
+        put(52, &MAX_ZERO_RANGES.to_le_bytes());
         // write_zeroes_may_unmap.
         put(56, &[1]);
         config
@@ -125,6 +125,11 @@ impl VirtioDevice for Blk {
 
     fn queue_sizes(&self) -> &[u16] {
         &self.queue_sizes
+    }
+
+    fn max_request_len(&self, _queue: u16) -> usize {
+        // Where the status goes, a request is refused by it; see `MAX_TRANSFER`.
+        usize::MAX
     }
 
     fn features(&self) -> u64 {

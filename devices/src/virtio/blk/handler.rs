@@ -31,6 +31,9 @@ pub(super) struct BlkHandler {
 /// Event data of the limiter's timer; the ring's is its index.
 const LIMITER: u32 = 1 << 16;
 
+/// Most bytes of room that are zeroed after a failed request.
+const MAX_ZEROED: usize = 4096;
+
 /// What a request is carried out with: the handler without its ring.
 struct Disk<'a> {
     image: &'a Image,
@@ -60,8 +63,11 @@ impl BlkHandler {
 impl Disk<'_> {
     /// Carries out one request and writes its status, which comes last: in the last byte, and
     /// after all else. Returns how many bytes of the writable part are written, from its start.
+    ///
+    /// A driver may look at room that it is not told to be unwritten, so what little a failed request
+    /// leaves is zeroed; more is not, as there may be any amount of it.
     fn answer(&self, chain: &mut Chain) -> u32 {
-        let total = u32::try_from(chain.writable.len()).unwrap_or(u32::MAX);
+        let total = chain.writable.len();
         let Some(status_at) = chain.writable.split_last() else {
             // Nowhere to put the status.
             self.counters.bad_chains.increment();
@@ -78,19 +84,16 @@ impl Disk<'_> {
         } else {
             self.counters.errors.increment();
         }
-        // What a failed or short request left is zeroed, so that all before the status is written.
         let rest = chain.writable.len();
+        let is_full = rest <= MAX_ZEROED && chain.writable.zero(self.ram, rest).is_ok();
         let status = u8::try_from(status).expect("a status is a byte");
-        let done = chain
-            .writable
-            .zero(self.ram, rest)
-            .map_err(io::Error::from)
-            .and_then(|()| {
-                self.ram
-                    .write_obj(status, status_at)
-                    .map_err(io::Error::other)
-            });
-        if done.is_ok() { total } else { 0 }
+        let is_told = self.ram.write_obj(status, status_at).is_ok();
+        let written = match is_full && is_told {
+            true => total,
+            // "The device MUST write at least len bytes": the status is beyond them.
+            false => total - 1 - rest,
+        };
+        u32::try_from(written).unwrap_or(u32::MAX)
     }
 
     fn carry_out(&self, request: &Request, chain: &mut Chain) -> io::Result<()> {

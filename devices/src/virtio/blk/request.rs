@@ -9,12 +9,17 @@ use virtio_bindings::virtio_blk::{
 use super::SECTOR;
 use crate::virtio::{GuestRam, Segments};
 
-/// Ranges one discard or write-zeroes request may name.
-pub(super) const MAX_RANGES: u32 = 16;
-/// Sectors one discarded range may have: 2 GiB.
-pub(super) const MAX_DISCARD: u32 = 1 << 22;
-/// Sectors one zeroed range may have: 64 MiB, as they may have to be written.
-pub(super) const MAX_ZEROES: u32 = 1 << 17;
+/// Most bytes of one read or write: four times what Linux makes of its own accord. The queue's thread
+/// is at a request until it is done.
+pub(super) const MAX_TRANSFER: u64 = 16 << 20;
+/// Ranges one discard request may name.
+pub(super) const MAX_DISCARD_RANGES: u32 = 16;
+/// Sectors one discarded range may have: 256 MiB.
+pub(super) const MAX_DISCARD: u32 = 1 << 19;
+/// Ranges one write-zeroes request may name.
+pub(super) const MAX_ZERO_RANGES: u32 = 4;
+/// Sectors one zeroed range may have: 16 MiB, as they may have to be written.
+pub(super) const MAX_ZEROES: u32 = 1 << 15;
 
 /// Length of `struct virtio_blk_discard_write_zeroes`.
 const RANGE_LEN: usize = 16;
@@ -91,13 +96,13 @@ impl Request {
                 // "The device MUST set the status byte to VIRTIO_BLK_S_UNSUPP for discard commands
                 // if the unmap flag is set" (virtio 1.3 §5.2.6.2).
                 let known = 0;
-                limits
-                    .ranges(ram, out, MAX_DISCARD, known)
-                    .map(Self::Discard)
+                let most = (MAX_DISCARD_RANGES, MAX_DISCARD);
+                limits.ranges(ram, out, most, known).map(Self::Discard)
             }
             VIRTIO_BLK_T_WRITE_ZEROES => {
                 let known = VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP;
-                limits.ranges(ram, out, MAX_ZEROES, known).map(Self::Zero)
+                let most = (MAX_ZERO_RANGES, MAX_ZEROES);
+                limits.ranges(ram, out, most, known).map(Self::Zero)
             }
             _ => Err(Refusal::Unsupported),
         }
@@ -116,7 +121,7 @@ impl Limits {
     /// The offset of a transfer of `len` bytes, which must be whole blocks inside the disk.
     fn transfer(self, sector: u64, len: usize) -> Result<u64, Refusal> {
         let len = len as u64;
-        if !len.is_multiple_of(SECTOR) {
+        if !len.is_multiple_of(SECTOR) || len > MAX_TRANSFER {
             return Err(Refusal::Invalid);
         }
         self.range(sector, len / SECTOR)
@@ -133,17 +138,18 @@ impl Limits {
         Ok(sector * SECTOR)
     }
 
-    /// The ranges that `out` names. `known` are the flags the request may have.
+    /// The ranges that `out` names, of which there may be so many with so many sectors each. `known`
+    /// are the flags the request may have.
     fn ranges(
         self,
         ram: &GuestRam,
         out: &mut Segments,
-        max_sectors: u32,
+        (max_ranges, max_sectors): (u32, u32),
         known: u32,
     ) -> Result<Vec<Range>, Refusal> {
         self.writable()?;
         let count = out.len() / RANGE_LEN;
-        let too_many = count > MAX_RANGES as usize;
+        let too_many = count > max_ranges as usize;
         if out.is_empty() || too_many || !out.len().is_multiple_of(RANGE_LEN) {
             return Err(Refusal::Invalid);
         }

@@ -4,9 +4,11 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use proptest::prelude::*;
+use virtio_bindings::virtio_ring::{VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE};
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::tempfile::TempFile;
 
+use super::request::MAX_TRANSFER;
 use super::*;
 use crate::virtio::testing::{Buffer, Guest, Table, lifecycle};
 use crate::virtio::{Limits, Rate};
@@ -209,6 +211,57 @@ fn a_disk_that_shrank_behind_our_back_fails_reads() {
     image.as_file().set_len(512).unwrap();
     assert_eq!(status(&mut guest, IN, 1, &[Buffer::In(512)]), IOERR);
     assert_eq!(status(&mut guest, IN, 0, &[Buffer::In(512)]), OK);
+}
+
+/// Names the same 4 MiB so often that there is room for `mib` of data, and asks for `kind`. Returns the
+/// status and how many bytes are said to be written.
+fn ask_with_room(image: &TempFile, kind: u32, mib: u16) -> (u8, usize) {
+    let mut guest = disk(image);
+    const DATA: u64 = 12 << 20;
+    const TABLE: u64 = 8 << 20;
+    const HEADER: u64 = TABLE - 64;
+    const STATUS: u64 = TABLE - 1;
+    let count = mib / 4;
+    let ram = guest.ram();
+    ram.write_slice(&header(kind, 0), GuestAddress(HEADER))
+        .unwrap();
+    ram.write_obj(0xff_u8, GuestAddress(STATUS)).unwrap();
+    ram.write_obj(0xff_u8, GuestAddress(DATA)).unwrap();
+    guest.write_descriptor(TABLE, 0, HEADER, 16, VRING_DESC_F_NEXT, 1);
+    let flags = VRING_DESC_F_NEXT | VRING_DESC_F_WRITE;
+    for index in 1..=count {
+        guest.write_descriptor(TABLE, index, DATA, 4 << 20, flags, index + 1);
+    }
+    guest.write_descriptor(TABLE, count + 1, STATUS, 1, VRING_DESC_F_WRITE, 0);
+    let [table, _, used] = guest.areas(0);
+    let len = (u32::from(count) + 2) * 16;
+    guest.write_descriptor(table, 0, TABLE, len, VRING_DESC_F_INDIRECT, 0);
+    guest.publish(0, 0);
+    guest.kick(0);
+    guest.settle();
+    assert_eq!(guest.take(0).map(|_| ()), Some(()));
+    let written: u32 = ram.read_obj(GuestAddress(used + 8)).unwrap();
+    let status = ram.read_obj(GuestAddress(STATUS)).unwrap();
+    let untouched = ram.read_obj::<u8>(GuestAddress(DATA)).unwrap() == 0xff;
+    assert_eq!(untouched, written == 0);
+    (status, written as usize)
+}
+
+#[test]
+fn room_that_a_refused_request_offers_is_left_alone() {
+    let image = image();
+    assert_eq!(ask_with_room(&image, 99, 1024), (UNSUPP, 0));
+    assert_eq!(ask_with_room(&image, IN, 4), (IOERR, 0));
+}
+
+#[test]
+fn a_transfer_is_carried_out_or_refused_by_its_length() {
+    let image = TempFile::new().unwrap();
+    image.as_file().set_len(1 << 30).unwrap();
+    let longest = MAX_TRANSFER as usize;
+    let mib = u16::try_from(longest >> 20).unwrap();
+    assert_eq!(ask_with_room(&image, IN, mib), (OK, longest + 1));
+    assert_eq!(ask_with_room(&image, IN, mib + 4), (IOERR, 0));
 }
 
 #[test]

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use virtio_bindings::virtio_ids::VIRTIO_ID_FS;
 
 use super::handler::FsHandler;
-use super::server::{Cache, Options, Scratch, Server};
+use super::server::{Cache, MAX_REQUEST, Options, Scratch, Server};
 use crate::virtio::{
     ActivateError, Activation, Counters, DeviceState, Handler, StateError, VirtioDevice,
     read_config_bytes,
@@ -140,6 +140,10 @@ impl VirtioDevice for Fs {
 
     fn queue_sizes(&self) -> &[u16] {
         &self.queue_sizes
+    }
+
+    fn max_request_len(&self, _queue: u16) -> usize {
+        MAX_REQUEST
     }
 
     fn features(&self) -> u64 {

@@ -32,6 +32,12 @@ use crate::virtio::{Chain, Counters, GuestRam, Segments};
 /// Most bytes of one READ or WRITE.
 const MAX_TRANSFER: u32 = 1 << 20;
 const MAX_PAGES: u16 = 256;
+/// Most bytes of one request with the room for its answer: so many pages of the largest kind there is,
+/// and what comes with them.
+pub(super) const MAX_REQUEST: usize = MAX_PAGES as usize * (64 << 10) + (1 << 20);
+/// Most files that one BATCH_FORGET is followed for: no other request finds a file meanwhile. Linux
+/// makes none of them for virtio-fs.
+const MAX_FORGETS: u32 = 4096;
 /// Most bytes of names, link targets and attributes in one request.
 const MAX_TEXT: usize = 70 << 10;
 /// Requests Linux may have under way that no program waits for.
@@ -435,7 +441,7 @@ impl Server {
             Op::BatchForget => {
                 let BatchForgetIn { count, .. } = take(ram, input)?;
                 let mut nodes = self.nodes();
-                for _ in 0..count {
+                for _ in 0..count.min(MAX_FORGETS) {
                     let ForgetOne { nodeid, lookups } = take(ram, input)?;
                     nodes.forget(nodeid, lookups);
                 }

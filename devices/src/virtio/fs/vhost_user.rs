@@ -133,6 +133,11 @@ impl VirtioDevice for VhostUserFs {
         &self.queue_sizes
     }
 
+    fn max_request_len(&self, _queue: u16) -> usize {
+        // The other process serves them.
+        usize::MAX
+    }
+
     fn features(&self) -> u64 {
         0
     }

@@ -171,6 +171,11 @@ impl VirtioDevice for Mem {
         &QUEUE_SIZES
     }
 
+    fn max_request_len(&self, _queue: u16) -> usize {
+        // A request and its response are a few bytes each.
+        4096
+    }
+
     fn features(&self) -> u64 {
         1 << VIRTIO_MEM_F_UNPLUGGED_INACCESSIBLE
     }

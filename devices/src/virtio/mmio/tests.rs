@@ -61,6 +61,10 @@ impl VirtioDevice for Dummy {
         &[8, 256]
     }
 
+    fn max_request_len(&self, _queue: u16) -> usize {
+        usize::MAX
+    }
+
     fn features(&self) -> u64 {
         1 << 5 | 1 << 40
     }

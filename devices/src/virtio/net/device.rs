@@ -177,6 +177,11 @@ impl VirtioDevice for Net {
         &self.queue_sizes
     }
 
+    fn max_request_len(&self, _queue: u16) -> usize {
+        // Frames have up to 64 KiB, but buffers for them may be larger.
+        1 << 20
+    }
+
     fn features(&self) -> u64 {
         let mut features = vec![
             VIRTIO_NET_F_MAC,

@@ -240,7 +240,7 @@ fn ring(ram: &GuestRam) -> Ring {
     let irqfd = EventFd::new(libc::EFD_NONBLOCK).unwrap();
     let interrupt = Interrupt::new(irqfd, counters.clone());
     let kick = EventFd::new(libc::EFD_NONBLOCK).unwrap();
-    Ring::new(0, queue, kick, interrupt, counters)
+    Ring::new(0, queue, kick, interrupt, counters, usize::MAX)
 }
 
 fn ring_ram() -> GuestRam {

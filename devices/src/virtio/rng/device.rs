@@ -33,6 +33,11 @@ impl VirtioDevice for Rng {
         &QUEUE_SIZES
     }
 
+    fn max_request_len(&self, _queue: u16) -> usize {
+        // It fills as much as it likes.
+        usize::MAX
+    }
+
     fn features(&self) -> u64 {
         0
     }

@@ -67,6 +67,11 @@ impl VirtioDevice for Vsock {
     }
 
     /// Streams are there without a feature bit (virtio 1.3 §5.10.3).
+    fn max_request_len(&self, _queue: u16) -> usize {
+        // A packet has up to 64 KiB, but buffers for them may be larger.
+        1 << 20
+    }
+
     fn features(&self) -> u64 {
         0
     }
