@@ -14,6 +14,9 @@ use super::abi::Attr;
 /// Stands for a file wherever it is: not by its name.
 const PLACE: OFlags = OFlags::PATH.union(OFlags::NOFOLLOW).union(OFlags::CLOEXEC);
 
+/// Which file system a file is of: the numbers of its device.
+pub(super) type Device = (u32, u32);
+
 /// What tells one file from all others. The time of birth tells it from an earlier file whose
 /// number it got, where the file system is on a device and knows it; the type of the file tells it
 /// from one of another kind everywhere.
@@ -21,7 +24,7 @@ const PLACE: OFlags = OFlags::PATH.union(OFlags::NOFOLLOW).union(OFlags::CLOEXEC
 pub(super) struct Identity {
     /// The same file seen through another mount is another one: folders have one parent.
     pub(super) mount: u64,
-    device: (u32, u32),
+    pub(super) device: Device,
     inode: u64,
     birth: (i64, u32),
     /// The type bits of its mode, which never change.

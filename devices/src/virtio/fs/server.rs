@@ -1,12 +1,14 @@
 //! Answers the guest's FUSE requests, from any of its threads.
 //!
 //! One file for each kind of request: [`names`] look up, make and remove, [`attributes`] tell and
-//! set what a file is, [`data`] opens, reads and writes, [`folder`] lists.
+//! set what a file is, [`data`] opens, reads and writes, [`folder`] lists. [`syncs`] bounds what the
+//! guest can have the host's disks do.
 
 mod attributes;
 mod data;
 mod folder;
 mod names;
+mod syncs;
 
 use std::ffi::CStr;
 use std::os::fd::OwnedFd;
@@ -19,6 +21,7 @@ use rustix::io::Errno;
 use rustix::process::{getegid, geteuid};
 use zerocopy::{FromBytes, IntoBytes};
 
+use self::syncs::Syncs;
 use super::FsError;
 use super::abi::{
     self, BatchForgetIn, ForgetIn, ForgetOne, InHeader, InitIn, InitInExt, InitOut, Op, OutHeader,
@@ -76,6 +79,7 @@ pub(super) struct Server {
     nodes: Mutex<Nodes>,
     limits: Limits,
     pub(super) handles: Handles,
+    syncs: Syncs,
     readonly: bool,
     cache: Cache,
     writeback: bool,
@@ -206,6 +210,7 @@ impl Server {
             nodes: Mutex::new(nodes),
             limits,
             handles: Handles::new((descriptors / 2).clamp(1, MOST)),
+            syncs: Syncs::default(),
             readonly,
             cache,
             writeback,
@@ -280,7 +285,13 @@ impl Server {
             (_, None) => Err(Errno::INVAL),
             (None, _) => Err(Errno::NOSYS),
             (Some(op), _) if self.readonly && op.writes() => Err(Errno::ROFS),
-            (Some(op), _) => self.carry_out(op, request, counters),
+            (Some(op), _) => {
+                let done = self.carry_out(op, request, counters);
+                if op.writes() {
+                    self.syncs.changed();
+                }
+                done
+            }
         };
         let (len, error) = match done {
             Ok(len) => {

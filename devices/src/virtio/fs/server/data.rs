@@ -59,6 +59,9 @@ impl Server {
         open_flags: u32,
     ) -> Result<OwnedFd, Errno> {
         let file = self.open_node(nodeid, flags)?;
+        if flags.contains(OFlags::TRUNC) {
+            self.syncs.changed();
+        }
         if open_flags & OPEN_KILL_SUIDGID != 0 && flags.contains(OFlags::TRUNC) {
             self.kill_privileges(&file)?;
         }
@@ -146,8 +149,12 @@ impl Server {
     }
 
     pub(super) fn syncfs(&self, request: &mut Request<'_>) -> Result<usize, Errno> {
-        let file = self.open_node(request.header.nodeid, OFlags::RDONLY)?;
-        rustix::fs::syncfs(&file)?;
+        let place = self.place(request.header.nodeid)?;
+        let sync = || {
+            let file = self.descriptors.open_again(&place.fd, OFlags::RDONLY)?;
+            rustix::fs::syncfs(&file)
+        };
+        self.syncs.sync(place.identity.device, sync)?;
         Ok(0)
     }
 
