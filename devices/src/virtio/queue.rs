@@ -13,7 +13,7 @@
 //! which [`Ring::serve`] does for devices that answer each request at once.
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{Ordering, fence};
 use std::time::{Duration, Instant};
 
 use event_manager::{EventOps, EventSet, Events};
@@ -277,8 +277,11 @@ impl Ring {
         self.queue.set_next_avail(all);
         let asked = self.queue.enable_notification(ram);
         self.queue.set_next_avail(next);
-        if asked.is_err() {
-            self.fail();
+        match asked {
+            Ok(false) => {}
+            // One came in before the driver could read that.
+            Ok(true) => self.rekick(),
+            Err(_) => self.fail(),
         }
     }
 
@@ -310,6 +313,9 @@ impl Ring {
     /// Used Buffer Notification Suppression (virtio 1.3 §2.7.7).
     fn driver_listens(&mut self, ram: &GuestRam) -> bool {
         if !self.queue.event_idx_enabled() {
+            // The driver writes its flags, then looks for used buffers; here it is the other way round.
+            // Without a fence both may see what was before, and the interrupt would be lost.
+            fence(Ordering::SeqCst);
             let flags: Result<u16, _> =
                 ram.load(GuestAddress(self.queue.avail_ring()), Ordering::SeqCst);
             return match flags {
