@@ -288,47 +288,92 @@ fn privileges_go_where_the_guest_says_so() {
     assert_eq!(mode(), 0o755);
 }
 
+fn set_xattr(client: &mut Client, nodeid: u64, name: &str, value: &[u8]) -> Result<(), i32> {
+    let asked = SetXattrIn {
+        size: u32::try_from(value.len()).unwrap(),
+        flags: 0,
+    };
+    let body = [asked.as_bytes(), &text(&[name]), value].concat();
+    client.call(Op::SetXattr, nodeid, &body).map(drop)
+}
+
+fn get_xattr(client: &mut Client, nodeid: u64, name: &str, size: u32) -> Result<Vec<u8>, i32> {
+    let asked = GetXattrIn { size, padding: 0 };
+    let body = [asked.as_bytes(), &text(&[name])].concat();
+    client.call(Op::GetXattr, nodeid, &body)
+}
+
+fn list_xattrs(client: &mut Client, nodeid: u64) -> Vec<u8> {
+    let asked = GetXattrIn {
+        size: 999,
+        padding: 0,
+    };
+    client
+        .call(Op::ListXattr, nodeid, asked.as_bytes())
+        .unwrap()
+}
+
 #[test]
-fn extended_attributes_are_kept_but_for_those_of_the_hosts_kernel() {
+fn extended_attributes_are_set_read_listed_and_removed() {
     let mut client = Client::new();
-    let (file, _) = client.create(ROOT, "f", OFlags::RDWR).unwrap();
-    let set = |client: &mut Client, name: &str, value: &[u8]| {
-        let asked = SetXattrIn {
-            size: u32::try_from(value.len()).unwrap(),
-            flags: 0,
-        };
-        let body = [asked.as_bytes(), &text(&[name]), value].concat();
-        client.call(Op::SetXattr, file.nodeid, &body).map(drop)
-    };
-    let get = |client: &mut Client, op: Op, name: &[u8], size: u32| {
-        let asked = GetXattrIn { size, padding: 0 };
-        let body = [asked.as_bytes(), name].concat();
-        client.call(op, file.nodeid, &body)
-    };
-    set(&mut client, "trusted.a", b"value").unwrap();
+    let file = client.create(ROOT, "f", OFlags::RDWR).unwrap().0.nodeid;
+    let name = "trusted.overlay.opaque";
+    set_xattr(&mut client, file, name, b"value").unwrap();
     assert_eq!(
-        get(&mut client, Op::GetXattr, b"trusted.a\0", 99),
+        get_xattr(&mut client, file, name, 99),
         Ok(b"value".to_vec())
     );
-    assert_eq!(
-        get(&mut client, Op::GetXattr, b"trusted.a\0", 0).unwrap()[0],
-        5
-    );
-    assert_eq!(
-        get(&mut client, Op::GetXattr, b"trusted.a\0", 2),
-        Err(libc::ERANGE)
-    );
-    let names = get(&mut client, Op::ListXattr, b"", 999).unwrap();
-    assert_eq!(names, b"trusted.a\0");
-    let refused = set(&mut client, "system.posix_acl_access", b"x");
-    assert_eq!(refused, Err(libc::EOPNOTSUPP));
-    client
-        .named(Op::RemoveXattr, file.nodeid, "trusted.a")
-        .unwrap();
-    assert_eq!(
-        get(&mut client, Op::GetXattr, b"trusted.a\0", 9),
-        Err(libc::ENODATA)
-    );
+    assert_eq!(get_xattr(&mut client, file, name, 0).unwrap()[0], 5);
+    assert_eq!(get_xattr(&mut client, file, name, 2), Err(libc::ERANGE));
+    assert_eq!(list_xattrs(&mut client, file), b"trusted.overlay.opaque\0");
+    client.named(Op::RemoveXattr, file, name).unwrap();
+    assert_eq!(get_xattr(&mut client, file, name, 9), Err(libc::ENODATA));
+}
+
+/// The table of docs/pods.md.
+#[test]
+fn attributes_of_the_host_are_neither_set_nor_seen() {
+    // What setting and removing says, and what reading says.
+    let names = [
+        ("trusted.gfid", libc::EPERM, libc::ENODATA),
+        ("trusted.overlayish", libc::EPERM, libc::ENODATA),
+        ("security.selinux", libc::EOPNOTSUPP, libc::EOPNOTSUPP),
+        ("security.ima", libc::EOPNOTSUPP, libc::EOPNOTSUPP),
+        ("security.capability2", libc::EOPNOTSUPP, libc::EOPNOTSUPP),
+        (
+            "system.posix_acl_access",
+            libc::EOPNOTSUPP,
+            libc::EOPNOTSUPP,
+        ),
+        ("userish", libc::EOPNOTSUPP, libc::EOPNOTSUPP),
+    ];
+    let mut client = Client::new();
+    let file = client.create(ROOT, "f", OFlags::RDWR).unwrap().0.nodeid;
+    let path = client.host("f");
+    for (name, change, read) in names {
+        // Some cannot be there.
+        let there = rustix::fs::setxattr(&path, name, b"host", rustix::fs::XattrFlags::empty());
+        let set = set_xattr(&mut client, file, name, b"guest");
+        assert_eq!(set, Err(change), "{name}");
+        let got = get_xattr(&mut client, file, name, 99);
+        assert_eq!(got, Err(read), "{name}");
+        let removed = client.named(Op::RemoveXattr, file, name);
+        assert_eq!(removed, Err(change), "{name}");
+        if there.is_ok() {
+            let mut value = [0; 8];
+            let len = rustix::fs::getxattr(&path, name, &mut value).unwrap();
+            assert_eq!(&value[..len], b"host", "{name}");
+        }
+    }
+    // VFS_CAP_REVISION_2, with the lowest of all capabilities.
+    let capability = [&[0, 0, 0, 2, 1][..], &[0; 15]].concat();
+    set_xattr(&mut client, file, "user.x", b"").unwrap();
+    set_xattr(&mut client, file, "security.capability", &capability).unwrap();
+    let listed = list_xattrs(&mut client, file);
+    let mut listed: Vec<_> = listed.split(|byte| *byte == 0).collect();
+    listed.sort();
+    let shown: [&[u8]; 3] = [b"", b"security.capability", b"user.x"];
+    assert_eq!(listed, shown);
 }
 
 #[test]

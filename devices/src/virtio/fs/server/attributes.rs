@@ -85,6 +85,7 @@ impl Server {
         request.read_text()?;
         let mut text = &request.text[..];
         let name = xattr_name(&mut text)?;
+        may_change(name)?;
         let value = text.get(..size as usize).ok_or(Errno::INVAL)?;
         let flags = XattrFlags::from_bits(flags).ok_or(Errno::INVAL)?;
         let place = self.place(request.header.nodeid)?;
@@ -96,6 +97,11 @@ impl Server {
         let GetXattrIn { size, .. } = request.take()?;
         request.read_text()?;
         let name = xattr_name(&mut &request.text[..])?;
+        match Xattr::of(name.to_bytes()) {
+            Xattr::Shared => {}
+            Xattr::OfHost => return Err(Errno::NODATA),
+            Xattr::Meaningless => return Err(Errno::OPNOTSUPP),
+        }
         let place = self.place(request.header.nodeid)?;
         let path = Descriptors::path(place.fd.as_fd());
         if size == 0 {
@@ -120,7 +126,7 @@ impl Server {
         let names = &names[..len];
         let mut shown = Vec::with_capacity(len);
         for name in names.split_inclusive(|byte| *byte == 0) {
-            if !is_system(name) {
+            if Xattr::of(name.strip_suffix(b"\0").unwrap_or(name)) == Xattr::Shared {
                 shown.extend_from_slice(name);
             }
         }
@@ -130,6 +136,7 @@ impl Server {
     pub(super) fn remove_xattr(&self, request: &mut Request<'_>) -> Result<usize, Errno> {
         request.read_text()?;
         let name = xattr_name(&mut &request.text[..])?;
+        may_change(name)?;
         let place = self.place(request.header.nodeid)?;
         rustix::fs::removexattr(Descriptors::path(place.fd.as_fd()), name)?;
         Ok(0)
@@ -194,21 +201,49 @@ fn put_size(request: &mut Request<'_>, size: usize) -> Result<usize, Errno> {
     request.put(&GetXattrOut { size, padding: 0 })
 }
 
-/// The next text, which must name an extended attribute that the guest may have. Those of the
-/// host's kernel, access control lists above all, mean nothing to the guest's, which alone decides
-/// who may do what.
+/// Whose an extended attribute is, by its name. The server has all rights on the host, so it must not
+/// set what only those may set who are trusted there. docs/pods.md tells users of it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Xattr {
+    /// The guest's to set: what programs keep, capabilities of files, as images have them, and what an
+    /// overlay in the guest notes of its layers. The host's kernel keeps the last apart from what an
+    /// overlay of the host's notes itself.
+    Shared,
+    /// Of the host's services and file systems. The guest sees none, as without privileges.
+    OfHost,
+    /// Of the host's kernel: access control lists, labels, measurements. They mean nothing to the
+    /// guest's kernel, which alone decides who may do what.
+    Meaningless,
+}
+
+impl Xattr {
+    fn of(name: &[u8]) -> Self {
+        match name {
+            b"security.capability" => Self::Shared,
+            name if name.starts_with(b"user.") => Self::Shared,
+            name if name.starts_with(b"trusted.overlay.") => Self::Shared,
+            name if name.starts_with(b"trusted.") => Self::OfHost,
+            _ => Self::Meaningless,
+        }
+    }
+}
+
+fn may_change(name: &CStr) -> Result<(), Errno> {
+    match Xattr::of(name.to_bytes()) {
+        Xattr::Shared => Ok(()),
+        Xattr::OfHost => Err(Errno::PERM),
+        Xattr::Meaningless => Err(Errno::OPNOTSUPP),
+    }
+}
+
+/// The next text, which must be the name of an extended attribute.
 fn xattr_name<'a>(text: &mut &'a [u8]) -> Result<&'a CStr, Errno> {
     let name = next_text(text)?;
     match name.to_bytes() {
         b"" => Err(Errno::INVAL),
         long if long.len() > 255 => Err(Errno::RANGE),
-        bytes if is_system(bytes) => Err(Errno::OPNOTSUPP),
         _ => Ok(name),
     }
-}
-
-fn is_system(name: &[u8]) -> bool {
-    name.starts_with(b"system.")
 }
 
 fn times(asked: &SetAttrIn) -> Result<Timestamps, Errno> {
