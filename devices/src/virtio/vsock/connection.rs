@@ -85,6 +85,8 @@ pub(super) struct Connection {
     pub(super) state: State,
     /// None until the greeting is over.
     pub(super) key: Option<Key>,
+    /// The guest's program called the host's.
+    pub(super) by_guest: bool,
     /// Whether it waits for its turn to send to the guest.
     pub(super) queued: bool,
     due: Due,
@@ -124,6 +126,7 @@ impl Connection {
     pub(super) fn accepted(stream: UnixStream, key: Key) -> Self {
         let mut connection = Self::new(stream, State::Open, Some(key));
         connection.due.response = true;
+        connection.by_guest = true;
         connection
     }
 
@@ -132,6 +135,7 @@ impl Connection {
             stream,
             state,
             key,
+            by_guest: false,
             queued: false,
             due: Due::default(),
             readable: true,

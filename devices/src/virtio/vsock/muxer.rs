@@ -286,8 +286,8 @@ impl Muxer {
         }
         if let Some(key) = connection.key {
             self.keys.remove(&key);
-            if key.host_port < FIRST_HOST_PORT {
-                self.of_guest = self.of_guest.saturating_sub(1);
+            if connection.by_guest {
+                self.of_guest -= 1;
             }
             if fate == Fate::Reset {
                 self.resets
@@ -374,9 +374,19 @@ mod tests {
 
     #[test]
     fn connections_that_come_and_go_unheard_leave_nothing() {
+        come_and_go(52);
+    }
+
+    #[test]
+    fn nor_do_those_to_ports_as_callers_of_the_hosts_have() {
+        come_and_go(FIRST_HOST_PORT + 7);
+    }
+
+    fn come_and_go(port: u32) {
         let folder = TempDir::new().unwrap();
         let path = folder.as_path().join("vsock");
-        let listener = UnixListener::bind(folder.as_path().join("vsock_52")).unwrap();
+        let name = format!("vsock_{port}");
+        let listener = UnixListener::bind(folder.as_path().join(name)).unwrap();
         let host = Listener::bind(&path).unwrap();
         let ram = GuestRam::from_ranges(&[(GuestAddress(0), 0x1000)]).unwrap();
         let counters = Counters::default();
@@ -386,7 +396,7 @@ mod tests {
                 src_cid: 3,
                 dst_cid: HOST_CID,
                 src_port: 9,
-                dst_port: 52,
+                dst_port: port,
                 kind: TYPE_STREAM,
                 op: op as u16,
                 ..Header::default()
