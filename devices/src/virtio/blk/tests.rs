@@ -258,7 +258,7 @@ fn room_that_a_refused_request_offers_is_left_alone() {
 fn a_transfer_is_carried_out_or_refused_by_its_length() {
     let image = TempFile::new().unwrap();
     image.as_file().set_len(1 << 30).unwrap();
-    let longest = MAX_TRANSFER as usize;
+    let longest = usize::try_from(MAX_TRANSFER).unwrap();
     let mib = u16::try_from(longest >> 20).unwrap();
     assert_eq!(ask_with_room(&image, IN, mib), (OK, longest + 1));
     assert_eq!(ask_with_room(&image, IN, mib + 4), (IOERR, 0));

@@ -116,6 +116,10 @@ impl Server {
         }
         let cached = asked.transfer_flags & WRITE_CACHE != 0;
         let appends = OFlags::from_bits_retain(asked.flags).contains(OFlags::APPEND) && !cached;
+        if asked.transfer_flags & WRITE_KILL_SUIDGID != 0 {
+            // First, as Linux does: nobody is to run what was written with the old privileges.
+            self.kill_privileges(&open.file)?;
+        }
         let (ram, input) = (request.ram, &mut *request.input);
         let written = if appends {
             vectored::append(&open.file, ram, input, len)
@@ -123,9 +127,6 @@ impl Server {
             vectored::write_at(&open.file, ram, input, len, asked.offset)
         };
         let written = written.map_err(errno)?;
-        if asked.transfer_flags & WRITE_KILL_SUIDGID != 0 {
-            self.kill_privileges(&open.file)?;
-        }
         counters.bytes_out.add(written as u64);
         let size = u32::try_from(written).expect("at most MAX_TRANSFER");
         request.put(&WriteOut { size, padding: 0 })
