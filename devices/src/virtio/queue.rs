@@ -142,15 +142,19 @@ impl Ring {
     /// Completes the chains there are, in order, with the number of bytes `serve` says it wrote.
     /// True if none is left; false if the turn was over first and the ring has kicked itself.
     pub fn serve(&mut self, ram: &GuestRam, serve: impl FnMut(&mut Chain) -> u32) -> bool {
-        self.serve_within(ram, &mut None, serve)
+        self.serve_within(ram, &mut None, |_| false, serve)
     }
 
     /// Like [`serve`](Self::serve), as fast as `limiter` allows. When it does not, what is queued
     /// waits for its timer and the driver need not kick; that counts as none being left.
+    ///
+    /// Where `waits` for the host's disk, the driver is told first of what is completed: that is not
+    /// to wait too.
     pub(super) fn serve_within(
         &mut self,
         ram: &GuestRam,
         limiter: &mut Option<Limiter>,
+        waits: impl Fn(&Chain) -> bool,
         mut serve: impl FnMut(&mut Chain) -> u32,
     ) -> bool {
         let started = Instant::now();
@@ -164,6 +168,9 @@ impl Ring {
                         return true;
                     }
                     limiter.charge(chain.readable.len() + chain.writable.len());
+                }
+                if self.untold.is_some() && waits(&chain) {
+                    self.signal(ram);
                 }
                 let written = serve(&mut chain);
                 self.complete(ram, chain, written);

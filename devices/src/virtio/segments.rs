@@ -147,6 +147,19 @@ impl Segments {
         })
     }
 
+    /// Like [`read`](Self::read), without consuming. The guest may have written something else by the
+    /// time that it is read.
+    pub fn peek(&self, ram: &GuestRam, buffer: &mut [u8]) -> Result<(), AccessError> {
+        self.check(buffer.len())?;
+        let mut done = 0;
+        for slice in self.slices(ram, buffer.len()) {
+            let slice = slice?;
+            slice.copy_to(&mut buffer[done..]);
+            done += slice.len();
+        }
+        Ok(())
+    }
+
     /// Reads one `T` as it lies in memory; virtio's fields are little-endian.
     pub fn read_obj<T: ByteValued>(&mut self, ram: &GuestRam) -> Result<T, AccessError> {
         let mut value = T::zeroed();

@@ -4,7 +4,10 @@ use std::io;
 use std::sync::Arc;
 
 use event_manager::{EventOps, Events, MutEventSubscriber};
-use virtio_bindings::virtio_blk::{VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP};
+use virtio_bindings::virtio_blk::{
+    VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP, VIRTIO_BLK_T_DISCARD,
+    VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES,
+};
 use vm_memory::{Bytes, GuestAddressSpace};
 
 use super::device::ID_LEN;
@@ -55,12 +58,24 @@ impl BlkHandler {
             counters: &self.counters,
             ram: &ram,
         };
+        let waits = |chain: &Chain| disk.waits(chain);
         self.ring
-            .serve_within(&ram, &mut self.limiter, |chain| disk.answer(chain))
+            .serve_within(&ram, &mut self.limiter, waits, |chain| disk.answer(chain))
     }
 }
 
 impl Disk<'_> {
+    /// Whether a request waits for the host's disk, whatever is in the host's memory.
+    fn waits(&self, chain: &Chain) -> bool {
+        let mut kind = [0; 4];
+        let read = chain.readable.peek(self.ram, &mut kind);
+        match u32::from_le_bytes(kind) {
+            VIRTIO_BLK_T_OUT => read.is_ok() && self.write_through,
+            VIRTIO_BLK_T_FLUSH | VIRTIO_BLK_T_DISCARD | VIRTIO_BLK_T_WRITE_ZEROES => true,
+            _ => false,
+        }
+    }
+
     /// Carries out one request and writes its status, which comes last: in the last byte, and
     /// after all else. Returns how many bytes of the writable part are written, from its start.
     ///

@@ -39,6 +39,12 @@ operations! {
 }
 
 impl Op {
+    /// Whether it waits for a disk by its nature.
+    pub(super) fn waits(self) -> bool {
+        use Op::*;
+        matches!(self, FSync | FSyncDir | SyncFs | FAllocate | CopyFileRange)
+    }
+
     /// Whether it changes the share, and so is refused on one that is read-only. Opening is not
     /// among them: that depends on how.
     pub(super) fn writes(self) -> bool {

@@ -9,7 +9,7 @@ use vm_memory::GuestAddressSpace;
 use super::host;
 use super::server::{Scratch, Server};
 use crate::virtio::queue::LAST_TURNS;
-use crate::virtio::{Counters, Handler, Memory, Ring, RingState, Thread};
+use crate::virtio::{Chain, Counters, Handler, Memory, Ring, RingState, Thread};
 
 #[derive(Debug)]
 pub(super) struct FsHandler {
@@ -31,7 +31,10 @@ impl FsHandler {
             ring,
             ..
         } = self;
-        ring.serve(&ram, |chain| server.answer(&ram, chain, scratch, counters))
+        let waits = |chain: &Chain| Server::waits(&ram, chain);
+        ring.serve_within(&ram, &mut None, waits, |chain| {
+            server.answer(&ram, chain, scratch, counters)
+        })
     }
 }
 

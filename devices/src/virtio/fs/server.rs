@@ -244,6 +244,16 @@ impl Server {
         self.nodes().place(nodeid)
     }
 
+    /// Whether a request waits for the host's disk, whatever is in the host's memory.
+    pub(super) fn waits(ram: &GuestRam, chain: &Chain) -> bool {
+        let mut front = [0; 8];
+        if chain.readable.peek(ram, &mut front).is_err() {
+            return false;
+        }
+        let [_, _, _, _, opcode @ ..] = front;
+        Op::of(u32::from_le_bytes(opcode)).is_some_and(Op::waits)
+    }
+
     /// Answers one request. Returns how many bytes of the chain were written.
     pub(super) fn answer(
         &self,

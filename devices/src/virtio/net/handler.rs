@@ -121,24 +121,29 @@ impl NetHandler {
         };
         let (tap, counters) = (&*self.tap, &self.counters);
         let [_, limiter] = &mut self.limiters;
-        ring.serve_within(ram, limiter, |chain| {
-            let frame = &mut chain.readable;
-            let len = frame.len();
-            // One call is one frame, so all of it must go in one.
-            let sent = match frame.pieces() <= vectored::MAX_PIECES && len > HEADER_LEN {
-                true => vectored::write(tap, ram, frame, len),
-                false => Err(io::ErrorKind::InvalidInput.into()),
-            };
-            match sent {
-                Ok(count) if count == len => {
-                    counters.requests.increment();
-                    counters.bytes_out.add(len as u64);
+        ring.serve_within(
+            ram,
+            limiter,
+            |_| false,
+            |chain| {
+                let frame = &mut chain.readable;
+                let len = frame.len();
+                // One call is one frame, so all of it must go in one.
+                let sent = match frame.pieces() <= vectored::MAX_PIECES && len > HEADER_LEN {
+                    true => vectored::write(tap, ram, frame, len),
+                    false => Err(io::ErrorKind::InvalidInput.into()),
+                };
+                match sent {
+                    Ok(count) if count == len => {
+                        counters.requests.increment();
+                        counters.bytes_out.add(len as u64);
+                    }
+                    // As on any network, a frame that cannot go is lost.
+                    _ => counters.errors.increment(),
                 }
-                // As on any network, a frame that cannot go is lost.
-                _ => counters.errors.increment(),
-            }
-            0
-        })
+                0
+            },
+        )
     }
 }
 

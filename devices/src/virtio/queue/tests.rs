@@ -286,3 +286,30 @@ fn slow_requests_do_not_hold_the_thread() {
     assert_eq!([turn(), turn(), turn()], [false, false, true]);
     assert_eq!(served, 3);
 }
+
+#[test]
+fn what_is_completed_does_not_wait_for_a_request_that_waits_for_a_disk() {
+    let interrupts_before_each = |waits: bool| {
+        let ram = ring_ram();
+        let mut ring = ring(&ram);
+        // The driver wants each interrupt.
+        ring.queue.set_event_idx(false);
+        let irq = EventFd::new(libc::EFD_NONBLOCK).unwrap();
+        ring.interrupt = Interrupt::new(irq.try_clone().unwrap(), ring.counters.clone());
+        make_available(&ram, 3);
+        let mut before = Vec::new();
+        ring.serve_within(
+            &ram,
+            &mut None,
+            |_| waits,
+            |_| {
+                before.push(irq.read().is_ok());
+                0
+            },
+        );
+        assert!(irq.read().is_ok(), "there is one at the end");
+        before
+    };
+    assert_eq!(interrupts_before_each(false), [false; 3]);
+    assert_eq!(interrupts_before_each(true), [false, true, true]);
+}
