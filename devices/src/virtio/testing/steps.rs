@@ -1,17 +1,31 @@
 //! A guest that follows no rules, step by step: for property tests and fuzzers of any device.
 
+use std::time::Duration;
+
 use virtio_bindings::virtio_mmio::{
     VIRTIO_MMIO_QUEUE_NOTIFY, VIRTIO_MMIO_QUEUE_READY, VIRTIO_MMIO_QUEUE_SEL, VIRTIO_MMIO_STATUS,
 };
+use virtio_bindings::virtio_ring::{
+    VIRTIO_RING_F_EVENT_IDX, VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE,
+};
 use vm_memory::{Bytes, GuestAddress};
 
-use super::{Guest, LIVE};
+use super::{Buffer, Guest, LIVE};
 use crate::bus::BusDevice;
 use crate::virtio::VirtioDevice;
 
 /// Events a device may handle after each step. Rings laid over one another can make it find work
 /// for ever, a little at a time.
 const EVENTS: usize = 50;
+/// The most time of the processor that a device may take for the events due at once: a turn for each of
+/// a few, and more than any request may take, also with a sanitizer.
+const MAX_WORK: Duration = Duration::from_secs(1);
+/// Where a mebibyte of numbers of pages is at first.
+pub const NUMBERS: u64 = 6 << 20;
+/// Where a step writes a long table: where buffers may be too.
+const TABLE: u64 = 14 << 20;
+/// More descriptors than a chain may have.
+const MAX_REPEATS: u16 = 1100;
 /// No device here has more queues.
 pub const QUEUES: u32 = 8;
 
@@ -44,6 +58,15 @@ pub enum Step {
         len: u32,
         flags: u32,
         next: u16,
+    },
+    /// Makes a request that names one buffer very often: so many times for the device to read, then
+    /// so many times for it to write.
+    Repeat {
+        queue: u32,
+        start: u64,
+        len: u32,
+        readable: u16,
+        writable: u16,
     },
     Publish {
         queue: u32,
@@ -97,15 +120,33 @@ fn take(guest: &mut Guest, step: Step) {
         } => {
             guest.write_descriptor(areas(queue)[0], index, start, len, flags, next);
         }
-        Step::Publish { queue, head } => {
-            let [_, driver, _] = areas(queue);
-            let ram = guest.ram();
-            let index: u16 = ram.read_obj(GuestAddress(driver + 2)).expect(IN_RAM);
-            let slot = GuestAddress(driver + 4 + 2 * u64::from(index % 16));
-            ram.write_obj(head, slot).expect(IN_RAM);
-            ram.write_obj(index.wrapping_add(1), GuestAddress(driver + 2))
-                .expect(IN_RAM);
+        Step::Repeat {
+            queue,
+            start,
+            len,
+            readable,
+            writable,
+        } => {
+            let count = readable.saturating_add(writable).clamp(1, MAX_REPEATS);
+            for index in 0..count {
+                let (next, more) = match index + 1 < count {
+                    true => (index + 1, VRING_DESC_F_NEXT),
+                    false => (0, 0),
+                };
+                let write = if index < readable {
+                    0
+                } else {
+                    VRING_DESC_F_WRITE
+                };
+                guest.write_descriptor(TABLE, index, start, len, write | more, next);
+            }
+            let [table, ..] = areas(queue);
+            let bytes = u32::from(count) * 16;
+            guest.write_descriptor(table, 0, TABLE, bytes, VRING_DESC_F_INDIRECT, 0);
+            publish(guest, queue, 0);
+            guest.write(VIRTIO_MMIO_QUEUE_NOTIFY, queue);
         }
+        Step::Publish { queue, head } => publish(guest, queue, head),
         Step::Index { queue, value } => {
             guest
                 .ram()
@@ -136,16 +177,69 @@ fn take(guest: &mut Guest, step: Step) {
     }
 }
 
-/// Takes all steps, then finds a device that a good driver can still use.
-pub fn survive(device: impl VirtioDevice + 'static, steps: impl IntoIterator<Item = Step>) {
+fn publish(guest: &Guest, queue: u32, head: u16) {
+    let [_, driver, _] = areas(queue);
+    let ram = guest.ram();
+    let index: u16 = ram.read_obj(GuestAddress(driver + 2)).expect(IN_RAM);
+    let slot = GuestAddress(driver + 4 + 2 * u64::from(index % 16));
+    ram.write_obj(head, slot).expect(IN_RAM);
+    ram.write_obj(index.wrapping_add(1), GuestAddress(driver + 2))
+        .expect(IN_RAM);
+}
+
+/// Takes all steps, then finds a device that a good driver can still use, and which answers whatever
+/// is in the queues `served`: those where a request waits for nothing on the host. No step may keep
+/// the device busy for long.
+pub fn survive(
+    device: impl VirtioDevice + 'static,
+    served: &[usize],
+    steps: impl IntoIterator<Item = Step>,
+) {
     let mut guest = Guest::live(device);
+    // Pages of RAM, no two of them in a row, so that each is work.
+    let page = |n: u32| (2048 + n * 2 % 1024).to_le_bytes();
+    let numbers: Vec<u8> = (0..1 << 18).flat_map(page).collect();
+    guest
+        .ram()
+        .write_slice(&numbers, GuestAddress(NUMBERS))
+        .expect(IN_RAM);
     for step in steps {
+        let taken = step.clone();
         take(&mut guest, step);
         guest.runner.settle(EVENTS);
+        let longest = guest.runner.longest();
+        assert!(longest < MAX_WORK, "{taken:?} took {longest:?}");
     }
-    guest.start(u64::MAX, 16);
-    assert_eq!(guest.status(), LIVE);
-    guest.settle();
+    for features in [!(1 << VIRTIO_RING_F_EVENT_IDX), u64::MAX] {
+        guest.start(features, 16);
+        assert_eq!(guest.status(), LIVE);
+        guest.settle();
+        for &queue in served {
+            is_served(&mut guest, queue);
+        }
+    }
+}
+
+/// Fills the queue a few times over, and notifies the device only when that asks for it.
+fn is_served(guest: &mut Guest, queue: usize) {
+    for _ in 0..8 {
+        let mut added = 0;
+        loop {
+            let wanted = guest.is_to_kick(queue);
+            let request = [Buffer::Out(vec![0; 64]), Buffer::In(64)];
+            if guest.add(queue, &request).is_none() {
+                break;
+            }
+            added += 1;
+            if wanted {
+                guest.kick(queue);
+            }
+        }
+        assert!(added > 0, "queue {queue} has room");
+        guest.settle();
+        let answered = std::iter::from_fn(|| guest.take(queue)).count();
+        assert_eq!(answered, added, "queue {queue} is served");
+    }
 }
 
 /// Where and how much a fuzzer may choose: mostly what means something.
@@ -153,12 +247,12 @@ pub fn survive(device: impl VirtioDevice + 'static, steps: impl IntoIterator<Ite
 mod fuzzing {
     use arbitrary::{Arbitrary, Result, Unstructured};
 
-    use super::{QUEUES, Step};
+    use super::{MAX_REPEATS, NUMBERS, QUEUES, Step};
     use crate::virtio::testing::RAM_LEN;
 
     impl<'a> Arbitrary<'a> for Step {
         fn arbitrary(u: &mut Unstructured<'a>) -> Result<Self> {
-            Ok(match u.int_in_range(0..=15)? {
+            Ok(match u.int_in_range(0..=16)? {
                 0 => Self::Read {
                     offset: u.int_in_range(0..=0x1ff)?,
                     width: u.int_in_range(0..=8)?,
@@ -195,6 +289,19 @@ mod fuzzing {
                 13 => Self::Start {
                     features: u.arbitrary::<u64>()? | 1 << 32,
                     size: 1 << u.int_in_range(0..=6)?,
+                },
+                15 => Self::Repeat {
+                    queue: queue(u)?,
+                    start: match u.ratio(1, 2)? {
+                        true => NUMBERS,
+                        false => address(u)?,
+                    },
+                    len: match u.ratio(1, 2)? {
+                        true => 1 << u.int_in_range(0..=24)?,
+                        false => length(u)?,
+                    },
+                    readable: u.int_in_range(0..=MAX_REPEATS / 2)?,
+                    writable: u.int_in_range(0..=MAX_REPEATS / 2)?,
                 },
                 14 => Self::Relocate {
                     queue: queue(u)?,

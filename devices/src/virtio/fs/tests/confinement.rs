@@ -292,7 +292,7 @@ fn a_mount_swapped_below_the_share_is_another_file() {
 }
 
 /// Mounts an overlay of the folders below `layers` as `root` in the share.
-fn mount_overlay(client: &Client, layers: &TempDir) -> PathBuf {
+pub(super) fn mount_overlay(client: &Client, layers: &TempDir) -> PathBuf {
     for name in ["lower", "upper", "work"] {
         fs::create_dir_all(layers.as_path().join(name)).unwrap();
     }
@@ -406,7 +406,7 @@ fn what_an_overlay_copies_up_stays_the_file_it_is() {
 }
 
 /// Runs `test` where what it mounts is seen by nobody else. Needs root.
-fn with_own_mounts(test: impl FnOnce() + Send + 'static) {
+pub(super) fn with_own_mounts(test: impl FnOnce() + Send + 'static) {
     let thread = thread::spawn(|| {
         #[expect(
             deprecated,

@@ -1,7 +1,9 @@
 //! Requests that make no sense: none may stop the server or reach what is not shared.
 
 use proptest::prelude::*;
+use rustix::mount::UnmountFlags;
 
+use super::confinement::{mount_overlay, with_own_mounts};
 use super::*;
 
 /// Numbers as they occur, and as they do not.
@@ -42,6 +44,128 @@ fn nonsense() -> impl Strategy<Value = Nonsense> {
     })
 }
 
+/// What a guest does with a few names in two mounts of one folder. Nodes are those it was told of, by
+/// when.
+#[derive(Clone, Debug)]
+enum Act {
+    Create(Named),
+    Make(Named, u32),
+    Look(Named),
+    Remove(Named),
+    Move(Named, Named, u32),
+    Link(usize, Named),
+    Forget(usize),
+    Open(usize),
+}
+
+/// The number of a folder, and a name there.
+type Named = (usize, &'static str);
+
+fn act() -> impl Strategy<Value = Act> {
+    let named = || (0..2usize, prop::sample::select(vec!["a", "b"]));
+    let kinds = vec![libc::S_IFIFO, libc::S_IFSOCK, libc::S_IFREG];
+    let node = || 0..30usize;
+    prop_oneof![
+        2 => named().prop_map(Act::Create),
+        6 => (named(), prop::sample::select(kinds)).prop_map(|(named, kind)| Act::Make(named, kind)),
+        4 => named().prop_map(Act::Look),
+        6 => named().prop_map(Act::Remove),
+        1 => (named(), named(), 0..3u32).prop_map(|(from, to, flags)| Act::Move(from, to, flags)),
+        1 => (node(), named()).prop_map(|(node, named)| Act::Link(node, named)),
+        1 => node().prop_map(Act::Forget),
+        8 => node().prop_map(Act::Open),
+    ]
+}
+
+/// Does it all, with room for one file without a name. Whatever is opened is a regular file or a
+/// folder.
+fn live_with(acts: Vec<Act>) {
+    let mut client = Client::with(|config| config.descriptors = 1);
+    let layers = TempDir::new().unwrap();
+    let root = mount_overlay(&client, &layers);
+    let second = client.host("second");
+    fs::create_dir(&second).unwrap();
+    rustix::mount::mount_bind(&root, &second).unwrap();
+    let folders = ["root", "second"].map(|name| client.lookup(ROOT, name).unwrap().nodeid);
+    let at = |(folder, name): Named| (folders[folder], name);
+    let mut nodes: Vec<u64> = Vec::new();
+    for act in acts {
+        let mut opened = None;
+        let told = match act.clone() {
+            Act::Create(named) => {
+                let (folder, name) = at(named);
+                let made = client.create(folder, name, OFlags::RDWR);
+                opened = made.as_ref().ok().map(|(_, fh)| *fh);
+                made.map(|(entry, _)| entry).ok()
+            }
+            Act::Make(named, kind) => {
+                let (folder, name) = at(named);
+                client.mknod(folder, name, kind | 0o666, 0).ok()
+            }
+            Act::Look(named) => {
+                let (folder, name) = at(named);
+                client.lookup(folder, name).ok()
+            }
+            Act::Remove(named) => {
+                let (folder, name) = at(named);
+                let _ = client.named(Op::Unlink, folder, name);
+                None
+            }
+            Act::Move(from, to, flags) => {
+                let _ = client.rename(at(from), at(to), flags);
+                None
+            }
+            Act::Link(node, named) => {
+                let (folder, name) = at(named);
+                let node = nodes.get(node).copied();
+                node.and_then(|node| client.link(node, folder, name).ok())
+            }
+            Act::Forget(node) => {
+                if let Some(node) = nodes.get(node) {
+                    client.forget(*node, 1);
+                }
+                None
+            }
+            Act::Open(node) => {
+                let node = nodes.get(node).copied();
+                opened = node.and_then(|node| client.open(node, OFlags::RDWR).ok());
+                None
+            }
+        };
+        nodes.extend(told.map(|entry| entry.nodeid));
+        if let Some(fh) = opened {
+            let kind = kind_of(&mut client, fh);
+            let is_data = kind == libc::S_IFREG || kind == libc::S_IFDIR;
+            assert!(is_data, "{act:?} opened a file of kind {kind:o}");
+            client.release(fh).unwrap();
+        }
+    }
+    client.init();
+    for path in [&second, &root] {
+        rustix::mount::unmount(path, UnmountFlags::DETACH).unwrap();
+    }
+}
+
+/// The type of an open file, asked of its descriptor.
+fn kind_of(client: &mut Client, fh: u64) -> u32 {
+    let asked = GetAttrIn {
+        flags: GETATTR_FH,
+        fh,
+        ..GetAttrIn::default()
+    };
+    let answer: AttrOut = client.ask(Op::GetAttr, ROOT, asked.as_bytes()).unwrap();
+    answer.attr.mode & libc::S_IFMT
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(24))]
+
+    #[test]
+    fn whatever_is_open_is_a_file_or_a_folder(acts in prop::collection::vec(act(), 1..120)) {
+        with_own_mounts(|| live_with(acts));
+    }
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(200))]
 
@@ -77,6 +201,6 @@ proptest! {
     #[test]
     fn any_guest_is_survived(steps in crate::virtio::hostile::steps()) {
         let folder = TempDir::new().unwrap();
-        crate::virtio::testing::survive(Fs::new(config(folder.as_path())).unwrap(), steps);
+        crate::virtio::testing::survive(Fs::new(config(folder.as_path())).unwrap(), &[0, 1], steps);
     }
 }
