@@ -16,6 +16,6 @@ fuzz_target!(|steps: Vec<Step>| {
     let mem = Mem::new(memory, start, LEN as u64).unwrap();
     let handle = mem.handle();
     handle.request(WANTED).unwrap();
-    survive(mem, steps);
+    survive(mem, &[0], steps);
     assert!(handle.sizes().plugged <= WANTED);
 });
