@@ -5,7 +5,7 @@ use std::io::{Read, Write};
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use api::http::Client;
 use serde_json::{Value, json};
@@ -23,6 +23,8 @@ code!(
     "1: hlt",
     "jmp 1b"
 );
+
+code!(halt, ".code32", "cli", "1: hlt", "jmp 1b");
 
 // Says what it is told, up to a q.
 code!(
@@ -145,6 +147,25 @@ fn vcpus_come_and_go_within_bounds() {
         assert_eq!(refusal(resize(&mut client, count)), (400, why));
     }
     service.dismiss();
+}
+
+/// KVM tells nobody that a guest halted, so podvmm looks by itself, however much it is asked meanwhile.
+#[test]
+fn a_halted_guest_is_noticed_while_a_client_asks_without_a_pause() {
+    if !kvm_is_here() {
+        return;
+    }
+    let service = Service::start(halt());
+    let mut client = service.client();
+    put(&mut client, "vm.create", Some(service.definition())).unwrap();
+    put(&mut client, "vm.boot", None).unwrap();
+    let start = Instant::now();
+    // It ends with its guest, and its connections with it.
+    while client.call("GET", "/api/v1/vm.info", None, &[]).is_ok() {
+        assert!(start.elapsed() < Duration::from_secs(30), "it goes on");
+    }
+    let outcome = service.running.wait();
+    assert!(outcome.stderr.contains("the guest halted"), "{outcome:?}");
 }
 
 #[test]

@@ -91,11 +91,13 @@ pub enum Status {
     Error(String),
 }
 
-/// Turns bytes of the status port into lines and lines into [`Status`].
-/// Whatever else the guest writes there is dropped.
+/// Turns bytes of the status port into lines and lines into [`Status`]: that the command starts, once,
+/// and how it ended, once. Whatever else the guest writes there is dropped.
 #[derive(Debug, Default)]
 pub struct StatusParser {
     line: Vec<u8>,
+    is_ready: bool,
+    has_ended: bool,
 }
 
 impl StatusParser {
@@ -106,7 +108,9 @@ impl StatusParser {
     pub(crate) fn feed(&mut self, bytes: &[u8], mut said: impl FnMut(Status)) {
         for &byte in bytes {
             if byte == b'\n' {
-                if let Some(status) = parse(&String::from_utf8_lossy(&self.line)) {
+                if let Some(status) = parse(&String::from_utf8_lossy(&self.line))
+                    && self.is_news(&status)
+                {
                     said(status);
                 }
                 self.line.clear();
@@ -114,6 +118,17 @@ impl StatusParser {
                 self.line.push(byte);
             }
         }
+    }
+}
+
+impl StatusParser {
+    /// Whether the guest has not said as much before.
+    fn is_news(&mut self, status: &Status) -> bool {
+        let said = match status {
+            Status::Ready => &mut self.is_ready,
+            Status::Exit(_) | Status::Error(_) => &mut self.has_ended,
+        };
+        !std::mem::replace(said, true)
     }
 }
 
@@ -146,6 +161,14 @@ mod tests {
     fn lines_may_come_in_pieces() {
         assert_eq!(
             said(&[b"rea", b"dy\nex", b"it 7\n"]),
+            [Status::Ready, Status::Exit(7)]
+        );
+    }
+
+    #[test]
+    fn what_is_said_again_is_dropped() {
+        assert_eq!(
+            said(&[b"ready\nready\nready\nexit 7\nexit 8\nerror late\nready\n"]),
             [Status::Ready, Status::Exit(7)]
         );
     }

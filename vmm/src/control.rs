@@ -4,7 +4,7 @@
 //! clients of the API, who each get their answer through a channel of their own.
 
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SendError, Sender, channel};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use api::{Answer, ApiError, Request};
 use serde_json::Value;
@@ -72,8 +72,17 @@ pub enum Outcome {
 /// Serves the inbox until podvmm is done. The VM is stopped by then, if it can be, and who
 /// still waits for an answer learns that there will be none.
 pub fn serve(vm: &mut Vm, events: Receiver<(u32, Event)>) -> Outcome {
+    let mut due = Instant::now() + TICK;
     let outcome = loop {
-        match events.recv_timeout(TICK) {
+        // By the clock, not by silence: whoever asks or says much is not to keep it away.
+        let now = Instant::now();
+        if now >= due {
+            due = now + TICK;
+            if vm.tick() {
+                break Outcome::Ended(Ending::Halted);
+            }
+        }
+        match events.recv_timeout(due.duration_since(now)) {
             Ok((_, Event::Signal(signal))) => break Outcome::Ended(Ending::Signal(signal)),
             Ok((_, Event::Call(request, reply))) => {
                 let answer = vm.answer(*request);
@@ -100,11 +109,7 @@ pub fn serve(vm: &mut Vm, events: Receiver<(u32, Event)>) -> Outcome {
             Ok((_, Event::Status(Status::Error(why)))) => {
                 break Outcome::Ended(Ending::Agent(why));
             }
-            Err(RecvTimeoutError::Timeout) => {
-                if vm.tick() {
-                    break Outcome::Ended(Ending::Halted);
-                }
-            }
+            Err(RecvTimeoutError::Timeout) => {}
             Err(RecvTimeoutError::Disconnected) => {
                 unreachable!("the VM holds a way into its inbox")
             }
