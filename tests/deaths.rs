@@ -118,7 +118,7 @@ fn a_hung_guest(node: &Node) {
         container.delete(&node.containerd);
     });
     let took = start.elapsed();
-    assert!(took < Duration::from_secs(8), "it took {took:?}");
+    assert!(took < Duration::from_secs(20), "it took {took:?}");
 }
 
 /// Its kernel cannot end a process that writes to a frozen file system, whatever the agent answers.
