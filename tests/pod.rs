@@ -18,8 +18,9 @@ use std::path::Path;
 use agent::protocol::agent::{
     CgroupStats, CheckRequest, CreateContainerRequest, CreateSandboxRequest, DestroySandboxRequest,
     Device, Empty, GetOomEventRequest, GuestDetailsRequest, GuestDetailsResponse,
-    HealthCheckResponse, OnlineCpuMemRequest, OomEvent, StatsContainerRequest,
-    StatsContainerResponse, Storage, TtyWinResizeRequest, WriteStreamRequest, WriteStreamResponse,
+    HealthCheckResponse, OnlineCpuMemRequest, OomEvent, ReadStreamRequest, ReadStreamResponse,
+    StatsContainerRequest, StatsContainerResponse, Storage, TtyWinResizeRequest,
+    WriteStreamRequest, WriteStreamResponse,
 };
 use agent::protocol::oci::{
     Hook, Hooks, LinuxBlockIo, LinuxCpu, LinuxHugepageLimit, LinuxMemory, LinuxNamespace,
@@ -114,6 +115,7 @@ fn pod(template: Option<&Template>) {
     // Its processes are killed one by one, and each may be told of.
     step("cgroup files", || cgroups::as_one(&agent));
     step("disks", || disks(&agent));
+    step("what it mapped", || what_it_mapped(&agent, host.path()));
     step("refusals", || refusals(&agent));
     step("pings", || sharing::pings(&agent));
     step("files", || sharing::files(&agent));
@@ -344,6 +346,25 @@ fn whom_it_may_ask(agent: &Agent) {
         let is_refused = refused.iter().any(|reason| answer.contains(reason));
         assert!(answer == "ended" || is_refused, "{answer}");
     }
+}
+
+/// What a container wrote to a mapping is on the host once it is removed, though it was killed.
+fn what_it_mapped(agent: &Agent, host: &Path) {
+    agent
+        .create("maps", spec("exec guest_load map /mapped"))
+        .unwrap();
+    agent.start("maps").unwrap();
+    let request = ReadStreamRequest {
+        container_id: "maps".into(),
+        exec_id: "maps".into(),
+        len: 7,
+    };
+    let said: ReadStreamResponse = agent.ask("ReadStdout", &request).unwrap();
+    assert_eq!(said.data, b"mapped\n");
+    agent.signal("maps", "maps", 9);
+    agent.remove("maps");
+    let written = fs::read(host.join("one/rootfs/mapped")).unwrap();
+    assert_eq!(written[..6], *b"mapped");
 }
 
 fn streams_and_signals(agent: &Agent) {

@@ -210,8 +210,8 @@ impl Sandbox {
                 ended.ok_or_else(|| Status::new(Code::DeadlineExceeded, why()))?;
             }
         }
-        // The host may take its files away after this: what it wrote is there before.
-        sys::sync();
+        // The host may take its files away after this. What it wrote is there: virtio-fs writes through,
+        // and what a process has mapped when it is unmapped. sync(2) would write the host's disks.
         let held = self.containers().remove(&request.container_id);
         if let Some(held) = held {
             held.storages

@@ -26,6 +26,7 @@ fn main() -> ExitCode {
         ["loads", port] => loads(number(port)),
         ["identity", host] => identity(host),
         ["busy", host, port] => busy(host, number(port)),
+        ["map", path] => map(Path::new(path)),
         ["stuck", proc] => stuck(Path::new(proc)),
         _ => Err(io::Error::other("unknown command")),
     };
@@ -222,6 +223,32 @@ fn both_ends(stream: VsockStream) -> String {
         let read = read.join().expect("no panic").map_err(kind);
         format!("read {read:?}, write {wrote:?}")
     })
+}
+
+/// Writes to a new file by a shared mapping, says so, and waits to be killed.
+fn map(path: &Path) -> io::Result<()> {
+    use rustix::mm::{MapFlags, ProtFlags, mmap};
+    let mut options = OpenOptions::new();
+    let file = options.read(true).write(true).create_new(true).open(path)?;
+    file.set_len(PAGE as u64)?;
+    let access = ProtFlags::READ | ProtFlags::WRITE;
+    // SAFETY: the kernel chooses where, so no other memory of this process changes.
+    let page = unsafe {
+        mmap(
+            std::ptr::null_mut(),
+            PAGE,
+            access,
+            MapFlags::SHARED,
+            &file,
+            0,
+        )
+    }?;
+    // SAFETY: these bytes are the first of a page that was just mapped to be written.
+    unsafe { page.cast::<[u8; 6]>().write_volatile(*b"mapped") };
+    println!("mapped");
+    loop {
+        thread::sleep(PATIENCE);
+    }
 }
 
 /// Prints the tasks that sleep and let nothing wake them, for seconds, by the /proc given.
