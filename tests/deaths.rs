@@ -14,7 +14,7 @@ use tests::containerd::{self, Ran, handler};
 use tests::ctr::{Container, Events, signal};
 use tests::guest;
 use tests::host::Snapshot;
-use tests::node::{Node, eventually, step};
+use tests::node::{self, Node, eventually, step};
 
 /// A pod that has ended with its VM is said to have been killed.
 const KILLED: &str = "\"exit_status\":137";
@@ -123,24 +123,25 @@ fn a_hung_guest(node: &Node) {
 
 /// Its kernel cannot end a process that writes to a frozen file system, whatever the agent answers.
 fn a_guest_that_refuses_to_die(node: &Node) {
-    let container = Container::new(node, "undying");
+    let mut config = node.pod_config("undying");
+    node::pod_security(&mut config).privileged = true;
+    let pod = node.run_pod(config);
     let script = "mknod /dev/loop-control c 10 237; mknod /dev/loop0 b 7 0; mkdir /tmp/frozen
         dd if=/dev/zero of=/tmp/image bs=1M count=1 && mke2fs -F /tmp/image &&
         mount -t ext4 -o loop /tmp/image /tmp/frozen && fsfreeze --freeze /tmp/frozen &&
         exec touch /tmp/frozen/ice";
-    let privileged = ["--privileged", "--privileged-without-host-devices"];
-    container.start(&node.containerd, &privileged, &["sh", "-c", script]);
+    let mut config = node::container("undying", &["sh", "-c", script]);
+    node::security(&mut config).privileged = true;
+    let container = node.run(&pod, &config);
     let status = "awk '/^State:/ { print $2 }' /proc/1/status";
     eventually("the process is stuck", || {
-        let ran = container.exec(&node.containerd, &[], &["sh", "-c", status]);
-        ran.stdout.trim() == "D"
+        node.sh(&container, status) == "D"
     });
     step("kill a guest that refuses to die", || {
-        let kill = ["tasks", "kill", "--signal", "KILL", container.id()];
-        node.containerd.ctr_must(&kill);
-        has_ended(node, &container);
-        container.delete(&node.containerd);
+        node.cri.stop(&container, 0).unwrap();
     });
+    assert_eq!(node.ended(&container).exit_code, 137);
+    node.remove_pod(&pod);
 }
 
 fn the_shim(node: &Node) {

@@ -537,10 +537,11 @@ fn stats(agent: &Agent, id: &str) -> CgroupStats {
 fn refusals(agent: &Agent) {
     let mut nowhere = spec("true");
     nowhere.process.as_mut().expect("spec() has it").args = strings(&["no-such-program"]);
-    agent.create("nowhere", nowhere).unwrap();
-    let (code, why) = refusal(agent.start("nowhere"));
+    let (code, why) = refusal(agent.create("nowhere", nowhere));
     assert_eq!(code, Code::Internal);
     assert!(why.contains("no-such-program"), "{why}");
+    // Nothing is left of it.
+    agent.create("nowhere", spec("true")).unwrap();
     let (code, _) = refusal(agent.create("nowhere", spec("true")));
     assert_eq!(code, Code::AlreadyExists);
     agent.remove("nowhere");
