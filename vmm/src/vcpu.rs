@@ -18,7 +18,7 @@ mod kick;
 
 use std::io;
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel, sync_channel};
 use std::thread::{Builder, JoinHandle};
 use std::time::Duration;
 
@@ -96,8 +96,9 @@ impl Vcpu {
             return Err((error, fd));
         }
         let (commands, inbox) = channel();
-        // A thread that cannot be started drops its closure, so that does not hold the vCPU yet.
-        let (give, given) = channel();
+        // A thread that cannot be started drops its closure, so that does not hold the vCPU yet. Once it
+        // has taken it, the thread has its name, by which Kata's shim looks for vCPUs.
+        let (give, given) = sync_channel(0);
         let name = format!("vcpu{index}");
         let thread = Builder::new().name(name).spawn(move || {
             let Ok(fd) = given.recv() else { return };
