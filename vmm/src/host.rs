@@ -37,6 +37,8 @@ const ALWAYS: &[&str] = &[
     "noreplace-smp",      // keep lock prefixes: CPUs come and go
     "pci=off",            // there is none
     "dummy.numdummies=0", // no dummy0 that nobody asked for
+    "ifb.numifbs=0",      // nor ifb0 and ifb1
+    "fb_tunnels=none",    // nor tunl0, gre0 and the like, in any network namespace
 ];
 
 /// Parameters for guests on an emulating KVM (docs/guest-kernel.md).
