@@ -121,12 +121,14 @@ impl Relay {
             }
             let [stop, guest, callers, client] = fds.map(|fd| fd.revents());
             if !stop.is_empty() {
+                // The last words of a guest that has ended.
+                while matches!(self.show()?, Some(1..)) {}
                 return Ok(());
             }
             if guest.contains(PollFlags::OUT) {
                 self.type_on();
             }
-            if guest.intersects(PollFlags::IN | PollFlags::HUP) && !self.show()? {
+            if guest.intersects(PollFlags::IN | PollFlags::HUP) && self.show()? == Some(0) {
                 return Ok(());
             }
             if !client.is_empty() {
@@ -138,11 +140,12 @@ impl Relay {
         }
     }
 
-    /// Passes on what the guest prints. False once there is no guest.
-    fn show(&mut self) -> io::Result<bool> {
+    /// Passes on what the guest has printed, and returns how many bytes that were: `None` if it has
+    /// printed nothing since, 0 once the device has closed its end.
+    fn show(&mut self) -> io::Result<Option<usize>> {
         let mut printed = [0; CHUNK];
         let count = match self.guest.read(&mut printed) {
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(true),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(None),
             read => read?,
         };
         if let Some(client) = &mut self.client
@@ -150,7 +153,7 @@ impl Relay {
         {
             self.dismiss();
         }
-        Ok(count > 0)
+        Ok(Some(count))
     }
 
     /// Takes what the client types.
@@ -232,6 +235,23 @@ mod tests {
         drop(console);
         assert!(!path.exists());
         assert_eq!(guest.read(&mut [0]).unwrap(), 0);
+    }
+
+    #[test]
+    fn the_last_words_of_a_guest_are_shown() {
+        let folder = TempDir::new().unwrap();
+        let path = folder.as_path().join("console");
+        for _ in 0..100 {
+            let (mut guest, console) = SocketConsole::start(&path).unwrap();
+            let mut client = UnixStream::connect(&path).unwrap();
+            client.write_all(b"?").unwrap();
+            guest.read_exact(&mut [0]).unwrap();
+            guest.write_all(b"bye").unwrap();
+            drop(console);
+            let mut shown = String::new();
+            client.read_to_string(&mut shown).unwrap();
+            assert_eq!(shown, "bye");
+        }
     }
 
     #[test]
