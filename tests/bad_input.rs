@@ -216,7 +216,7 @@ fn a_forbidden_kvm_is_named_with_the_remedy() {
         .tempdir()
         .unwrap();
     let binary = folder.path().join("podvmm");
-    std::fs::copy(tests::podvmm::binary(), &binary).unwrap();
+    tests::podvmm::copy_program(tests::podvmm::binary(), &binary);
     let kernel = Path::new("/etc/hostname");
     let mut podvmm = Podvmm::new(["--kernel".as_ref(), kernel]);
     *podvmm.command() = Command::new(binary);

@@ -2,12 +2,14 @@
 
 use std::fs::{self, File};
 use std::os::unix::net::UnixListener;
+use std::path::Path;
 use std::process::{Child, Command};
 use std::time::Duration;
 
 use tempfile::Builder;
 use tests::host::{Cgroup, PREFIX, Snapshot, need_root};
 use tests::network;
+use tests::podvmm::copy_program;
 
 /// Things of the host are one test's at a time.
 static ONE: std::sync::Mutex<()> = std::sync::Mutex::new(());
@@ -87,7 +89,7 @@ fn a_process_of_a_program_that_runs_pods_is_seen() {
         .tempdir()
         .expect("there is a temporary folder");
     let program = folder.path().join("containerd-shim-podvmm-v2");
-    fs::copy("/bin/sleep", &program).expect("there is sleep");
+    copy_program(Path::new("/bin/sleep"), &program);
     let line = format!("{} 1000", program.display());
     seen("containerd-shim", || orphan(&line), kill);
 }

@@ -26,6 +26,13 @@ pub fn kvm_is_here() -> bool {
     false
 }
 
+/// Copies a program that is to be run. Not by this process: a child that another test starts
+/// meanwhile would hold the copy open for writing, and running it would fail ("text file busy").
+pub fn copy_program(from: &Path, to: &Path) {
+    let status = Command::new("cp").args([from, to]).status();
+    assert!(status.expect("there is cp").success());
+}
+
 /// The binary under test: `PODVMM_BIN`, or the one cargo builds.
 pub fn binary() -> &'static Path {
     static BINARY: OnceLock<PathBuf> = OnceLock::new();
