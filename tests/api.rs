@@ -149,6 +149,29 @@ fn vcpus_come_and_go_within_bounds() {
     service.dismiss();
 }
 
+#[test]
+fn a_vm_has_after_a_reboot_what_it_grew_to() {
+    if !kvm_is_here() {
+        return;
+    }
+    let service = Service::start(spin());
+    let mut client = service.client();
+    let mut definition = service.definition();
+    definition["memory"]["hotplug_size"] = (512 << 20).into();
+    put(&mut client, "vm.create", Some(definition)).unwrap();
+    put(&mut client, "vm.boot", None).unwrap();
+    let sizes = json!({"desired_vcpus": 3, "desired_ram": (64 + 128) << 20, "desired_balloon": 0});
+    put(&mut client, "vm.resize", Some(sizes)).unwrap();
+    put(&mut client, "vm.reboot", None).unwrap();
+    let info = get(&mut client, "vm.info");
+    assert_eq!(info["vcpus_actual"], 3);
+    assert_eq!(info["config"]["cpus"]["boot_vcpus"], 3);
+    assert_eq!(info["config"]["memory"]["hotplugged_size"], 128 << 20);
+    // It has none.
+    assert_eq!(info["config"]["balloon"], Value::Null);
+    service.dismiss();
+}
+
 /// KVM tells nobody that a guest halted, so podvmm looks by itself, however much it is asked meanwhile.
 #[test]
 fn a_halted_guest_is_noticed_while_a_client_asks_without_a_pause() {

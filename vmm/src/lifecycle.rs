@@ -150,7 +150,7 @@ impl Vm {
         if !matches!(self.phase, Phase::None) {
             return Err(self.wrong("vm.create", "not created"));
         }
-        definition.config.check().map_err(contradiction)?;
+        definition.config().check().map_err(contradiction)?;
         self.phase = Phase::Created(definition);
         self.around.events.vm("created", Value::Null);
         Ok(())
@@ -176,7 +176,7 @@ impl Vm {
             Phase::Created(definition) | Phase::Shutdown(definition) => {
                 let mut more = definition.clone();
                 more.add(device, json);
-                more.config.check().map_err(contradiction)?;
+                more.config().check().map_err(contradiction)?;
                 *definition = more;
                 Ok(())
             }
@@ -222,7 +222,7 @@ impl Vm {
         let definition = definition.clone();
         self.around.events.vm("booting", Value::Null);
         let around = self.surroundings();
-        let machine = build(&definition.config, &around, Origin::Kernel).map_err(refusal)?;
+        let machine = build(definition.config(), &around, Origin::Kernel).map_err(refusal)?;
         log::info!("built; entering the guest");
         machine.start();
         let phases = machine.timeline.json();
@@ -279,11 +279,11 @@ impl Vm {
     }
 
     fn revive(&mut self, definition: Box<Definition>, loaded: Loaded) -> Result<(), ApiError> {
-        definition.config.check().map_err(contradiction)?;
+        definition.config().check().map_err(contradiction)?;
         self.around.events.vm("restoring", Value::Null);
         let around = self.surroundings();
         let origin = Origin::Snapshot(Box::new(loaded));
-        let machine = build(&definition.config, &around, origin).map_err(refusal)?;
+        let machine = build(definition.config(), &around, origin).map_err(refusal)?;
         let phases = machine.timeline.json();
         self.phase = Phase::Paused(definition, Box::new(machine));
         let events = &mut self.around.events;
@@ -393,32 +393,30 @@ impl Vm {
         else {
             return Err(self.wrong("vm.resize", "Running or Paused"));
         };
-        let cpus = definition.config.cpus;
-        let memory = definition.config.memory;
+        let memory = definition.config().memory;
         if let Some(why) = machine.memory.refusal(&memory, sizes) {
             return Err(ApiError::Impossible(vec![why]));
         }
         if let Some(wanted) = sizes.desired_vcpus {
-            let max = cpus.max().get();
+            let max = definition.config().cpus.max().get();
             if !(1..=max).contains(&wanted) {
                 return Err(ApiError::Impossible(vec![format!(
                     "desired_vcpus: {wanted}: this VM can have 1 to {max}"
                 )]));
             }
             machine.resize_vcpus(wanted, paused).map_err(refusal)?;
-            definition.json["cpus"]["boot_vcpus"] = json!(wanted);
+            // At once: memory may fail, and what the vCPUs are by then is so all the same.
+            let vcpus = Resize {
+                desired_vcpus: Some(wanted),
+                ..Resize::default()
+            };
+            definition.resize(vcpus).map_err(contradiction)?;
         }
         machine
             .memory
             .request(&memory, sizes)
             .map_err(|why| ApiError::Host(vec![why]))?;
-        if let Some(ram) = sizes.desired_ram {
-            let plugged = ram - memory.size.bytes();
-            definition.json["memory"]["hotplugged_size"] = json!(plugged);
-        }
-        if let Some(bytes) = sizes.desired_balloon {
-            definition.json["balloon"]["size"] = json!(bytes);
-        }
+        definition.resize(sizes).map_err(contradiction)?;
         self.around.events.vm(
             "resized",
             json!({
@@ -435,9 +433,9 @@ impl Vm {
             .phase
             .definition()
             .ok_or_else(|| self.wrong("vm.info", "created"))?;
-        let size = definition.config.memory.size.bytes();
+        let size = definition.config().memory.size.bytes();
         Ok(VmInfo {
-            config: definition.json.clone(),
+            config: definition.json().clone(),
             state: self.phase.state(),
             memory_actual_size: match self.phase.machine() {
                 Some(machine) => machine.memory.actual(size),

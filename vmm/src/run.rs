@@ -116,7 +116,7 @@ pub fn run(options: &RunOptions) -> Result<u8, RunError> {
         Some(folder) => restored(options, folder)?,
     };
     let command = command(options);
-    let terminal = terminal(&definition.config, command.as_ref())?;
+    let terminal = terminal(definition.config(), command.as_ref())?;
     let service = service(&inbox)?;
     let mut vm = Vm::new(Surround {
         inbox,
@@ -171,7 +171,7 @@ fn conclude(outcome: Outcome, has_command: bool, vm: &mut Vm, transcript: &Trans
         Outcome::Dismissed => (0, "api", Value::Null),
         Outcome::Ended(ending) => {
             let ending = with_panic(ending, transcript);
-            let config = vm.definition().map(|vm| &vm.config);
+            let config = vm.definition().map(Definition::config);
             report(&ending, has_command, config, transcript);
             let code = ending.exit_code(has_command);
             (code, ending.reason(), ending.to_string().into())
@@ -266,7 +266,7 @@ fn restored(options: &RunOptions, folder: &Path) -> Result<(Definition, Origin),
         ("serial", options.serial.is_some()),
         ("console", options.console.is_some()),
     ];
-    let mut json = Definition::of(differs).json;
+    let mut json = Definition::of(differs).json().clone();
     for (part, _) in given.iter().filter(|(_, given)| *given) {
         restore.patch[part] = json[part].take();
     }

@@ -12,20 +12,35 @@ use std::os::fd::OwnedFd;
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value, json};
 
-use crate::config::{DiskConfig, FsConfig, NetConfig, Output, VmConfig, VsockConfig};
+use crate::config::{
+    ConfigError, CpusConfig, DiskConfig, FsConfig, MemoryConfig, NetConfig, Output, VmConfig,
+    VsockConfig,
+};
 use crate::error::JsonError;
+use crate::request::Resize;
+use crate::units::ByteSize;
 
 use self::parts::{DiskJson, FsJson, NetJson, VmJson, VsockJson};
 
-/// What a client defined, and what it means.
+/// What a client defined, and what it means. Both change together, or not at all.
 #[derive(Clone, Debug)]
 pub struct Definition {
-    pub config: VmConfig,
+    config: VmConfig,
     /// As the client wrote it, with defaults for what Kata's clients read back.
-    pub json: Value,
+    json: Value,
 }
 
 impl Definition {
+    /// What it means.
+    pub fn config(&self) -> &VmConfig {
+        &self.config
+    }
+
+    /// What `vm.info` and a snapshot's config.json say of it.
+    pub fn json(&self) -> &Value {
+        &self.json
+    }
+
     /// A VM that was not defined in JSON.
     pub fn of(config: VmConfig) -> Self {
         let mut vm = written::vm(&config);
@@ -145,6 +160,35 @@ impl Definition {
 }
 
 impl Definition {
+    /// Has the VM be of these sizes from now on, also when it boots again. Sizes of devices that it does
+    /// not have are left out.
+    pub fn resize(&mut self, sizes: Resize) -> Result<(), ConfigError> {
+        let VmConfig {
+            cpus,
+            memory,
+            balloon,
+            ..
+        } = &mut self.config;
+        if let Some(count) = sizes.desired_vcpus {
+            *cpus = CpusConfig::new(count, cpus.max().get())?;
+        }
+        if let Some(bytes) = sizes.desired_ram {
+            let plugged = ByteSize(bytes.saturating_sub(memory.size.bytes()));
+            *memory = MemoryConfig {
+                hotplugged_size: plugged,
+                ..*memory
+            }
+            .checked()?;
+        }
+        if let (Some(bytes), Some(balloon)) = (sizes.desired_balloon, balloon) {
+            balloon.size = ByteSize(bytes);
+        }
+        if let Value::Object(vm) = &mut self.json {
+            write_sizes(vm, &self.config);
+        }
+        Ok(())
+    }
+
     /// Takes away the device that its client calls `id`, or that vm.counters does. False if there is
     /// none.
     pub fn remove(&mut self, id: &str) -> bool {
@@ -247,8 +291,8 @@ pub(crate) fn ascii(value: &Value) -> String {
 
 /// What Kata's Rust client insists on finding.
 fn fill_in(vm: &mut Map<String, Value>, config: &VmConfig) {
+    write_sizes(vm, config);
     let cpus = section(vm, "cpus");
-    default(cpus, "boot_vcpus", json!(config.cpus.boot().get()));
     default(cpus, "max_vcpus", json!(config.cpus.max().get()));
     default(cpus, "max_phys_bits", json!(46));
     default(
@@ -259,14 +303,6 @@ fn fill_in(vm: &mut Map<String, Value>, config: &VmConfig) {
     if config.memory.hotplug_size.0 > 0 {
         let memory = section(vm, "memory");
         default(memory, "hotplug_size", json!(config.memory.hotplug_size.0));
-        default(
-            memory,
-            "hotplugged_size",
-            json!(config.memory.hotplugged_size.0),
-        );
-    }
-    if let Some(balloon) = config.balloon {
-        default(section(vm, "balloon"), "size", json!(balloon.size.0));
     }
     default(section(vm, "rng"), "src", json!("/dev/urandom"));
     default(section(vm, "serial"), "mode", mode(&config.serial));
@@ -299,6 +335,24 @@ fn fill_in(vm: &mut Map<String, Value>, config: &VmConfig) {
             default(disk, "queue_size", json!(size));
             default(disk, "image_type", json!("Raw"));
         }
+    }
+}
+
+/// The sizes that change in a VM's life, which `config` alone knows.
+fn write_sizes(vm: &mut Map<String, Value>, config: &VmConfig) {
+    let VmConfig {
+        cpus,
+        memory,
+        balloon,
+        ..
+    } = config;
+    section(vm, "cpus").insert("boot_vcpus".into(), json!(cpus.boot().get()));
+    if memory.hotplug_size.0 > 0 {
+        let plugged = json!(memory.hotplugged_size.0);
+        section(vm, "memory").insert("hotplugged_size".into(), plugged);
+    }
+    if let Some(balloon) = balloon {
+        section(vm, "balloon").insert("size".into(), json!(balloon.size.0));
     }
 }
 

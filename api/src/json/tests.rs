@@ -204,3 +204,52 @@ fn a_snapshots_configuration_is_patched() {
     let causes = crate::chain(&error).join(": ");
     assert!(causes.contains("give either tap=NAME or fd=N"), "{causes}");
 }
+
+#[test]
+fn new_sizes_are_both_what_is_said_and_what_is_booted() {
+    let mut vm = definition(&json!({
+        "payload": {"kernel": "/k"}, "cpus": {"boot_vcpus": 1, "max_vcpus": 4},
+        "memory": {"size": 1 << 29, "hotplug_size": 1 << 30}, "balloon": {"size": 1 << 20},
+    }));
+    vm.resize(Resize {
+        desired_vcpus: Some(3),
+        desired_ram: Some((1 << 29) + (1 << 28)),
+        desired_balloon: Some(1 << 22),
+    })
+    .unwrap();
+    let again = definition(vm.json());
+    for config in [vm.config(), again.config()] {
+        assert_eq!((config.cpus.boot().get(), config.cpus.max().get()), (3, 4));
+        assert_eq!(config.memory.hotplugged_size.0, 1 << 28);
+        assert_eq!(config.balloon.unwrap().size.0, 1 << 22);
+    }
+}
+
+#[test]
+fn a_size_that_cannot_be_changes_nothing() {
+    let mut vm = definition(&json!({"payload": {"kernel": "/k"}}));
+    let before = vm.json().clone();
+    let sizes = [
+        (Some(2), None, "max=1 is less than boot=2"),
+        (
+            None,
+            Some(1 << 30),
+            "hotplugged_size=512M is more than hotplug_size=0 bytes",
+        ),
+    ];
+    for (desired_vcpus, desired_ram, why) in sizes {
+        let error = vm.resize(Resize {
+            desired_vcpus,
+            desired_ram,
+            ..Resize::default()
+        });
+        assert_eq!(error.unwrap_err().to_string(), why);
+    }
+    // Not even a device that there is none of.
+    vm.resize(Resize {
+        desired_balloon: Some(0),
+        ..Resize::default()
+    })
+    .unwrap();
+    assert_eq!(vm.json(), &before);
+}

@@ -69,7 +69,7 @@ pub(crate) fn save(
     folder: &Path,
     incremental: bool,
 ) -> Result<(), SaveError> {
-    let shares = &definition.config.shares;
+    let shares = &definition.config().shares;
     let elsewhere = |share: &&api::FsConfig| matches!(share.source, api::FsSource::Socket(_));
     if let Some(share) = shares.iter().find(elsewhere) {
         return Err(SaveError::Share(share.tag.clone()));
@@ -79,9 +79,9 @@ pub(crate) fn save(
     }
     let mut draft = Draft::new(folder)?;
     let devices = machine.device_states();
-    let allowed = allowed(&definition.config.memory, &devices).expect("the device is of this VM");
+    let allowed = allowed(&definition.config().memory, &devices).expect("the device is of this VM");
     let layers = draft.memory(machine, &allowed, incremental)?;
-    let mut config = definition.json.clone();
+    let mut config = definition.json().clone();
     config[ID] = draft.id.as_str().into();
     let state = State {
         id: draft.id.clone(),
