@@ -11,7 +11,7 @@ use arch::boot::{self, BootError, BootInfo, Entry, KernelImage};
 use arch::irqchip::IrqchipError;
 use arch::mptable::MptableError;
 use arch::state::CpuFeatures;
-use arch::{irqchip, mptable, pmu, ram, vcpu as arch_vcpu};
+use arch::{cpuid, irqchip, mptable, pmu, ram, vcpu as arch_vcpu};
 use devices::bus::{Bus, BusError};
 use devices::virtio::{Memory, MmioTransport};
 use kvm_bindings::KVM_MAX_CPUID_ENTRIES;
@@ -88,6 +88,9 @@ pub enum BuildError {
     /// A console or stream.
     #[error(transparent)]
     Stream(#[from] StreamError),
+    /// CPUID has no room for the VM's topology.
+    #[error("more CPUID leaves than KVM takes")]
+    ManyLeaves,
     /// vCPU creation.
     #[error("create vCPU {index}")]
     CreateVcpu {
@@ -176,10 +179,11 @@ pub fn build(
     let supported = kvm
         .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
         .map_err(|source| BuildError::Kvm("read the CPUID that KVM supports".into(), source))?;
-    let (features, cpuid) = match &origin {
-        Origin::Kernel => (CpuFeatures::of(&supported), supported),
-        Origin::Snapshot(loaded) => loaded.features(&supported)?,
+    let cpuid = match &origin {
+        Origin::Kernel => cpuid::for_guest(&supported, count).ok_or(BuildError::ManyLeaves)?,
+        Origin::Snapshot(loaded) => loaded.cpuid(&kvm, &supported)?,
     };
+    let features = CpuFeatures::of(&cpuid);
     timeline.mark("kvm");
     let mut ram = Ram::new(&config.memory)?;
     timeline.mark("ram");
@@ -239,7 +243,7 @@ pub fn build(
     };
     let common = Common {
         possible: count,
-        supported: cpuid,
+        cpuid,
         buses,
         memory: ram.memory().clone(),
         exits: Arc::default(),

@@ -507,6 +507,7 @@ fn refusal(error: BuildError) -> ApiError {
             | RemoteRamError::Register(_)
             | RemoteRamError::Watch { .. },
         )
+        | BuildError::ManyLeaves
         | BuildError::CreateVcpu { .. }
         | BuildError::ConfigureVcpu { .. }
         | BuildError::Thread(..) => ApiError::Host(chain),

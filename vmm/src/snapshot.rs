@@ -74,7 +74,7 @@ struct State {
 
 impl Document for State {
     const MAGIC: &'static str = "podvmm snapshot";
-    const VERSION: u32 = 2;
+    const VERSION: u32 = 3;
 }
 
 /// The files that are RAM, each over those before it.

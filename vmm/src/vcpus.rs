@@ -26,8 +26,8 @@ use crate::vcpu::{Buses, ExitCounters, Vcpu};
 pub(crate) struct Common {
     /// How many there can be.
     pub(crate) possible: u8,
-    /// The CPUID that KVM supported when the guest started.
-    pub(crate) supported: CpuId,
+    /// Their CPUID, but for their APIC ids.
+    pub(crate) cpuid: CpuId,
     pub(crate) buses: Buses,
     pub(crate) memory: GuestMemoryMmap,
     pub(crate) exits: Arc<ExitCounters>,
@@ -118,8 +118,7 @@ impl Vcpus {
             let fd = self.unfinished.pop_front().expect("it was just made");
             let identity = Identity {
                 index,
-                count: self.common.possible,
-                supported: &self.common.supported,
+                cpuid: &self.common.cpuid,
             };
             if let Err(error) = prepare(&fd, identity) {
                 self.unfinished.push_front(fd);

@@ -5,6 +5,9 @@ pub mod boot;
 pub mod cpuid;
 pub mod irqchip;
 pub mod layout;
+#[cfg(test)]
+mod machines;
+mod mitigations;
 pub mod mptable;
 pub mod msr;
 pub mod pmu;

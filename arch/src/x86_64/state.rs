@@ -13,6 +13,7 @@ use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
+use super::mitigations;
 use super::msr;
 use super::raw::{Raw, RawList};
 use super::tsc::{self, Tsc};
@@ -83,23 +84,24 @@ impl BoardState {
     }
 }
 
-/// The CPU features a guest was started with.
+/// The CPUID that the vCPUs of a guest have, as vCPU 0 has it: what the guest saw, so that a podvmm that
+/// hides more or less, or describes the topology otherwise, does not change it under the guest.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct CpuFeatures(RawList<kvm_cpuid_entry2>);
 
 impl CpuFeatures {
-    pub fn of(supported: &CpuId) -> Self {
-        Self(RawList(supported.as_slice().to_vec()))
+    /// Of a guest with `cpuid` ([`super::cpuid::for_guest`]).
+    pub fn of(cpuid: &CpuId) -> Self {
+        Self(RawList(cpuid.as_slice().to_vec()))
     }
 
-    /// As KVM_SET_CPUID2 takes them, adapted to each vCPU by [`super::cpuid::for_vcpu`]. None if there are
-    /// more than KVM knows.
+    /// As it was. None if it is more leaves than KVM knows.
     pub fn cpuid(&self) -> Option<CpuId> {
         CpuId::from_entries(&self.0.0).ok()
     }
 }
 
-/// The MSRs of a vCPU that KVM can tell and that matter to a guest.
+/// The model-specific registers that a snapshot keeps of a vCPU.
 #[derive(Clone, Debug)]
 pub struct MsrIndices(Vec<u32>);
 
@@ -108,7 +110,7 @@ impl MsrIndices {
         let list = kvm
             .get_msr_index_list()
             .map_err(failed("list model-specific registers"))?;
-        Ok(Self(msr::with_memory_types(list.as_slice())))
+        Ok(Self(msr::kept(list.as_slice())))
     }
 }
 
@@ -173,6 +175,14 @@ impl VcpuState {
         })
     }
 
+    /// What the vCPUs of a snapshot were told that this host's are not: mitigations that the guest does
+    /// without, in words. None if it lacks nothing.
+    pub fn missing_mitigations(vcpus: &[Self], kvm: &Kvm) -> Option<String> {
+        let started = vcpus.iter().find_map(|vcpu| vcpu.started.as_deref())?;
+        let told = msr::arch_capabilities(&started.msrs.0);
+        mitigations::missing(told, msr::supported_arch_capabilities(kvm))
+    }
+
     /// Gives it to a vCPU that has run nothing yet. One that was never started takes `tsc`, which is
     /// the others', so they must have been restored within the last second.
     pub fn restore(
@@ -185,7 +195,7 @@ impl VcpuState {
         match &self.started {
             Some(started) => started.restore(vcpu)?,
             None => {
-                power_on(vcpu)?;
+                power_on(vcpu, identity.cpuid)?;
                 tsc.map_or(Ok(()), |tsc| tsc.set(vcpu))?;
             }
         }
@@ -236,7 +246,10 @@ impl Started {
         vcpu.set_regs(&self.regs.0).map_err(&registers)?;
         vcpu.set_sregs(&self.sregs.0).map_err(&registers)?;
         self.restore_xsave(vcpu).map_err(&registers)?;
-        vcpu.set_xcrs(&self.xcrs.0).map_err(&registers)?;
+        // KVM takes none for an error, and that is what a CPU without XSAVE has.
+        if self.xcrs.0.nr_xcrs > 0 {
+            vcpu.set_xcrs(&self.xcrs.0).map_err(&registers)?;
+        }
         vcpu.set_debug_regs(&self.debug.0).map_err(&registers)?;
         // Before the deadline of its timer, which is a model-specific register.
         vcpu.set_lapic(&self.lapic.0).map_err(VcpuError::SetLapic)?;

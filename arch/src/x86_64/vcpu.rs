@@ -21,9 +21,6 @@ pub enum VcpuError {
     /// KVM_SET_CPUID2 failed.
     #[error("set CPUID")]
     SetCpuid(#[source] kvm_ioctls::Error),
-    /// CPUID has no room for the VM's topology.
-    #[error("more CPUID leaves than KVM takes")]
-    ManyLeaves,
     /// KVM_SET_MSRS failed.
     #[error("set model-specific registers")]
     SetMsrs(#[source] kvm_ioctls::Error),
@@ -49,17 +46,14 @@ pub enum VcpuError {
 pub struct Identity<'a> {
     /// Its index, which is its APIC id, too.
     pub index: u8,
-    /// How many vCPUs the VM can have.
-    pub count: u8,
-    /// The CPUID that KVM supported when the guest started.
-    pub supported: &'a CpuId,
+    /// The CPUID of the VM's vCPUs, but for their APIC ids ([`cpuid::for_guest`]).
+    pub cpuid: &'a CpuId,
 }
 
 impl Identity<'_> {
     /// Makes `vcpu` the one it is to be, whatever state it has.
     pub(super) fn give(self, vcpu: &VcpuFd) -> Result<(), VcpuError> {
-        let cpuid = cpuid::for_vcpu(self.supported, self.index, self.count);
-        let cpuid = cpuid.ok_or(VcpuError::ManyLeaves)?;
+        let cpuid = cpuid::for_vcpu(self.cpuid, self.index);
         vcpu.set_cpuid2(&cpuid).map_err(VcpuError::SetCpuid)
     }
 }
@@ -68,7 +62,7 @@ impl Identity<'_> {
 /// start-up interrupt the first one sends.
 pub fn configure(vcpu: &VcpuFd, identity: Identity<'_>, entry: Entry) -> Result<(), VcpuError> {
     identity.give(vcpu)?;
-    power_on(vcpu)?;
+    power_on(vcpu, identity.cpuid)?;
     if identity.index == 0 {
         let reset = vcpu.get_sregs().map_err(VcpuError::SetSregs)?;
         vcpu.set_sregs(&regs::system(entry, reset))
@@ -83,12 +77,12 @@ pub fn configure(vcpu: &VcpuFd, identity: Identity<'_>, entry: Entry) -> Result<
 /// that another one sends, and has had the others' time stamp counter since KVM made it.
 pub fn add(vcpu: &VcpuFd, identity: Identity<'_>) -> Result<(), VcpuError> {
     identity.give(vcpu)?;
-    power_on(vcpu)
+    power_on(vcpu, identity.cpuid)
 }
 
 /// The state that firmware would leave a vCPU in that waits to be started.
-pub(super) fn power_on(vcpu: &VcpuFd) -> Result<(), VcpuError> {
-    msr::set_boot(vcpu)?;
+pub(super) fn power_on(vcpu: &VcpuFd, cpuid: &CpuId) -> Result<(), VcpuError> {
+    msr::set_boot(vcpu, cpuid)?;
     wire_local_interrupts(vcpu)
 }
 

@@ -8,10 +8,11 @@ use std::sync::Arc;
 
 use api::{Definition, JsonError, MemoryConfig, Restore};
 use arch::cpuid;
-use arch::state::{BoardState, CpuFeatures, VcpuState};
+use arch::state::{BoardState, VcpuState};
 use devices::legacy::SerialState;
 use devices::virtio::TransportState;
 use kvm_bindings::CpuId;
+use kvm_ioctls::Kvm;
 use thiserror::Error;
 
 use super::{COMPRESSED, CONFIG, FormatError, LayerState, MEMORY, Memory, STATE, Source, State};
@@ -127,8 +128,8 @@ impl Loaded {
         working_set::read(&self.source, self.state.memory.len)
     }
 
-    /// The CPU features of the guest, if this host has them: `here` is what its KVM supports.
-    pub(crate) fn features(&self, here: &CpuId) -> Result<(CpuFeatures, CpuId), RestoreError> {
+    /// The CPUID of the guest, if its vCPUs can go on here, where `kvm` supports `supported`.
+    pub(crate) fn cpuid(&self, kvm: &Kvm, supported: &CpuId) -> Result<CpuId, RestoreError> {
         let kind = KvmKind::of_this_host().name();
         if self.state.kvm != kind {
             return Err(RestoreError::Kvm {
@@ -136,13 +137,14 @@ impl Loaded {
                 here: kind,
             });
         }
-        let features = &self.state.features;
-        let cpuid = features.cpuid();
-        let cpuid =
-            cpuid.ok_or_else(|| RestoreError::Cpu("more features than there are".into()))?;
-        match cpuid::missing(&cpuid, here) {
+        let guest = self.state.features.cpuid();
+        let guest =
+            guest.ok_or_else(|| RestoreError::Cpu("more features than there are".into()))?;
+        let missing = cpuid::missing(&guest, supported)
+            .or_else(|| VcpuState::missing_mitigations(&self.state.vcpus, kvm));
+        match missing {
             Some(missing) => Err(RestoreError::Cpu(missing)),
-            None => Ok((features.clone(), cpuid)),
+            None => Ok(guest),
         }
     }
 

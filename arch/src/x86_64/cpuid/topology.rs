@@ -5,7 +5,7 @@
 
 use kvm_bindings::{CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, kvm_cpuid_entry2};
 
-use super::vendor;
+use super::is_amd;
 
 /// Leaf 1, EBX: all but logical processors and initial APIC id.
 const EBX_CLFLUSH_MASK: u32 = 0x0000_ffff;
@@ -17,22 +17,19 @@ const LEVELS: [u32; 2] = [0xb, 0x1f];
 const LEVEL_SMT: u32 = 1;
 const LEVEL_CORE: u32 = 2;
 
-/// Where a vCPU is among those of its VM.
-pub(super) struct Place {
-    apic_id: u32,
+/// The cores of a VM's package.
+pub(super) struct Cores {
     /// vCPUs that the VM can have.
     count: u32,
     is_amd: bool,
 }
 
-impl Place {
-    /// vCPU `index` of `count` on a CPU that is as `supported`.
-    pub(super) fn new(supported: &CpuId, index: u8, count: u8) -> Self {
-        let vendor = vendor(supported);
+impl Cores {
+    /// `count` of them on a CPU that is as `supported`.
+    pub(super) fn new(supported: &CpuId, count: u8) -> Self {
         Self {
-            apic_id: index.into(),
             count: count.into(),
-            is_amd: vendor == b"AuthenticAMD" || vendor == b"HygonGenuine",
+            is_amd: is_amd(supported),
         }
     }
 
@@ -66,17 +63,16 @@ impl Place {
             eax: shift,
             ebx: processors,
             ecx: (level << 8) | index,
-            edx: self.apic_id,
             ..Default::default()
         }
     }
 
-    /// Has `entry` describe the vCPU instead of one of the host's.
+    /// Has `entry` describe vCPU 0 instead of a processor of the host.
     pub(super) fn adapt(&self, entry: &mut kvm_cpuid_entry2) {
         match entry.function {
             0x1 => {
                 let clflush = entry.ebx & EBX_CLFLUSH_MASK;
-                entry.ebx = clflush | (self.count << 16) | (self.apic_id << 24);
+                entry.ebx = clflush | (self.count << 16);
                 if self.count > 1 {
                     entry.edx |= EDX_HTT;
                 } else {
@@ -92,9 +88,7 @@ impl Place {
             0x8000_001d => self.share_amd_cache(entry),
             // One thread a core, one node.
             0x8000_001e => {
-                entry.eax = self.apic_id;
-                entry.ebx = self.apic_id & 0xff;
-                entry.ecx = 0;
+                (entry.eax, entry.ebx, entry.ecx) = (0, 0, 0);
             }
             // Levels between core and package, of which there are none: a guest then asks leaf 0xb.
             0x8000_0026 => (entry.eax, entry.ebx, entry.ecx, entry.edx) = (0, 0, 0, 0),
@@ -132,6 +126,17 @@ impl Place {
     }
 }
 
+/// Has `entry`, which describes vCPU 0, describe the one with `apic_id`.
+pub(super) fn identify(entry: &mut kvm_cpuid_entry2, apic_id: u8) {
+    let id = u32::from(apic_id);
+    match entry.function {
+        0x1 => entry.ebx = (entry.ebx & 0x00ff_ffff) | (id << 24),
+        0xb | 0x1f => entry.edx = id,
+        0x8000_001e => (entry.eax, entry.ebx) = (id, id),
+        _ => {}
+    }
+}
+
 /// Of leaf 4 or 0x8000_001d, which have the level at the same place.
 fn is_last_level(entry: &kvm_cpuid_entry2) -> bool {
     (entry.eax >> 5) & 0x7 >= 3
@@ -139,8 +144,7 @@ fn is_last_level(entry: &kvm_cpuid_entry2) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use super::super::for_vcpu;
-    use super::super::tests::{adapted, amd, leaf};
+    use super::super::tests::{adapted, amd, leaf, of_vcpu};
     use super::*;
 
     #[test]
@@ -182,7 +186,7 @@ mod tests {
         ];
         for entries in lists {
             let supported = CpuId::from_entries(&entries).unwrap();
-            let cpuid = for_vcpu(&supported, 4, 6).unwrap();
+            let cpuid = of_vcpu(&supported, 4, 6);
             let expected = [
                 ([0, 1, 0x100, 4], KVM_CPUID_FLAG_SIGNIFCANT_INDEX),
                 ([3, 6, 0x201, 4], KVM_CPUID_FLAG_SIGNIFCANT_INDEX),
@@ -196,7 +200,7 @@ mod tests {
     #[test]
     fn a_cpu_without_levels_gets_none() {
         let supported = CpuId::from_entries(&[leaf(0xb, 0)]).unwrap();
-        let cpuid = for_vcpu(&supported, 0, 2).unwrap();
+        let cpuid = of_vcpu(&supported, 0, 2);
         assert_eq!(levels(&cpuid, 0x1f), []);
     }
 
@@ -236,7 +240,7 @@ mod tests {
             ..leaf(0x8000_0026, 0)
         };
         let supported = CpuId::from_entries(&[amd(), size, node, ccx]).unwrap();
-        let cpuid = for_vcpu(&supported, 2, 3).unwrap();
+        let cpuid = of_vcpu(&supported, 2, 3);
         let registers = |function| levels(&cpuid, function)[0].0;
         assert_eq!(registers(0x8000_0008), [0, 0, 0x1_2002, 0]);
         assert_eq!(registers(0x8000_001e), [2, 2, 0, 0]);
