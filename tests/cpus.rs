@@ -2,6 +2,8 @@
 
 use std::fs;
 use std::path::Path;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Resource, Rlimit, getrlimit, prlimit};
 use serde_json::json;
@@ -113,6 +115,39 @@ fn a_paused_vm_grows_when_it_is_resumed() {
     clone.has_vcpu_threads(2);
     assert_eq!(clone.start_next_cpu(), '=');
     clone.end();
+}
+
+/// Linux waits for interrupts that it sends to other CPUs, with its locks held.
+#[test]
+fn a_vcpu_that_the_guest_keeps_is_slow_but_not_stopped() {
+    if !kvm_is_here() {
+        return;
+    }
+    let folder = TempDir::new().unwrap();
+    let mut guest = Probe::boot(2);
+    guest.start_busy_cpu();
+    guest.waits_for_busy_cpu();
+    guest.resize(1);
+    // It has been asked to give the vCPU up, and may still be at it.
+    guest.pause();
+    guest.snapshot(folder.path());
+    guest.resume();
+    guest.waits_for_busy_cpu();
+    for mut guest in [guest, Probe::restore(folder.path())] {
+        // It may take three seconds to give the vCPU up.
+        thread::sleep(Duration::from_secs(4));
+        guest.waits_for_busy_cpu();
+        let (start, before) = (Instant::now(), guest.vcpu_time(1));
+        thread::sleep(Duration::from_secs(2));
+        let used = guest.vcpu_time(1) - before;
+        assert!(used < start.elapsed() / 4, "{used:?}");
+        let info = get(&mut guest.client, "vm.info");
+        assert_eq!(info["vcpus_actual"], 2);
+        // It is as fast as ever when it may run again.
+        guest.resize(2);
+        guest.waits_for_busy_cpu();
+        guest.end();
+    }
 }
 
 /// Limits a resource of podvmm. Returns what limited it before.

@@ -20,6 +20,8 @@ use crate::service::{Service, put};
 //      Linux's watchdog does.
 // 'n': starts the next CPU, which reads its time stamp counter. '=' if that lies between two readings
 //      of the first CPU's, before and after; '<' or '>' if it does not.
+// 'b': starts the next CPU, which counts for ever. No answer.
+// 'c': '+' once that one has counted on.
 // 'q': ends the guest.
 code!(
     probe,
@@ -38,6 +40,9 @@ code!(
     "mov ecx, 19",
     "cld",
     "rep movsb",
+    // What one that counts runs: inc dword ptr [0x9020], and again.
+    "mov dword ptr [0xa000], 0x2006ff66",
+    "mov dword ptr [0xa004], 0x00f9eb90",
     "mov dword ptr [0xfee000f0], 0x1ff",
     "xor ebx, ebx",
     "1: mov dx, 0x3fd",
@@ -50,6 +55,10 @@ code!(
     "je 3f",
     "cmp al, 'n'",
     "je 4f",
+    "cmp al, 'b'",
+    "je 7f",
+    "cmp al, 'c'",
+    "je 8f",
     "mov al, 0xfe",
     "out 0x64, al",
     "9: hlt",
@@ -89,6 +98,19 @@ code!(
     "mov dx, 0x3f8",
     "out dx, al",
     "jmp 1b",
+    "7: inc ebx",
+    "mov eax, ebx",
+    "shl eax, 24",
+    "mov [0xfee00310], eax",
+    "mov dword ptr [0xfee00300], 0x4500",
+    "mov [0xfee00310], eax",
+    "mov dword ptr [0xfee00300], 0x460a",
+    "jmp 1b",
+    "8: mov eax, [0x9020]",
+    "5: cmp eax, [0x9020]",
+    "je 5b",
+    "mov cl, '+'",
+    "jmp 6b",
 );
 
 /// A guest that tells about its clocks, in a podvmm that serves its API.
@@ -157,6 +179,31 @@ impl Probe {
     /// Has the guest start its next CPU and compare its time stamp counter with the first one's.
     pub fn start_next_cpu(&mut self) -> char {
         self.ask(b'n')
+    }
+
+    /// Has the guest start its next CPU, which is busy from then on.
+    pub fn start_busy_cpu(&mut self) {
+        self.console.write_all(b"b").expect("podvmm reads");
+    }
+
+    /// Has the guest's first CPU wait until the busy one has done something.
+    pub fn waits_for_busy_cpu(&mut self) {
+        assert_eq!(self.ask(b'c'), '+');
+    }
+
+    /// Processor time that a vCPU has used, of the guest and of KVM.
+    pub fn vcpu_time(&self, index: usize) -> Duration {
+        let tasks = format!("/proc/{}/task", self.service.running.pid());
+        let tasks = fs::read_dir(tasks).expect("podvmm runs").flatten();
+        let mut tasks = tasks.map(|task| task.path());
+        let name = format!("vcpu{index}\n");
+        let task = tasks
+            .find(|task| fs::read_to_string(task.join("comm")).is_ok_and(|comm| comm == name))
+            .expect("the vCPU exists");
+        // Nanoseconds on a processor, those waiting for one, and how often (Linux, sched-stats.rst).
+        let times = fs::read_to_string(task.join("schedstat")).expect("podvmm runs");
+        let time = times.split(' ').next().expect("it has three fields");
+        Duration::from_nanos(time.parse().expect("they are numbers"))
     }
 
     /// Asserts how many threads of vCPUs podvmm has.

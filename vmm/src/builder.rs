@@ -10,7 +10,7 @@ use api::VmConfig;
 use arch::boot::{self, BootError, BootInfo, Entry, KernelImage};
 use arch::irqchip::IrqchipError;
 use arch::mptable::MptableError;
-use arch::state::CpuFeatures;
+use arch::state::{CpuFeatures, VcpuState};
 use arch::{cpuid, irqchip, mptable, pmu, ram, vcpu as arch_vcpu};
 use devices::bus::{Bus, BusError};
 use devices::virtio::{Memory, MmioTransport};
@@ -268,7 +268,11 @@ pub fn build(
         Origin::Kernel => None,
         Origin::Snapshot(loaded) => Some(loaded.source().clone()),
     };
-    Ok(Machine {
+    let started = match &origin {
+        Origin::Kernel => 0,
+        Origin::Snapshot(loaded) => VcpuState::last_started(loaded.vcpus(count)?),
+    };
+    let mut machine = Machine {
         timeline,
         button,
         vcpus,
@@ -284,7 +288,9 @@ pub fn build(
         source,
         vm,
         ram,
-    })
+    };
+    machine.shrink_from(started);
+    Ok(machine)
 }
 
 /// A kernel in RAM, and what it is to find.

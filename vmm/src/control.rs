@@ -72,15 +72,21 @@ pub enum Outcome {
 /// Serves the inbox until podvmm is done. The VM is stopped by then, if it can be, and who
 /// still waits for an answer learns that there will be none.
 pub fn serve(vm: &mut Vm, events: Receiver<(u32, Event)>) -> Outcome {
-    let mut due = Instant::now() + TICK;
+    let mut looked = Instant::now();
+    let mut due = looked + TICK;
     let outcome = loop {
         // By the clock, not by silence: whoever asks or says much is not to keep it away.
         let now = Instant::now();
         if now >= due {
-            due = now + TICK;
-            if vm.tick() {
-                break Outcome::Ended(Ending::Halted);
+            // First, as it says which vCPUs of the guest are parked for a moment and which for good.
+            let sooner = vm.settle();
+            if now >= looked + TICK {
+                looked = now;
+                if vm.has_halted() {
+                    break Outcome::Ended(Ending::Halted);
+                }
             }
+            due = now + sooner.map_or(TICK, |sooner| sooner.min(TICK));
         }
         match events.recv_timeout(due.duration_since(now)) {
             Ok((_, Event::Signal(signal))) => break Outcome::Ended(Ending::Signal(signal)),

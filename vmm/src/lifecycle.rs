@@ -14,6 +14,8 @@
 //! Owned by `control`, which carries out one request at a time. None of them
 //! waits for the guest.
 
+use std::time::Duration;
+
 use api::{
     Addition, Answer, ApiError, ConfigError, Definition, Ping, Request, Resize, Restore, Snapshot,
     State, VmInfo, chain,
@@ -222,7 +224,7 @@ impl Vm {
         let definition = definition.clone();
         self.around.events.vm("booting", Value::Null);
         let around = self.surroundings();
-        let machine = build(definition.config(), &around, Origin::Kernel).map_err(refusal)?;
+        let mut machine = build(definition.config(), &around, Origin::Kernel).map_err(refusal)?;
         log::info!("built; entering the guest");
         machine.start();
         let phases = machine.timeline.json();
@@ -309,7 +311,7 @@ impl Vm {
 
     fn resume(&mut self) -> Result<(), ApiError> {
         match std::mem::replace(&mut self.phase, Phase::None) {
-            Phase::Paused(definition, machine) => {
+            Phase::Paused(definition, mut machine) => {
                 let _patience = machine.patience();
                 let resumed = machine.resume();
                 self.phase = if resumed.is_ok() {
@@ -375,14 +377,19 @@ impl Vm {
         }
     }
 
-    /// Looks at what nobody reports. True if the guest has halted for good.
-    pub(crate) fn tick(&mut self) -> bool {
-        match &mut self.phase {
-            Phase::Running(_, machine) => {
-                machine.settle_vcpus();
-                machine.is_halted()
-            }
+    /// Looks at what nothing reports: whether the guest has halted for good.
+    pub(crate) fn has_halted(&self) -> bool {
+        match &self.phase {
+            Phase::Running(_, machine) => machine.is_halted(),
             Phase::None | Phase::Created(_) | Phase::Paused(..) | Phase::Shutdown(_) => false,
+        }
+    }
+
+    /// Sees to vCPUs that the guest should give up. Returns when to do so again, if that is before long.
+    pub(crate) fn settle(&mut self) -> Option<Duration> {
+        match &mut self.phase {
+            Phase::Running(_, machine) => machine.settle_vcpus(),
+            Phase::None | Phase::Created(_) | Phase::Paused(..) | Phase::Shutdown(_) => None,
         }
     }
 

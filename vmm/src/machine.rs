@@ -56,19 +56,39 @@ pub struct Machine {
     pub(crate) ram: Ram,
 }
 
-/// vCPUs that are too many and run all the same.
+/// vCPUs that are too many and that the guest has not given up. To stop them would stop the guest: the
+/// others wait for their answers to interrupts, with their locks held. So they run on, and slowly once
+/// the guest has had its time.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Shrinking {
     /// How many run with them.
     from: u8,
-    /// When they are stopped at the latest.
+    /// From when on they are slow.
     deadline: Instant,
+    /// Whether they run: while they are slow that is so for [`Machine::SLICE`] in each
+    /// [`Machine::PERIOD`].
+    run: bool,
+    warned: bool,
+}
+
+impl Shrinking {
+    fn new(from: u8, deadline: Instant) -> Self {
+        Self {
+            from,
+            deadline,
+            run: true,
+            warned: false,
+        }
+    }
 }
 
 impl Machine {
     /// Lets the vCPUs into the guest.
-    pub fn start(&self) {
-        self.active().for_each(Vcpu::run);
+    pub fn start(&mut self) {
+        self.allowed().for_each(Vcpu::run);
+        if let Some(shrinking) = &mut self.shrinking {
+            shrinking.run = true;
+        }
     }
 
     /// Takes the vCPUs out of the guest and the devices off their loops. Nothing
@@ -79,7 +99,7 @@ impl Machine {
     }
 
     /// Puts the devices back on their loops and lets the vCPUs go on.
-    pub fn resume(&self) -> Result<(), ResumeError> {
+    pub fn resume(&mut self) -> Result<(), ResumeError> {
         for (_, transport) in &self.transports {
             lock(transport).resume().map_err(ResumeError)?;
         }
@@ -116,7 +136,8 @@ impl Machine {
     /// Whether the guest can never do anything again: every vCPU that runs has
     /// halted with interrupts off.
     pub fn is_halted(&self) -> bool {
-        self.active().all(Vcpu::is_halted)
+        // One that is parked for now may go on.
+        self.shrinking.is_none_or(|it| it.run) && self.allowed().all(Vcpu::is_halted)
     }
 
     /// Exits to user space so far.
@@ -125,8 +146,13 @@ impl Machine {
     }
 
     /// The vCPUs that may run.
-    fn active(&self) -> impl Iterator<Item = &Vcpu> {
-        self.vcpus.iter().take(self.running.into())
+    fn allowed(&self) -> impl Iterator<Item = &Vcpu> {
+        self.vcpus.iter().take(self.vcpus_running().into())
+    }
+
+    /// Those of them that are too many.
+    fn extra(&self) -> impl Iterator<Item = &Vcpu> {
+        self.allowed().skip(self.running.into())
     }
 
     /// Each device's id and what it has done.
@@ -143,51 +169,84 @@ impl Machine {
 
     /// Lets `count` vCPUs run, from 1 to all that are possible; where the machine is `paused`, once it is
     /// resumed. More run at once, as far as the guest starts them. Those that are too many are parked
-    /// when the guest has taken them offline, at the latest after [`Self::PATIENCE`]: the guest is asked
-    /// first, by others, and the host has the last word. If one cannot be made, as many run as before.
+    /// when the guest has taken them offline, and are slow after [`Self::PATIENCE`]: the guest is asked
+    /// first, by others. If one cannot be made, as many run as before.
     pub fn resize_vcpus(&mut self, count: u8, paused: bool) -> Result<(), BuildError> {
         self.vcpus.grow(&self.vm, count)?;
         let (before, old) = (self.vcpus_running(), self.running);
         self.running = count;
         if !paused {
-            self.active().skip(old.into()).for_each(Vcpu::run);
+            self.vcpus
+                .iter()
+                .take(count.into())
+                .skip(old.into())
+                .for_each(Vcpu::run);
         }
-        let deadline = match self.shrinking {
-            Some(earlier) if count >= old => earlier.deadline,
-            _ => Instant::now() + Self::PATIENCE,
-        };
-        self.shrinking = (count < before).then_some(Shrinking {
-            from: before,
-            deadline,
+        self.shrinking = (count < before).then(|| match self.shrinking {
+            Some(earlier) if count >= old => earlier,
+            Some(earlier) => Shrinking {
+                deadline: Instant::now() + Self::PATIENCE,
+                ..earlier
+            },
+            None => Shrinking::new(before, Instant::now() + Self::PATIENCE),
         });
         self.settle_vcpus();
         Ok(())
     }
 
-    /// Parks vCPUs that are too many as soon as they may be.
-    pub(crate) fn settle_vcpus(&mut self) {
-        let Some(Shrinking { from, deadline }) = self.shrinking else {
-            return;
-        };
-        let extra = || {
-            self.vcpus
-                .iter()
-                .take(from.into())
-                .skip(self.running.into())
-        };
-        let late = Instant::now() >= deadline;
-        if late || extra().all(Vcpu::is_halted) {
-            if late {
-                log::warn!("the guest kept vCPUs that it should give up; they are stopped");
-            }
-            let _patience = self.patience();
-            extra().for_each(Vcpu::park);
-            self.shrinking = None;
+    /// Has those of the first `started` vCPUs that are too many treated as after a resize: their guest
+    /// was restored with them.
+    pub(crate) fn shrink_from(&mut self, started: u8) {
+        if started > self.running {
+            self.shrinking = Some(Shrinking::new(started, Instant::now() + Self::PATIENCE));
         }
     }
 
-    /// How long a guest may use vCPUs that it should have given up.
+    /// Parks vCPUs that are too many as soon as they may be, and has them be slow when they are late.
+    /// Returns when to do so again.
+    pub(crate) fn settle_vcpus(&mut self) -> Option<Duration> {
+        let shrinking = self.shrinking?;
+        // A vCPU that is parked counts as halted.
+        if shrinking.run && self.extra().all(Vcpu::is_halted) {
+            self.park_extra();
+            self.shrinking = None;
+            return None;
+        }
+        let left = shrinking.deadline.saturating_duration_since(Instant::now());
+        if !left.is_zero() {
+            return Some(left);
+        }
+        if !shrinking.warned {
+            log::warn!("the guest keeps vCPUs that it should give up; they run slowly");
+        }
+        if shrinking.run {
+            self.park_extra();
+        } else {
+            self.extra().for_each(Vcpu::run);
+        }
+        self.shrinking = Some(Shrinking {
+            run: !shrinking.run,
+            warned: true,
+            ..shrinking
+        });
+        Some(if shrinking.run {
+            Self::PERIOD - Self::SLICE
+        } else {
+            Self::SLICE
+        })
+    }
+
+    fn park_extra(&self) {
+        let _patience = self.patience();
+        self.extra().for_each(Vcpu::park);
+    }
+
+    /// How long a guest may use vCPUs that it should have given up as it likes.
     pub const PATIENCE: Duration = Duration::from_secs(3);
+    /// How much of how much time it may use them after that. Short enough for the guest not to take one
+    /// that stands still for locked up.
+    const SLICE: Duration = Duration::from_millis(5);
+    const PERIOD: Duration = Duration::from_millis(100);
 
     fn each_transport(&self, mut act: impl FnMut(MutexGuard<'_, MmioTransport>)) {
         self.transports

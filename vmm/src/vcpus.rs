@@ -69,8 +69,7 @@ impl Vcpus {
         let mut vcpus = Self::none(common);
         let tsc = VcpuState::tsc(states);
         let count = if tsc.is_none_or(|tsc| tsc.set_rate(vm)) {
-            let started = states.iter().zip(1..).filter(|(it, _)| it.was_started());
-            started.map(|(_, number)| number).fold(count, u8::max)
+            count.max(VcpuState::last_started(states))
         } else {
             // One that is made later might have another rate.
             vcpus.common.possible

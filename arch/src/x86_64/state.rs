@@ -161,9 +161,10 @@ impl VcpuState {
         }
     }
 
-    /// Whether the guest had started it.
-    pub fn was_started(&self) -> bool {
-        self.started.is_some()
+    /// How many of `vcpus`, from the first one, there must be for all that their guest had started.
+    pub fn last_started(vcpus: &[Self]) -> u8 {
+        let started = vcpus.iter().zip(1..).filter(|(it, _)| it.started.is_some());
+        started.map(|(_, number)| number).fold(0, u8::max)
     }
 
     /// The time stamp counter of the vCPUs of a snapshot: that of the first one that was started.
