@@ -1,9 +1,11 @@
 //! Guests without an operating system: how they are entered, what they can
 //! reach, and how they end. Milliseconds each.
 
+use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use tempfile::TempDir;
 use tests::payload::Protocol;
 use tests::podvmm::kvm_is_here;
 use tests::{Outcome, Payload, Podvmm, code};
@@ -191,4 +193,47 @@ fn nonsense_in_every_register_of_every_device_is_survived() {
     let more = ["--disk", &disk, "--console", "null", "--serial", "null"];
     let outcome = boot(nonsense_everywhere(), Protocol::Pvh, &more);
     assert_eq!(outcome.code, Some(0), "{outcome:?}");
+}
+
+#[test]
+fn sockets_of_a_podvmm_that_was_killed_are_replaced_and_those_of_one_that_runs_are_not() {
+    if !kvm_is_here() {
+        return;
+    }
+    let folder = TempDir::new().unwrap();
+    let [api, vsock, serial] =
+        ["api", "vsock", "serial"].map(|name| folder.path().join(name).display().to_string());
+    let payload = Payload::new(announce_and_spin(), Protocol::Pvh);
+    let options = [
+        ["--api-socket", &api],
+        ["--vsock", &format!("cid=3,socket={vsock}")],
+        ["--serial", &format!("socket={serial}")],
+    ];
+    let start = || {
+        let arguments = payload.arguments();
+        Podvmm::new(arguments.iter().chain(options.as_flattened())).spawn()
+    };
+    let served = || {
+        let deadline = Instant::now() + Duration::from_secs(10);
+        for socket in [&api, &vsock, &serial] {
+            while UnixStream::connect(socket).is_err() {
+                assert!(Instant::now() < deadline, "{socket} is not served");
+                std::thread::sleep(Duration::from_millis(5));
+            }
+        }
+    };
+    let killed = start();
+    served();
+    drop(killed);
+    assert!(Path::new(&vsock).exists(), "it had no time to remove it");
+    let running = start();
+    served();
+    let refused = start().wait();
+    assert_eq!(refused.code, Some(125), "{refused:?}");
+    let said = format!("podvmm: --api-socket: {api} is in use by a process that answers there");
+    assert!(refused.stderr.starts_with(&said), "{refused:?}");
+    served();
+    running.signal(libc::SIGTERM);
+    running.wait();
+    assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0);
 }

@@ -8,7 +8,6 @@ mod connection;
 mod source;
 
 use std::ffi::OsString;
-use std::fs;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::process;
@@ -16,7 +15,7 @@ use std::sync::Arc;
 use std::thread::Builder;
 
 use api::chain;
-use api::http::{BindError, listen};
+use devices::host::{ListenError, Listener};
 use lexopt::{Arg, Parser};
 use thiserror::Error;
 
@@ -81,7 +80,7 @@ pub enum PagesError {
     },
     /// The socket.
     #[error("--socket")]
-    Bind(#[from] BindError),
+    Listen(#[from] ListenError),
     /// Signals, or who comes to the socket.
     #[error("{0}")]
     Wait(&'static str, #[source] io::Error),
@@ -119,17 +118,18 @@ pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Task, Page
 pub fn serve(socket: PathBuf, folder: PathBuf) -> Result<(), PagesError> {
     let source = Source::open(&folder).map_err(|source| PagesError::Snapshot { folder, source })?;
     let source = Arc::new(source);
-    let listener = listen(&socket)?;
+    let listener = Listener::bind(&socket)?;
+    let accepting = |source| PagesError::Wait("accept a VM", source);
+    let vms = listener.socket().map_err(accepting)?;
+    vms.set_nonblocking(false).map_err(accepting)?;
     signals::watch(move |_| {
-        // Whoever comes next does not find it.
-        let _ = fs::remove_file(&socket);
+        // The next page server finds the path free.
+        listener.remove();
         process::exit(0);
     })
     .map_err(|source| PagesError::Wait("watch for signals", source))?;
     for number in 0_u64.. {
-        let (stream, _) = listener
-            .accept()
-            .map_err(|source| PagesError::Wait("accept a VM", source))?;
+        let (stream, _) = vms.accept().map_err(accepting)?;
         let source = Arc::clone(&source);
         let serves = move || match connection::serve(&stream, &source) {
             Ok(served) => log::info!("VM {number} is gone: {served}"),

@@ -9,8 +9,9 @@ use std::path::Path;
 use std::sync::mpsc::channel;
 use std::thread::{Builder, JoinHandle};
 
-use api::http::{BindError, Next, Server};
+use api::http::{Next, Server};
 use api::{Answer, ApiError, route};
+use devices::host::{ListenError, Listener};
 use thiserror::Error;
 
 use crate::control::{Event, Inbox};
@@ -20,7 +21,10 @@ use crate::control::{Event, Inbox};
 pub enum ServiceError {
     /// The socket.
     #[error("--api-socket")]
-    Bind(#[from] BindError),
+    Listen(#[from] ListenError),
+    /// What waits for its clients.
+    #[error("watch the API socket")]
+    Watch(#[source] io::Error),
     /// Its thread.
     #[error("start the thread of the API")]
     Thread(#[source] io::Error),
@@ -37,7 +41,9 @@ pub struct Service {
 impl Service {
     /// Serves clients at `socket` with what `control` answers.
     pub fn start(socket: &Path, inbox: Inbox) -> Result<Self, ServiceError> {
-        let mut server = Server::bind(socket)?;
+        let listener = Listener::bind(socket)?;
+        let server = listener.socket().and_then(Server::new);
+        let mut server = server.map_err(ServiceError::Watch)?;
         let (stopped, stop) = io::pipe().map_err(ServiceError::Thread)?;
         let thread = Builder::new()
             .name("api".into())
@@ -46,6 +52,8 @@ impl Service {
                 if let Err(error) = served {
                     log::error!("the API ended: {error}");
                 }
+                // Removes the socket: nobody serves it any more.
+                drop(listener);
             })
             .map_err(ServiceError::Thread)?;
         Ok(Self {

@@ -4,20 +4,16 @@
 //! answer is not taken yet, so none makes it hold more than a request and an answer.
 
 use std::collections::HashMap;
-use std::fs;
 use std::io::{self, IoSliceMut, Write};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::Duration;
 
 use rustix::event::epoll;
 use rustix::io::Errno;
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
-use thiserror::Error;
 
 use super::connection::{Connection, MAX_FDS, Parsed};
 use super::message::{Request, Response};
@@ -30,19 +26,6 @@ const READ_SIZE: usize = 16 << 10;
 const RETRY: Duration = Duration::from_millis(10);
 const LISTENER: u64 = 0;
 
-/// Why there is no server.
-#[derive(Debug, Error)]
-pub enum BindError {
-    #[error("{} is in use by a process that answers there", .0.display())]
-    InUse(PathBuf),
-    #[error("{} was left behind by a process that is gone: remove it", .0.display())]
-    Stale(PathBuf),
-    #[error("bind {}", .path.display())]
-    Bind { path: PathBuf, source: io::Error },
-    #[error("watch the API socket")]
-    Watch(#[source] io::Error),
-}
-
 /// What the server is to do after an answer.
 #[derive(Debug)]
 pub enum Next {
@@ -51,10 +34,9 @@ pub enum Next {
     AnswerAndStop(Response),
 }
 
-/// A socket that is listened on. Dropping it removes the socket's file.
+/// A socket that is listened on, and its clients.
 #[derive(Debug)]
 pub struct Server {
-    path: PathBuf,
     listener: UnixListener,
     epoll: OwnedFd,
     clients: HashMap<u64, Client>,
@@ -76,42 +58,19 @@ struct Client {
     interest: epoll::EventFlags,
 }
 
-/// Listens on a new socket at `path` that only this user can open.
-pub fn listen(path: &Path) -> Result<UnixListener, BindError> {
-    let failed = |source| BindError::Bind {
-        path: path.into(),
-        source,
-    };
-    let listener = UnixListener::bind(path).map_err(|source| match source.kind() {
-        io::ErrorKind::AddrInUse if UnixStream::connect(path).is_ok() => {
-            BindError::InUse(path.into())
-        }
-        io::ErrorKind::AddrInUse => BindError::Stale(path.into()),
-        _ => failed(source),
-    })?;
-    fs::set_permissions(path, fs::Permissions::from_mode(0o600)).map_err(failed)?;
-    Ok(listener)
-}
-
 impl Server {
-    /// Listens on a new socket at `path` that only this user can open.
-    pub fn bind(path: &Path) -> Result<Self, BindError> {
-        let listener = listen(path)?;
-        let path = path.to_path_buf();
-        listener.set_nonblocking(true).map_err(BindError::Watch)?;
-        let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)
-            .map_err(|errno| BindError::Watch(errno.into()))?;
+    /// A server of the clients that connect to `listener`.
+    pub fn new(listener: UnixListener) -> io::Result<Self> {
+        listener.set_nonblocking(true)?;
+        let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
         let server = Self {
-            path,
             listener,
             epoll,
             clients: HashMap::new(),
             last_client: LISTENER,
             accepting: true,
         };
-        server
-            .watch(LISTENER, server.listener.as_fd(), epoll::EventFlags::IN)
-            .map_err(BindError::Watch)?;
+        server.watch(LISTENER, server.listener.as_fd(), epoll::EventFlags::IN)?;
         Ok(server)
     }
 
@@ -252,13 +211,6 @@ impl Server {
         if let Err(error) = sent {
             log::debug!("the last answer was not taken: {error}");
         }
-    }
-}
-
-impl Drop for Server {
-    fn drop(&mut self) {
-        // It may have been removed by somebody else.
-        let _ = fs::remove_file(&self.path);
     }
 }
 
