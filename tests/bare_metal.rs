@@ -195,6 +195,34 @@ fn nonsense_in_every_register_of_every_device_is_survived() {
     assert_eq!(outcome.code, Some(0), "{outcome:?}");
 }
 
+code!(
+    print_3000_bytes,
+    ".code32",
+    "mov dx, 0x3f8",
+    "mov al, 'x'",
+    "mov ecx, 3000",
+    "1: out dx, al",
+    "loop 1b",
+    "mov al, 0xfe",
+    "out 0x64, al",
+    "2: hlt",
+    "jmp 2b",
+);
+
+#[test]
+fn a_serial_file_beyond_the_file_size_limit_does_not_end_the_vm() {
+    if !kvm_is_here() {
+        return;
+    }
+    let file = tempfile::NamedTempFile::new().unwrap();
+    let payload = Payload::new(print_3000_bytes(), Protocol::Pvh);
+    let serial = format!("file={}", file.path().display());
+    let arguments = payload.arguments().into_iter().chain(["--serial", &serial]);
+    let outcome = Podvmm::new(arguments).file_size_limit(1000).run();
+    assert_eq!(outcome.code, Some(0), "{outcome:?}");
+    assert_eq!(file.as_file().metadata().unwrap().len(), 1000);
+}
+
 #[test]
 fn sockets_of_a_podvmm_that_was_killed_are_replaced_and_those_of_one_that_runs_are_not() {
     if !kvm_is_here() {

@@ -103,6 +103,35 @@ fn cpus_memory_and_disks_are_as_configured_and_what_is_written_stays() {
 }
 
 #[test]
+fn a_file_beyond_the_hosts_file_size_limit_is_an_error_for_the_guest() {
+    if !kvm_is_here() {
+        return;
+    }
+    const LIMIT: u64 = 2 << 20;
+    let disk = NamedTempFile::new().unwrap();
+    disk.as_file().set_len(8 << 20).unwrap();
+    let folder = TempDir::new().unwrap();
+    let disk = format!("path={}", disk.path().display());
+    let share = format!("tag=data,shared_dir={}", folder.path().display());
+    let script = "dd if=/dev/zero of=/dev/vdb bs=1M count=4 conv=fsync 2>&1 | grep -o 'I/O error'
+        mkdir /tmp/d; mount -t virtiofs data /tmp/d
+        dd if=/dev/zero of=/tmp/d/file bs=1M count=4 2>&1 | grep -o 'File too large'
+        truncate -s 4M /tmp/d/file 2>&1 | grep -o 'File too large'
+        echo small > /tmp/d/small && cat /tmp/d/small";
+    let _one = guest::one_at_a_time();
+    let outcome = Podvmm::new([
+        "--disk", &disk, "--fs", &share, "--", "/bin/sh", "-c", script,
+    ])
+    .file_size_limit(LIMIT)
+    .run();
+    assert_eq!(outcome.code, Some(0), "{outcome:?}");
+    let lines: Vec<_> = outcome.stdout.lines().collect();
+    let too_large = "File too large";
+    assert_eq!(lines, ["I/O error", too_large, too_large, "small"]);
+    assert_eq!(folder.path().join("file").metadata().unwrap().len(), LIMIT);
+}
+
+#[test]
 fn a_bzimage_boots_with_a_folder_as_root() {
     if !kvm_is_here() {
         return;

@@ -2,12 +2,14 @@
 
 use std::ffi::OsStr;
 use std::io::Write;
-use std::os::unix::process::ExitStatusExt;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::OnceLock;
 use std::thread;
 use std::time::Duration;
+
+use rustix::process::{Resource, Rlimit, setrlimit};
 
 /// Longer than any guest of the tests lives, on the slowest KVM.
 const DEADLINE: Duration = Duration::from_secs(600);
@@ -91,6 +93,19 @@ impl Podvmm {
     #[must_use]
     pub fn input(mut self, bytes: &[u8]) -> Self {
         self.input = bytes.to_vec();
+        self
+    }
+
+    /// The largest file that it may make, in bytes.
+    #[must_use]
+    pub fn file_size_limit(mut self, bytes: u64) -> Self {
+        let limit = Rlimit {
+            current: Some(bytes),
+            maximum: Some(bytes),
+        };
+        let set = move || Ok(setrlimit(Resource::Fsize, limit)?);
+        // SAFETY: between fork and exec it makes one system call, and allocates nothing.
+        unsafe { self.command.pre_exec(set) };
         self
     }
 

@@ -152,6 +152,7 @@ pub fn compress(folder: &Path, out: &mut impl Write) -> Result<(), PagesError> {
         folder: folder.into(),
         source,
     };
+    signals::survive_file_size_limit().map_err(failed(folder))?;
     // Whoever writes a snapshot there removes what is of none.
     let lock = snapshot::lock(folder)
         .map_err(failed(folder))?

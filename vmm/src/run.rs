@@ -87,6 +87,7 @@ pub enum RunError {
 /// nothing to boot it serves clients, otherwise it runs the VM of the options.
 pub fn run(options: &RunOptions) -> Result<u8, RunError> {
     allow_many_descriptors();
+    signals::survive_file_size_limit().map_err(RunError::Signals)?;
     let (inbox, events) = Inbox::new();
     watch_signals(inbox.clone())?;
     let transcript = Transcript::default();

@@ -1,4 +1,5 @@
-//! Signals that end podvmm, as messages: nothing runs in a signal handler.
+//! Signals that end podvmm, as messages, and one that must not end it. Nothing runs in a signal
+//! handler.
 
 use std::io;
 use std::mem::MaybeUninit;
@@ -30,6 +31,18 @@ pub(crate) fn watch(received: impl Fn(i32) + Send + 'static) -> io::Result<()> {
                 }
             }
         })?;
+    Ok(())
+}
+
+/// Makes a write beyond the largest file that this process may make (RLIMIT_FSIZE, setrlimit(2)) fail
+/// with EFBIG. The guest or the client gets that error. By default the process would be killed by
+/// SIGXFSZ, so that one big file in a share would end the VM.
+pub(crate) fn survive_file_size_limit() -> io::Result<()> {
+    // SAFETY: SIG_IGN installs no handler, so nothing is run that must be safe in one.
+    let old = unsafe { libc::signal(libc::SIGXFSZ, libc::SIG_IGN) };
+    if old == libc::SIG_ERR {
+        return Err(io::Error::last_os_error());
+    }
     Ok(())
 }
 
