@@ -21,6 +21,10 @@ use tests::{Payload, Podvmm, code};
 
 code!(spin, ".code32", "1: pause", "jmp 1b");
 
+/// The memory of a host, which both drivers make the limit of what can be plugged: no whole number of
+/// the blocks in which it is plugged.
+const HOST_MIB: u64 = 3921;
+
 /// How long either driver waits for an answer.
 const PATIENCE: Duration = Duration::from_secs(1);
 
@@ -148,7 +152,7 @@ mod go {
             "cpus": {"boot_vcpus": 1, "max_vcpus": 2},
             "memory": {
                 "size": 256 << 20, "mergeable": false, "hotplug_method": "Acpi",
-                "hotplug_size": 512 << 20, "shared": true, "hugepages": false, "prefault": false,
+                "hotplug_size": HOST_MIB << 20, "shared": true, "hugepages": false, "prefault": false,
                 "thp": true,
             },
             "payload": {"kernel": kernel, "cmdline": "root=/dev/vda1 panic=1 quiet"},
@@ -241,7 +245,8 @@ mod rs {
             },
             "memory": {
                 "size": 256 << 20, "mergeable": false, "hotplug_method": "Acpi",
-                "hotplug_size": 512 << 20, "hotplugged_size": null, "shared": true,
+                "hotplug_size": (HOST_MIB - 256).next_multiple_of(2) << 20,
+                "hotplugged_size": null, "shared": true,
                 "hugepages": false, "hugepage_size": null, "prefault": false, "zones": null,
                 "thp": true,
             },
@@ -321,6 +326,7 @@ fn the_go_drivers_sequence_is_understood() {
         assert_eq!(booted["memory_actual_size"], 256 << 20);
         assert_eq!(booted["config"]["cpus"]["boot_vcpus"], 1);
         assert_eq!(booted["config"]["memory"]["size"], 256 << 20);
+        assert_eq!(booted["config"]["memory"]["hotplug_size"], 3840 << 20);
         // It looks for the vCPUs' threads by their names.
         assert!(threads(running.pid()).contains(&"vcpu0".into()));
         // vCPUs are told even when they stay as they are.

@@ -40,6 +40,33 @@ impl MemoryConfig {
     /// Linux adds memory in blocks of at least this.
     const HOTPLUG_STEP: u64 = 128 << 20;
 
+    /// The same with `hotplug_size` rounded down to what can be had: whole blocks of 128 MiB, and 1 TiB
+    /// with the RAM of the start. Kata asks for what is left of the host's memory, of any size.
+    pub(crate) fn with_possible_hotplug(self) -> Self {
+        let asked = self.hotplug_size.0;
+        let most = RamSize::MAX.0.saturating_sub(self.size.bytes());
+        let possible = asked.min(most) / Self::HOTPLUG_STEP * Self::HOTPLUG_STEP;
+        if possible == asked {
+            return self;
+        }
+        let hotplug_size = ByteSize(possible);
+        log::debug!(
+            "hotplug_size={}: {hotplug_size} is possible",
+            self.hotplug_size
+        );
+        let plugged = self.hotplugged_size;
+        Self {
+            hotplug_size,
+            // More than was asked for as a whole stays an error.
+            hotplugged_size: if plugged.0 <= asked {
+                plugged.min(hotplug_size)
+            } else {
+                plugged
+            },
+            ..self
+        }
+    }
+
     /// Itself, if all of it is in range.
     pub(crate) fn checked(self) -> Result<Self, ConfigError> {
         let (most, plugged) = (self.hotplug_size, self.hotplugged_size);

@@ -300,9 +300,11 @@ fn fill_in(vm: &mut Map<String, Value>, config: &VmConfig) {
         "size",
         json!(config.memory.size.bytes()),
     );
-    if config.memory.hotplug_size.0 > 0 {
-        let memory = section(vm, "memory");
-        default(memory, "hotplug_size", json!(config.memory.hotplug_size.0));
+    let memory = section(vm, "memory");
+    if memory.get("hotplug_size").is_some_and(Value::is_number) || config.memory.hotplug_size.0 > 0
+    {
+        // It may be less than the client asked for, and Kata's Go client takes it for the limit.
+        memory.insert("hotplug_size".into(), config.memory.hotplug_size.0.into());
     }
     default(section(vm, "rng"), "src", json!("/dev/urandom"));
     default(section(vm, "serial"), "mode", mode(&config.serial));

@@ -240,6 +240,7 @@ impl MemoryJson {
             thp: self.thp.unwrap_or(default.thp),
             shared: self.shared.unwrap_or(default.shared),
         }
+        .with_possible_hotplug()
         .checked()
         .map_err(at("memory"))
     }

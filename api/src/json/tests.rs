@@ -1,3 +1,4 @@
+use proptest::prelude::*;
 use serde_json::json;
 
 use super::*;
@@ -53,6 +54,49 @@ fn what_kata_sends_is_understood() {
     assert_eq!((config.cpus.boot().get(), config.cpus.max().get()), (1, 4));
     assert!(config.memory.shared);
     assert_eq!(config.disks, [crate::DiskConfig::new("/d".into(), true)]);
+}
+
+/// What both of Kata's drivers ask for on a host with so many KiB of memory.
+fn hotplug_sizes(host_kib: u64, size_mib: u64) -> [u64; 2] {
+    // The Go driver asks for the host's memory in MiB; the Rust driver for what the VM leaves of it, up
+    // to the next 2 MiB.
+    let go = (host_kib >> 10) << 20;
+    let left = (host_kib << 10).saturating_sub(size_mib << 20);
+    [go, left.next_multiple_of(2 << 20)]
+}
+
+proptest! {
+    #[test]
+    fn what_kata_asks_for_on_any_host_is_possible(
+        host_kib in 64_u64 << 10..24 << 30,
+        size_mib in (16_u64..1024).prop_map(|step| 2 * step),
+    ) {
+        for asked in hotplug_sizes(host_kib, size_mib) {
+            let Definition { config, json } = definition(&json!({
+                "payload": {"kernel": "/k"},
+                "memory": {"size": size_mib << 20, "hotplug_method": "Acpi", "hotplug_size": asked},
+            }));
+            let possible = config.memory.hotplug_size.0;
+            prop_assert_eq!(possible % (128 << 20), 0);
+            let most = (1 << 40) - (size_mib << 20);
+            prop_assert!(possible <= asked && possible + (128 << 20) > asked.min(most));
+            prop_assert_eq!(&json["memory"]["hotplug_size"], possible);
+        }
+    }
+}
+
+#[test]
+fn memory_plugged_at_start_is_part_of_what_can_be_plugged() {
+    let memory = |plugged_mib: u64| {
+        let memory = json!({"hotplug_size": 200 << 20, "hotplugged_size": plugged_mib << 20});
+        json!({"payload": {"kernel": "/k"}, "memory": memory})
+    };
+    let plugged = |mib| definition(&memory(mib)).config.memory.hotplugged_size.0;
+    assert_eq!([plugged(64), plugged(200)], [64 << 20, 128 << 20]);
+    assert_eq!(
+        refusal(&memory(256)),
+        "memory: hotplugged_size=256M is more than hotplug_size=128M"
+    );
 }
 
 #[test]
