@@ -96,6 +96,13 @@ pub const ROUTES: &[Route] = &[
     }),
     put("/api/v1/vm.restore", |_, request| {
         let restore: RestoreJson = json("vm.restore", &request.body)?;
+        if restore.prefault == Some(true) {
+            return Err(unsupported(
+                "vm.restore",
+                "prefault",
+                "RAM is read when it is touched; prefetch has the host read it ahead",
+            ));
+        }
         let folder = folder("vm.restore", "source_url", &restore.source_url)?;
         let default = Restore::new(folder);
         Ok(Request::Restore(Box::new(Restore {
@@ -134,6 +141,9 @@ struct SnapshotJson {
 #[derive(Deserialize)]
 struct RestoreJson {
     source_url: String,
+    prefault: Option<bool>,
+    #[expect(dead_code, reason = "parsing it checks it")]
+    memory_restore_mode: Option<MemoryRestoreMode>,
     prefetch: Option<bool>,
     resume: Option<bool>,
     /// From here on podvmm's own.
@@ -142,17 +152,31 @@ struct RestoreJson {
     config: Option<Value>,
 }
 
+/// How RAM comes back. podvmm always maps the snapshot's files, privately, and reads a page when it is
+/// touched. The guest sees what it would see in any of these modes, also if the files are removed
+/// meanwhile.
+#[derive(Deserialize)]
+enum MemoryRestoreMode {
+    Copy,
+    OnDemand,
+    CopyOnWrite,
+}
+
+fn unsupported(request: &'static str, field: &str, why: &'static str) -> ApiError {
+    ApiError::Body {
+        request,
+        source: JsonError::Unsupported {
+            path: field.into(),
+            why,
+        },
+    }
+}
+
 /// The folder that a URL of a file system names (RFC 8089, The "file" URI Scheme).
 fn folder(request: &'static str, field: &'static str, url: &str) -> Result<PathBuf, ApiError> {
     match url.strip_prefix("file://") {
         Some(path) if path.starts_with('/') => Ok(path.into()),
-        _ => Err(ApiError::Body {
-            request,
-            source: JsonError::Unsupported {
-                path: field.into(),
-                why: "it is not file:///FOLDER",
-            },
-        }),
+        _ => Err(unsupported(request, field, "it is not file:///FOLDER")),
     }
 }
 
@@ -269,6 +293,25 @@ mod tests {
         };
         assert!(restore.prefetch && !restore.resume && !restore.verify);
         assert_eq!(restore.memory_socket, None);
+        for mode in ["OnDemand", "CopyOnWrite"] {
+            let body = format!(
+                r#"{{"source_url":"file:///s","memory_restore_mode":"{mode}","prefault":false}}"#
+            );
+            ask("PUT", "/api/v1/vm.restore", &body).unwrap();
+        }
+        let body = r#"{"source_url":"file:///s","memory_restore_mode":"Lazy"}"#;
+        let (_, why) = refusal("PUT", "/api/v1/vm.restore", body);
+        assert!(
+            why.contains("memory_restore_mode: unknown variant `Lazy`"),
+            "{why}"
+        );
+        let body = r#"{"source_url":"file:///s","prefault":true}"#;
+        let (status, why) = refusal("PUT", "/api/v1/vm.restore", body);
+        assert_eq!(status, 400);
+        assert!(
+            why.contains("prefault: RAM is read when it is touched"),
+            "{why}"
+        );
         for url in ["/run/s", "file://run/s", "http:///s"] {
             let body = format!(r#"{{"source_url":"{url}"}}"#);
             let (status, why) = refusal("PUT", "/api/v1/vm.restore", &body);

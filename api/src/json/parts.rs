@@ -15,6 +15,8 @@ use crate::config::{
 use crate::error::JsonError;
 use crate::units::ByteSize;
 
+use super::unsupported::ONE_PACKAGE;
+
 #[derive(Debug, Deserialize)]
 pub(super) struct VmJson {
     payload: PayloadJson,
@@ -42,6 +44,13 @@ struct PayloadJson {
 struct CpusJson {
     boot_vcpus: u8,
     max_vcpus: Option<u8>,
+    topology: Option<TopologyJson>,
+}
+
+/// The rest of it is the same for every VM ([`unsupported`](super::unsupported)).
+#[derive(Debug, Deserialize)]
+struct TopologyJson {
+    cores_per_die: Option<u32>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -219,6 +228,13 @@ fn at(path: &'static str) -> impl Fn(ConfigError) -> JsonError {
 impl CpusJson {
     fn config(self) -> Result<CpusConfig, JsonError> {
         let max = self.max_vcpus.unwrap_or(self.boot_vcpus);
+        let cores = self.topology.and_then(|topology| topology.cores_per_die);
+        if cores.is_some_and(|cores| cores != 0 && cores != u32::from(max)) {
+            return Err(JsonError::Unsupported {
+                path: "cpus.topology.cores_per_die".into(),
+                why: ONE_PACKAGE,
+            });
+        }
         CpusConfig::new(self.boot_vcpus, max).map_err(at("cpus"))
     }
 }

@@ -38,9 +38,12 @@ fn nulls_and_unknown_fields_mean_nothing() {
 fn what_kata_sends_is_understood() {
     let config = definition(&json!({
         "iommu": false, "watchdog": false, "pvpanic": false, "landlock_enable": false,
+        "landlock_rules": null, "rate_limit_groups": [],
         "payload": {"kernel": "/k", "cmdline": "quiet"},
         "cpus": {"boot_vcpus": 1, "max_vcpus": 4, "kvm_hyperv": false, "nested": true,
-                 "topology": {"threads_per_core": 1, "cores_per_die": 4}},
+                 "topology": {"threads_per_core": 1, "cores_per_die": 4, "dies_per_package": 1,
+                              "packages": 1},
+                 "core_scheduling": "Off", "affinity": [], "features": {"amx": false}},
         "memory": {"size": 2147483648_u64, "mergeable": false, "hotplug_method": "Acpi",
                    "shared": true, "hugepages": false, "prefault": false, "thp": true},
         "disks": [{"path": "/d", "readonly": true, "direct": false, "iommu": false,
@@ -136,6 +139,38 @@ fn what_cannot_be_honoured_is_named() {
     assert_eq!(
         with("console", json!({"mode": "Socket"})),
         "console: mode Socket needs a socket"
+    );
+    let cookie = "give podvmm a core scheduling cookie before it starts: its threads inherit it";
+    for mode in ["Vm", "Vcpu"] {
+        let refused = with("cpus", json!({"boot_vcpus": 1, "core_scheduling": mode}));
+        assert_eq!(refused, format!("cpus.core_scheduling: {cookie}"));
+    }
+    let shape = "guests have one package with one die, max_vcpus cores and one thread each";
+    for (key, count) in [
+        ("threads_per_core", 2),
+        ("dies_per_package", 2),
+        ("packages", 4),
+        ("cores_per_die", 3),
+    ] {
+        let cpus = json!({"boot_vcpus": 1, "max_vcpus": 4, "topology": {key: count}});
+        let refused = with("cpus", cpus);
+        assert_eq!(refused, format!("cpus.topology.{key}: {shape}"));
+    }
+    let limit = "each disk has a limit of its own";
+    assert_eq!(
+        with("rate_limit_groups", json!([{"id": "group"}])),
+        format!("rate_limit_groups: {limit}")
+    );
+    assert_eq!(
+        with(
+            "disks",
+            json!([{"path": "/a", "rate_limit_group": "group"}])
+        ),
+        format!("disks.*.rate_limit_group: {limit}")
+    );
+    assert_eq!(
+        with("landlock_rules", json!([{"path": "/a", "access": "r"}])),
+        "landlock_rules: podvmm does not use Landlock"
     );
     let pty = with("console", json!({"mode": "Pty"}));
     assert!(

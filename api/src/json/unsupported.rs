@@ -50,12 +50,37 @@ const FIELDS: &[(&str, &str)] = &[
     ("watchdog", "there is no watchdog"),
     ("pvpanic", "a panic is seen on the console"),
     ("landlock_enable", "podvmm does not use Landlock"),
+    ("landlock_rules", "podvmm does not use Landlock"),
+    ("rate_limit_groups", "each disk has a limit of its own"),
+    (
+        "disks.*.rate_limit_group",
+        "each disk has a limit of its own",
+    ),
 ];
+
+/// Of the same kind, but for one value more that asks for what is so anyway.
+const CHOICES: &[(&str, &str, &str)] = &[
+    (
+        "cpus.core_scheduling",
+        "Off",
+        "give podvmm a core scheduling cookie before it starts: its threads inherit it",
+    ),
+    ("cpus.topology.threads_per_core", "1", ONE_PACKAGE),
+    ("cpus.topology.dies_per_package", "1", ONE_PACKAGE),
+    ("cpus.topology.packages", "1", ONE_PACKAGE),
+];
+
+pub(super) const ONE_PACKAGE: &str =
+    "guests have one package with one die, max_vcpus cores and one thread each";
 
 /// Refuses the first field of `vm` that asks for something podvmm has not.
 pub(super) fn refuse(vm: &Value) -> Result<(), JsonError> {
-    for (path, why) in FIELDS {
-        if asks(vm, path) {
+    let fields = FIELDS.iter().map(|(path, why)| (path, None, why));
+    let choices = CHOICES
+        .iter()
+        .map(|(path, usual, why)| (path, Some(*usual), why));
+    for (path, usual, why) in fields.chain(choices) {
+        if asks(vm, path, usual) {
             return Err(JsonError::Unsupported {
                 path: (*path).into(),
                 why,
@@ -65,17 +90,21 @@ pub(super) fn refuse(vm: &Value) -> Result<(), JsonError> {
     Ok(())
 }
 
-fn asks(value: &Value, path: &str) -> bool {
+fn asks(value: &Value, path: &str, usual: Option<&str>) -> bool {
     let (first, rest) = path.split_once('.').unwrap_or((path, ""));
     match (first, value) {
+        ("", Value::Number(number)) if Some(number.to_string().as_str()) == usual => false,
+        ("", Value::String(text)) if Some(text.as_str()) == usual => false,
         ("", Value::Null | Value::Bool(false)) => false,
         ("", Value::Bool(true)) => true,
         ("", Value::Number(number)) => number.as_f64() != Some(0.0),
         ("", Value::String(text)) => !text.is_empty(),
         ("", Value::Array(items)) => !items.is_empty(),
         ("", Value::Object(fields)) => !fields.is_empty(),
-        ("*", Value::Array(items)) => items.iter().any(|item| asks(item, rest)),
-        (key, Value::Object(fields)) => fields.get(key).is_some_and(|field| asks(field, rest)),
+        ("*", Value::Array(items)) => items.iter().any(|item| asks(item, rest, usual)),
+        (key, Value::Object(fields)) => fields
+            .get(key)
+            .is_some_and(|field| asks(field, rest, usual)),
         _ => false,
     }
 }
