@@ -46,7 +46,7 @@ pub enum ApiError {
 /// Why JSON was refused.
 #[derive(Debug, Error)]
 pub enum JsonError {
-    #[error("{path}: {source}")]
+    #[error("{path}")]
     Value {
         /// Where in the body, `.` for all of it.
         path: String,
@@ -55,7 +55,7 @@ pub enum JsonError {
     },
     #[error("{path}: {why}")]
     Unsupported { path: String, why: &'static str },
-    #[error("{path}: {source}")]
+    #[error("{path}")]
     Config {
         path: &'static str,
         #[source]
@@ -112,4 +112,18 @@ impl ApiError {
 pub fn chain(error: &dyn std::error::Error) -> Vec<String> {
     let causes = std::iter::successors(Some(error), |error| error.source());
     causes.map(ToString::to_string).collect()
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+
+    /// What the user reads of `error`, in which nothing is said twice.
+    pub(crate) fn printed(error: &dyn std::error::Error) -> String {
+        let causes = chain(error);
+        for pair in causes.windows(2) {
+            assert!(!pair[0].contains(&pair[1]), "said twice: {causes:?}");
+        }
+        causes.join(": ")
+    }
 }

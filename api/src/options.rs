@@ -27,7 +27,7 @@ pub enum OptionsError {
     #[error("'{0}' is missing")]
     Missing(&'static str),
     /// A value that does not parse.
-    #[error("{key}: {source}")]
+    #[error("{key}")]
     Value {
         /// Its key.
         key: &'static str,
@@ -129,6 +129,7 @@ impl FromStr for Switch {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::error::chain;
 
     const KNOWN: &[&str] = &["size", "shared"];
 
@@ -156,9 +157,9 @@ mod tests {
     #[test]
     fn a_bad_value_names_its_key() {
         let options = Options::parse("size=x,shared=1", KNOWN).unwrap();
-        let size = options.value::<u32>("size").unwrap_err().to_string();
-        let shared = options.switch("shared", false).unwrap_err().to_string();
-        assert_eq!(size, "size: invalid digit found in string");
-        assert_eq!(shared, "shared: '1' is neither on nor off");
+        let size = chain(&options.value::<u32>("size").unwrap_err());
+        let shared = chain(&options.switch("shared", false).unwrap_err());
+        assert_eq!(size, ["size", "invalid digit found in string"]);
+        assert_eq!(shared, ["shared", "'1' is neither on nor off"]);
     }
 }

@@ -249,7 +249,7 @@ fn monitor(parser: &mut Parser) -> Result<EventMonitor, CliError> {
     let text = parser.value()?.string()?;
     let monitor = match text.split_once('=') {
         Some(("path", path)) if !path.is_empty() => Some(EventMonitor::Path(path.into())),
-        Some(("fd", fd)) => fd.parse().ok().map(EventMonitor::Fd),
+        Some(("fd", fd)) => fd.parse().ok().filter(|fd| *fd >= 0).map(EventMonitor::Fd),
         _ => None,
     };
     monitor.ok_or(CliError::Contradiction(
@@ -384,12 +384,20 @@ mod tests {
 
     #[test]
     fn mistakes_are_named() {
+        assert_eq!(
+            refusal(&["--memory", "size=x"]),
+            "--memory: size: 'x' is not a size: write bytes, or a number with K, M, G or T"
+        );
         assert_eq!(refusal(&["--kernle", "x"]), "invalid option '--kernle'");
         assert_eq!(
             refusal(&["--memory", "sise=1"]),
             "--memory: there is no key 'sise', the keys are size, hotplug_size, hotplugged_size, hugepages, thp, shared"
         );
         assert_eq!(refusal(&["run"]), "unexpected argument \"run\"");
+        for monitor in ["fd=-1", "fd=x", "path=", "/file"] {
+            let refused = refusal(&["--event-monitor", monitor]);
+            assert_eq!(refused, "--event-monitor: write path=FILE or fd=N");
+        }
     }
 
     #[test]

@@ -60,8 +60,12 @@ pub(crate) fn device(config: &NetConfig) -> Result<net::Net, NetworkError> {
 
 /// A descriptor of podvmm's that its starter names by number.
 pub(crate) fn duplicate(fd: RawFd) -> io::Result<OwnedFd> {
-    // SAFETY: it is borrowed for one call, which fails if it is not open. Whoever names a number
-    // says what it is for, and the duplicate is podvmm's own.
+    if fd < 0 {
+        return Err(io::Error::from_raw_os_error(libc::EBADF));
+    }
+    // SAFETY: it is no negative number, which would be undefined. It is borrowed for one call, which
+    // fails if it is not open. Whoever names a number says what it is for, and the duplicate is
+    // podvmm's own.
     let inherited = unsafe { BorrowedFd::borrow_raw(fd) };
     inherited.try_clone_to_owned()
 }

@@ -205,6 +205,6 @@ mod tests {
 
     /// What the user reads when `text` is refused as a `T`.
     pub(super) fn refusal<T: FromStr<Err = ConfigError> + Debug>(text: &str) -> String {
-        text.parse::<T>().unwrap_err().to_string()
+        crate::error::tests::printed(&text.parse::<T>().unwrap_err())
     }
 }

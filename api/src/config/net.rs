@@ -161,7 +161,8 @@ impl FromStr for NetConfig {
             (None, Some(fds)) => {
                 let numbers = fds.split(':').map(|fd| {
                     let wrong = || ConfigError::Fd(fd.into());
-                    fd.parse().map_err(|_| wrong())
+                    let number = fd.parse().map_err(|_| wrong())?;
+                    (number >= 0).then_some(number).ok_or_else(wrong)
                 });
                 TapSource::Numbers(numbers.collect::<Result<_, _>>()?)
             }
@@ -205,6 +206,7 @@ mod tests {
             ("tap=a,fd=3", "give either tap=NAME or fd=N"),
             ("fd=1", "fd=1 is a standard stream, not a tap"),
             ("fd=x", "fd='x' is not a number"),
+            ("fd=-1", "fd='-1' is not a number"),
             (
                 "fd=5,queues=2",
                 "2 pairs of queues with 1 descriptors: one goes with each",

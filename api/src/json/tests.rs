@@ -2,6 +2,7 @@ use proptest::prelude::*;
 use serde_json::json;
 
 use super::*;
+use crate::error::tests::printed;
 
 fn definition(json: &Value) -> Definition {
     Definition::parse(json.to_string().as_bytes()).unwrap()
@@ -9,7 +10,7 @@ fn definition(json: &Value) -> Definition {
 
 fn refusal(json: &Value) -> String {
     let error = Definition::parse(json.to_string().as_bytes()).unwrap_err();
-    error.to_string()
+    printed(&error)
 }
 
 #[test]
@@ -189,7 +190,7 @@ fn a_body_that_is_no_vm_says_where_it_stops_being_one() {
     assert!(refusal(&json!({})).starts_with(".: missing field `payload`"));
     assert!(refusal(&json!({"payload": {}})).starts_with("payload: missing field `kernel`"));
     assert!(refusal(&json!([1])).contains("invalid"));
-    let error = Definition::parse(b"{} x").unwrap_err().to_string();
+    let error = printed(&Definition::parse(b"{} x").unwrap_err());
     assert!(error.contains("trailing characters"), "{error}");
 }
 
@@ -280,7 +281,7 @@ fn a_snapshots_configuration_is_patched() {
     assert!(read.config.balloon.is_none());
     assert_eq!(read.config.nets[0].pairs, 2);
     let error = Definition::restored(body.as_bytes(), &patch, Vec::new()).unwrap_err();
-    let causes = crate::chain(&error).join(": ");
+    let causes = printed(&error);
     assert!(causes.contains("give either tap=NAME or fd=N"), "{causes}");
 }
 
