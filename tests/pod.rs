@@ -27,7 +27,7 @@ use agent::protocol::oci::{
     LinuxPids, LinuxResources, LinuxSeccomp, LinuxSyscall, LinuxThrottleDevice, Mount, PosixRlimit,
     User,
 };
-use agent::protocol::{HEALTH_SERVICE, PIDS_OF_ANOTHER};
+use agent::protocol::{FOLLOWS_THE_CLOCK, HEALTH_SERVICE, PIDS_OF_ANOTHER};
 use agent::ttrpc::Code;
 use serde_json::json;
 use tempfile::TempDir;
@@ -78,7 +78,7 @@ fn pod(template: Option<&Template>) {
     assert_eq!(details.mem_block_size_bytes, 128 << 20);
     let details = details.agent_details.unwrap();
     assert!(details.init_daemon && details.supports_seccomp);
-    assert_eq!(details.extra_features, [PIDS_OF_ANOTHER]);
+    assert_eq!(details.extra_features, [PIDS_OF_ANOTHER, FOLLOWS_THE_CLOCK]);
     vm.grow();
     let cpus = OnlineCpuMemRequest {
         wait: true,

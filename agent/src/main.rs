@@ -6,6 +6,7 @@
 
 #![cfg_attr(not(test), no_main)]
 
+mod clock;
 mod cmdline;
 mod command;
 mod container;

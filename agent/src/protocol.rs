@@ -12,6 +12,9 @@ pub const AGENT_SERVICE: &str = "grpc.AgentService";
 /// An extra feature of podvmm's agent: a container enters the pid namespace of another, whose id is the
 /// path of its `pid` namespace.
 pub const PIDS_OF_ANOTHER: &str = "podvmm.pids-of-another";
+/// An extra feature of podvmm's agent: `SetGuestDateTime` may be called now and then. What the clock is
+/// off by is slewed where it is little, so that time runs on.
+pub const FOLLOWS_THE_CLOCK: &str = "podvmm.follows-the-clock";
 /// Requests about the agent itself.
 pub const HEALTH_SERVICE: &str = "grpc.Health";
 

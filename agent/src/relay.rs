@@ -11,6 +11,7 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::time::{Duration, Instant};
 
+use crate::clock::Follower;
 use crate::sys::{self, POLLERR, POLLHUP, POLLIN, POLLOUT, Waited, pid_t, pollfd};
 
 /// What the console driver sends at once at most.
@@ -202,6 +203,7 @@ impl Children {
         output: &mut Vec<Pump>,
     ) -> io::Result<Ending> {
         let mut fds = Vec::with_capacity(5);
+        let mut clock = Follower::new();
         loop {
             let readable = |fd| pollfd {
                 fd,
@@ -213,7 +215,7 @@ impl Children {
             // Descriptor -1 is passed over.
             fds.push(readable(button.map_or(-1, |button| button.as_raw_fd())));
             fds.extend(output.iter().chain(&input).map(Pump::interest));
-            sys::poll(&mut fds, None)?;
+            sys::poll(&mut fds, clock.turn())?;
             if let (Some(fd), true) = (button, fds[1].revents != 0) {
                 match sys::read(fd, &mut Vec::new(), CHUNK) {
                     Ok(0) => button = None,

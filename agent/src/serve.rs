@@ -19,12 +19,12 @@ use agent::protocol::agent::{
     UpdateRoutesRequest, VersionCheckResponse, VolumeStatsRequest, WaitProcessRequest,
     WaitProcessResponse, WriteStreamRequest, WriteStreamResponse,
 };
-use agent::protocol::{AGENT_SERVICE, HEALTH_SERVICE, PIDS_OF_ANOTHER, PORT};
+use agent::protocol::{AGENT_SERVICE, FOLLOWS_THE_CLOCK, HEALTH_SERVICE, PIDS_OF_ANOTHER, PORT};
 use agent::ttrpc::{self, Call, Code, Service, Status};
 use vsock::{VMADDR_CID_ANY, VMADDR_CID_HOST, VsockListener};
 
 use crate::sandbox::{Sandbox, internal, missing};
-use crate::{copy, cpus, devices, figures, network, storage, sys};
+use crate::{clock, copy, cpus, devices, figures, network, storage, sys};
 
 /// The version of the protocol, as the Kata agent gives it.
 const GRPC_VERSION: &str = "0.0.1";
@@ -227,7 +227,7 @@ impl Sandbox {
                 Ok(Empty {})
             }),
             "SetGuestDateTime" => call.answer(|request: SetGuestDateTimeRequest| {
-                sys::set_time(request.sec, request.usec).map_err(internal)?;
+                clock::follow_word(request.sec, request.usec).map_err(internal)?;
                 Ok(Empty {})
             }),
             "ReseedRandomDev" => call.answer(|request: ReseedRandomDevRequest| {
@@ -272,7 +272,9 @@ fn details(request: GuestDetailsRequest) -> GuestDetailsResponse {
             device_handlers: devices::KINDS.map(String::from).to_vec(),
             storage_handlers: storage::DRIVERS.map(String::from).to_vec(),
             supports_seccomp: true,
-            extra_features: vec![PIDS_OF_ANOTHER.into()],
+            extra_features: [PIDS_OF_ANOTHER, FOLLOWS_THE_CLOCK]
+                .map(String::from)
+                .to_vec(),
         }),
         // Memory comes and goes by virtio-mem, which needs nobody's help.
         support_mem_hotplug_probe: false,

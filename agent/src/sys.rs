@@ -325,15 +325,6 @@ pub(crate) fn join_session_keyring(name: &CStr, is_new: bool) -> io::Result<()> 
     }
 }
 
-pub(crate) fn set_time(seconds: i64, microseconds: i64) -> io::Result<()> {
-    let time = libc::timeval {
-        tv_sec: seconds,
-        tv_usec: microseconds,
-    };
-    // SAFETY: `time` outlives the call; no time zone is given.
-    check(unsafe { libc::settimeofday(&raw const time, ptr::null()) }).map(drop)
-}
-
 /// Gives the kernel entropy, and has all that is random from now on follow from it: what CPUs and
 /// programs have drawn ahead is thrown away with the old seed (Linux 4.14).
 pub(crate) fn add_entropy(bytes: &[u8]) -> io::Result<()> {

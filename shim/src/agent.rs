@@ -11,7 +11,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use agent::protocol::agent as messages;
 use agent::protocol::agent::Empty;
 use agent::protocol::oci;
-use agent::protocol::{AGENT_SERVICE, HEALTH_SERVICE, PIDS_OF_ANOTHER, PORT};
+use agent::protocol::{AGENT_SERVICE, FOLLOWS_THE_CLOCK, HEALTH_SERVICE, PIDS_OF_ANOTHER, PORT};
 use agent::ttrpc::{CallError, Client};
 use prost::Message;
 
@@ -27,6 +27,10 @@ const KILL_PATIENCE: Duration = Duration::from_secs(5);
 const FAREWELL: Duration = Duration::from_secs(2);
 /// For a guest's randomness.
 const SEED_BYTES: usize = 64;
+/// How late a word of the time may come at most, as far as it can be helped.
+const PROMPT: Duration = Duration::from_millis(10);
+/// How often the time is said at once.
+const MAX_WORDS: u32 = 3;
 /// Between tries to reach it.
 const PAUSE: Duration = Duration::from_millis(10);
 
@@ -55,6 +59,8 @@ pub(crate) struct Abilities {
     pub(crate) seccomp: bool,
     /// Have a container see the processes of another one.
     pub(crate) pids_of_another: bool,
+    /// Be told the time now and then, and slew its clock.
+    pub(crate) follows_the_clock: bool,
 }
 
 /// A connection to the agent.
@@ -106,13 +112,23 @@ impl Agent {
         let data = random(SEED_BYTES).map_err(Error::Random)?;
         let reseed = messages::ReseedRandomDevRequest { data };
         self.tell("ReseedRandomDev", &reseed).map_err(&failed)?;
-        let now = SystemTime::now().duration_since(UNIX_EPOCH);
-        let now = now.unwrap_or_default();
-        let time = messages::SetGuestDateTimeRequest {
-            sec: i64::try_from(now.as_secs()).unwrap_or(i64::MAX),
-            usec: now.subsec_micros().into(),
-        };
-        self.tell("SetGuestDateTime", &time).map_err(failed)
+        self.tell_time(PATIENCE).map_err(failed)
+    }
+
+    /// Tells the guest the time of day. A word that was long under way is said again, for the guest takes
+    /// it as the time when it arrives.
+    pub(crate) fn tell_time(&self, timeout: Duration) -> Result<(), CallError> {
+        for _ in 0..MAX_WORDS {
+            let began = Instant::now();
+            let timeout = Some(timeout);
+            let Empty {} = self
+                .0
+                .call(AGENT_SERVICE, "SetGuestDateTime", &date_time(), timeout)?;
+            if began.elapsed() < PROMPT {
+                break;
+            }
+        }
+        Ok(())
     }
 
     fn ask<A: Message + Default>(
@@ -169,10 +185,11 @@ impl Agent {
         let request = messages::GuestDetailsRequest::default();
         let details: messages::GuestDetailsResponse = self.ask("GetGuestDetails", &request)?;
         let details = details.agent_details.unwrap_or_default();
-        let mut features = details.extra_features.iter();
+        let has = |name: &str| details.extra_features.iter().any(|feature| feature == name);
         Ok(Abilities {
             seccomp: details.supports_seccomp,
-            pids_of_another: features.any(|feature| feature == PIDS_OF_ANOTHER),
+            pids_of_another: has(PIDS_OF_ANOTHER),
+            follows_the_clock: has(FOLLOWS_THE_CLOCK),
         })
     }
 
@@ -359,13 +376,23 @@ impl Agent {
     }
 }
 
-/// Connects to the agent's port through podvmm, which holds the connection until the guest is up.
+/// The time of day as the protocol has it.
+fn date_time() -> messages::SetGuestDateTimeRequest {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH);
+    let now = now.unwrap_or_default();
+    messages::SetGuestDateTimeRequest {
+        sec: i64::try_from(now.as_secs()).unwrap_or(i64::MAX),
+        usec: now.subsec_micros().into(),
+    }
+}
+
 fn random(len: usize) -> io::Result<Vec<u8>> {
     let mut bytes = vec![0; len];
     File::open("/dev/urandom")?.read_exact(&mut bytes)?;
     Ok(bytes)
 }
 
+/// Connects to the agent's port through podvmm, which holds the connection until the guest is up.
 fn dial(vsock: &Path, timeout: Duration) -> io::Result<UnixStream> {
     let mut stream = UnixStream::connect(vsock)?;
     stream.set_read_timeout(Some(timeout))?;

@@ -12,7 +12,7 @@ use crate::guest::Guest;
 use crate::protocol::events::{Event, TaskOnly};
 use crate::task::{Exit, KILLED};
 
-/// Between looks at whether the guest's agent answers.
+/// Between looks at whether the guest's agent answers, by which its clock follows the host's.
 const HEARTBEAT: Duration = Duration::from_secs(10);
 /// How long it may take to answer before the guest is taken to hang.
 const HEARTBEAT_PATIENCE: Duration = Duration::from_secs(30);
@@ -66,14 +66,14 @@ impl Pod {
         }
     }
 
-    /// Ends a VM whose agent does not answer.
+    /// Keeps the guest's clock with the host's, and ends a VM whose agent does not answer.
     fn watch_heart(&self, guest: &Guest) {
         loop {
             thread::sleep(HEARTBEAT);
             if guest.vm.life.has_ended() {
                 return;
             }
-            match guest.agent.check(HEARTBEAT_PATIENCE) {
+            match guest.greet(HEARTBEAT_PATIENCE) {
                 Err(error) if guest.is_ending() => {
                     log::debug!("the guest's agent: {error}");
                     return;
@@ -87,7 +87,8 @@ impl Pod {
                     log::error!("the connection to the guest's agent ended, and so does its VM");
                     guest.vm.kill();
                 }
-                _ => {}
+                Err(error) => log::debug!("the guest's agent: {error}"),
+                Ok(()) => {}
             }
         }
     }
