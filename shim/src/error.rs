@@ -6,7 +6,7 @@ use agent::ttrpc::{CallError, Code, Status};
 
 use crate::agent::ReachError;
 use crate::task::{Process, State};
-use crate::{cgroup, config, mounts, network, spec, stdio, vm};
+use crate::{cgroup, config, hooks, mounts, network, spec, stdio, vm};
 
 /// Why something cannot be done.
 #[derive(Debug, thiserror::Error)]
@@ -39,6 +39,8 @@ pub(crate) enum Error {
     Reach(#[from] ReachError),
     #[error(transparent)]
     Stdio(#[from] stdio::Error),
+    #[error(transparent)]
+    Hook(#[from] hooks::Error),
     #[error("the guest's agent: {act}")]
     Agent {
         act: &'static str,

@@ -10,6 +10,7 @@ mod cpus;
 mod error;
 mod figures;
 mod guest;
+mod hooks;
 mod info;
 mod logging;
 mod mounts;
@@ -52,6 +53,7 @@ use prost::Message;
 
 use arguments::{Action, Arguments};
 use config::Config;
+use hooks::Hooks;
 use orders::Orders;
 use phases::Phases;
 use place::Place;
@@ -121,6 +123,7 @@ fn run(arguments: &Arguments) -> Result<(), Box<dyn Error>> {
         Action::Wait => {
             logging::start(None, "pool", level(arguments.debug));
             rustix::process::setsid()?;
+            stdio::reserve()?;
             if let Some(called) = pool::wait(&path, arguments.memory_mib)? {
                 serve(&called.orders, called.listener, Some(called.waiting))?;
             }
@@ -139,7 +142,9 @@ fn run(arguments: &Arguments) -> Result<(), Box<dyn Error>> {
             rustix::process::setsid()?;
             let asked = std::env::var(start::ASKED).unwrap_or_default();
             let orders = Orders::new(arguments, Path::new("."), asked);
-            serve(&orders, listener()?, None)?;
+            let listener = listener()?;
+            stdio::reserve()?;
+            serve(&orders, listener, None)?;
         }
     }
     Ok(())
@@ -156,7 +161,8 @@ fn bundle(arguments: &Arguments) -> io::Result<PathBuf> {
 /// Cleans up after a shim that is gone, or one that has no such container.
 fn delete(arguments: &Arguments) -> Result<(), Box<dyn Error>> {
     logging::start(None, &arguments.id, level(arguments.debug));
-    let spec = spec::read(&bundle(arguments)?).unwrap_or_default();
+    let bundle = bundle(arguments)?;
+    let spec = spec::read(&bundle).unwrap_or_default();
     let pod = spec::pod_of(&arguments.id, &spec.annotations);
     if !arguments::is_id(pod) {
         return Err(format!("{pod:?} is no pod's name").into());
@@ -168,6 +174,7 @@ fn delete(arguments: &Arguments) -> Result<(), Box<dyn Error>> {
     } else {
         teardown::container(&place, &arguments.id);
     }
+    Hooks::of(&spec, &arguments.id, &bundle).stopped();
     let gone = DeleteResponse {
         pid,
         exit_status: task::KILLED,

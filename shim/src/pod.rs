@@ -1,38 +1,33 @@
 //! A pod: its VM, and the containers in it.
 
+mod kill;
+mod resources;
 mod watch;
 
 use std::collections::HashMap;
-use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, mpsc};
 use std::thread;
-use std::time::Duration;
 
-use agent::protocol::oci::{LinuxResources, Process as OciProcess, Spec};
-use agent::ttrpc::{CallError, Code};
+use agent::protocol::oci::{Process as OciProcess, Spec};
 
 use crate::config::Config;
 use crate::error::{Error, asked, expect, state};
 use crate::guest::{Birth, Guest, leave};
+use crate::hooks::Hooks;
 use crate::phases::Phases;
 use crate::place::Place;
 use crate::protocol::events::{Event, TaskExecStarted, TaskExit, TaskOnly, TaskStart};
-use crate::protocol::{figures, task, timestamp};
+use crate::protocol::{task, timestamp};
 use crate::publish::Publisher;
-use crate::size::{self, Limits};
+use crate::size::Limits;
 use crate::spec;
 use crate::stdio::{Paths, Stdio, Target};
-use crate::task::{Container, Exit, KILLED, NOT_STARTED, Process, State};
+use crate::task::{Container, Exit, NOT_STARTED, Process, State};
 use crate::waiting::Waiting;
 
-/// How long a guest that did not do as told may take to say that it lives.
-const SIGN_OF_LIFE: Duration = Duration::from_secs(2);
-
-/// How long a process may take to end once the guest has taken the SIGKILL for it. It has no say in
-/// that, but its guest's kernel may be busy with what it leaves behind.
-const LAST_PATIENCE: Duration = Duration::from_secs(30);
+const SIGKILL: u32 = libc::SIGKILL.unsigned_abs();
 
 /// What containerd says of a container to be made.
 #[derive(Debug)]
@@ -176,19 +171,22 @@ impl Pod {
             execs: Mutex::default(),
             limits: Mutex::new(limits),
             cpus: Mutex::new(cpus),
+            hooks: Hooks::of(&spec, &id, &bundle),
             oom_score: process.map_or(0, |process| process.oom_score_adj),
         });
         // So that the end of the VM is the end of it as well.
         self.containers().insert(id.clone(), Arc::clone(&container));
         let made = self
             .resize(true)
-            .and_then(|()| guest.make(&id, spec, target.as_deref(), &rootfs, &bundle));
+            .and_then(|()| guest.make(&id, spec, target.as_deref(), &rootfs, &bundle))
+            .and_then(|()| Ok(container.hooks.created(guest.vm.pid())?));
         if let Err(error) = made {
             self.containers().remove(&id);
             guest.unmake(&id);
             if is_pod {
                 self.end();
             }
+            container.hooks.stopped();
             return Err(error);
         }
         self.set_oom_score();
@@ -238,6 +236,11 @@ impl Pod {
         }));
     }
 
+    fn open(&self, process: &Process) -> Result<Stdio, Error> {
+        let owner = process.owner(&self.events.namespace);
+        Ok(Stdio::open(&process.paths, owner)?)
+    }
+
     /// Starts a container's first process.
     pub(crate) fn start(self: &Arc<Self>, id: &str) -> Result<(), Error> {
         let container = self.container(id)?;
@@ -246,7 +249,7 @@ impl Pod {
         if id == self.id {
             guest.connect_late()?;
         }
-        let stdio = Stdio::open(&container.first.paths)?;
+        let stdio = self.open(&container.first)?;
         container.first.starts.store(true, Ordering::Relaxed);
         let started = guest.agent.start_container(id);
         container.first.starts.store(false, Ordering::Relaxed);
@@ -260,6 +263,11 @@ impl Pod {
         }
         container.first.enter(State::Running);
         self.attend(&guest, &container, &container.first, stdio)?;
+        if let Err(error) = container.hooks.started(guest.vm.pid()) {
+            // As with runc it has failed to start then.
+            let _ = self.kill(id, "", SIGKILL, true);
+            return Err(error.into());
+        }
         let mut phases = self.phases();
         phases.note("start");
         if id == self.id {
@@ -275,7 +283,7 @@ impl Pod {
         let guest = self.guest()?;
         expect(&container.first, id, State::Running)?;
         expect(&process, exec_id, State::Created)?;
-        let stdio = Stdio::open(&process.paths)?;
+        let stdio = self.open(&process)?;
         let spec = process.spec.clone().unwrap_or_default();
         let asked_for = guest.agent.exec(&process.target, spec);
         asked_for.map_err(asked("start the process"))?;
@@ -302,9 +310,10 @@ impl Pod {
             Arc::new(move || process.is_given_up() || guest.vm.life.has_ended())
         };
         let terminal = process.paths.terminal;
-        let outputs = stdio.carry(&guest.agent, &process.target, terminal, &given_up)?;
+        let mut outputs = stdio.carry(&guest.agent, &process.target, terminal, &given_up)?;
         let close = Arc::clone(&outputs.close);
         *process.close.lock().expect("a panic ends the process") = Some(close);
+        process.has_logger(outputs.logger.take());
         let (pod, guest) = (Arc::clone(self), Arc::clone(guest));
         let (container, process) = (Arc::clone(container), Arc::clone(process));
         let (tell, told) = mpsc::channel::<()>();
@@ -370,69 +379,6 @@ impl Pod {
         Ok(())
     }
 
-    /// Signals a process. A guest that does not even kill is ended.
-    pub(crate) fn kill(
-        &self,
-        id: &str,
-        exec_id: &str,
-        signal: u32,
-        all: bool,
-    ) -> Result<(), Error> {
-        let container = self.container(id)?;
-        let process = self.process(id, exec_id)?;
-        if let State::Stopped(_) = process.state() {
-            let what = if exec_id.is_empty() { id } else { exec_id };
-            return Err(Error::NotFound(format!("process of {what}: it has ended")));
-        }
-        let is_kill = signal == 9;
-        if process.state() == State::Created && !exec_id.is_empty() {
-            // Nor while it is being started: then it would start all the same.
-            return Err(Error::NotFound(format!("process {exec_id} in {id} yet")));
-        }
-        if process.state() == State::Created && !process.starts.load(Ordering::Relaxed) {
-            self.drop_created(&container);
-            return Ok(());
-        }
-        let guest = self.guest()?;
-        if is_kill && !process.killed.swap(true, Ordering::Relaxed) {
-            insist(&guest, &process)?;
-        }
-        // All of a container are signalled by what stands for it.
-        let target = if all {
-            first_of(id)
-        } else {
-            process.target.clone()
-        };
-        match guest.agent.signal(&target, signal) {
-            Err(error @ CallError::Late { .. })
-                if is_kill || guest.agent.check(SIGN_OF_LIFE).is_err() =>
-            {
-                log::error!("kill {id} {exec_id}: {error}, so its VM is ended");
-                guest.vm.kill();
-                Ok(())
-            }
-            // With its VM it has ended.
-            Err(CallError::Gone(_) | CallError::Send { .. }) => {
-                guest.vm.kill();
-                Ok(())
-            }
-            // It has ended meanwhile.
-            Err(CallError::Refused(status)) if status.code == Code::NotFound => Ok(()),
-            answer => answer.map_err(asked("signal the process")),
-        }
-    }
-
-    /// Ends a container that was never started.
-    fn drop_created(&self, container: &Container) {
-        if let Ok(guest) = self.guest() {
-            let target = &container.first.target;
-            if let Err(error) = guest.agent.signal(target, 9) {
-                log::warn!("{}: {error}", container.id);
-            }
-        }
-        self.ended(container, &container.first, Exit::now(KILLED));
-    }
-
     /// Forgets a process that has ended.
     pub(crate) fn delete_exec(&self, id: &str, exec_id: &str) -> Result<Exit, Error> {
         let container = self.container(id)?;
@@ -443,6 +389,7 @@ impl Pod {
             State::Created => Exit::now(0),
             _ => return Err(state(exec_id, process.state(), "stopped")),
         };
+        process.end_logger();
         container
             .execs
             .lock()
@@ -462,6 +409,9 @@ impl Pod {
             }
             running => return Err(state(id, running, "stopped")),
         };
+        // It runs in a cgroup that may be the pod's.
+        let processes = container.processes();
+        processes.iter().for_each(|process| process.end_logger());
         self.containers().remove(id);
         if id == self.id {
             self.end();
@@ -473,6 +423,7 @@ impl Pod {
                 log::warn!("{id}: {}", api::chain(&error).join(": "));
             }
         }
+        container.hooks.stopped();
         Ok(exit)
     }
 
@@ -541,132 +492,6 @@ impl Pod {
         }));
         Ok(())
     }
-
-    /// What a container has used, in the guest; of the pod's sandbox, what all of it has, on the
-    /// host.
-    pub(crate) fn figures(&self, id: &str) -> Result<figures::Metrics, Error> {
-        self.container(id)?;
-        let guest = self.guest()?;
-        match &guest.cgroup {
-            Some(cgroup) if guest.is_sandbox(id, &self.id) => Ok(cgroup.figures()),
-            _ => {
-                let stats = guest
-                    .agent
-                    .stats(id)
-                    .map_err(asked("tell what it has used"))?;
-                Ok(crate::figures::of_guest(&stats, guest.bounds()))
-            }
-        }
-    }
-
-    /// Changes what a container may use, and the VM's size with it.
-    pub(crate) fn update(&self, id: &str, mut resources: LinuxResources) -> Result<(), Error> {
-        let container = self.container(id)?;
-        let guest = self.guest()?;
-        let cpus = spec::cpus(&resources);
-        spec::check_cpus(&cpus)?;
-        let (before, after) = {
-            let mut limits = container.limits.lock().expect("a panic ends the process");
-            let before = *limits;
-            *limits = before.updated(&resources);
-            (before, *limits)
-        };
-        let announced = guest.announced();
-        guest.announce(announced.less(before, after));
-        if id == self.id
-            && !guest.is_sandbox(id, &self.id)
-            && let Some(cgroup) = &guest.cgroup
-        {
-            cgroup.update(|limits| limits.updated(&guest.config, &resources));
-        }
-        spec::resources_for_guest(&mut resources);
-        let update = || -> Result<(), Error> {
-            // What grows has room before it is used, what shrinks is used no more before it goes.
-            self.resize(false)?;
-            let updated = guest.agent.update(id, resources);
-            updated.map_err(asked("update the container"))?;
-            if !cpus.is_empty() {
-                container.set_cpus(&cpus);
-                self.pin();
-            }
-            self.resize(true)
-        };
-        update().inspect_err(|_| {
-            if before != after {
-                *container.limits.lock().expect("a panic ends the process") = before;
-                guest.announce(announced);
-                let _ = self.resize(true);
-            }
-        })
-    }
-
-    /// Gives the VM the size that its containers need.
-    fn resize(&self, may_shrink: bool) -> Result<(), Error> {
-        let _changing = self.changing.lock().expect("a panic ends the process");
-        let guest = self.guest()?;
-        let containers: Vec<_> = self.containers().values().cloned().collect();
-        let workloads = containers
-            .iter()
-            .filter(|container| !guest.is_sandbox(&container.id, &self.id));
-        let limits = |container: &Arc<Container>| {
-            *container.limits.lock().expect("a panic ends the process")
-        };
-        let mut limits: Vec<_> = workloads.map(limits).collect();
-        if limits.is_empty() {
-            limits.push(guest.announced());
-        }
-        let size = size::size(&guest.config, guest.announced(), limits.into_iter());
-        guest.resize(size, may_shrink)
-    }
-
-    /// Has the VM run on the CPUs of its containers together; on all if one of them may.
-    fn pin(&self) {
-        let Ok(guest) = self.guest() else { return };
-        let containers: Vec<_> = self.containers().values().cloned().collect();
-        let workloads = containers
-            .iter()
-            .filter(|container| !guest.is_sandbox(&container.id, &self.id));
-        let sets: Vec<_> = workloads.map(|container| container.cpus()).collect();
-        guest.pin(&sets);
-    }
-
-    /// The host ends a VM as it would end the most dispensable of its containers.
-    fn set_oom_score(&self) {
-        let Ok(guest) = self.guest() else { return };
-        let containers = self.containers();
-        let workloads = containers
-            .values()
-            .filter(|container| !guest.is_sandbox(&container.id, &self.id));
-        let score = workloads
-            .map(|container| container.oom_score)
-            .max()
-            .unwrap_or(0);
-        drop(containers);
-        let path = format!("/proc/{}/oom_score_adj", guest.vm.pid());
-        if let Err(error) = fs::write(&path, score.to_string()) {
-            log::debug!("{path}: {error}");
-        }
-    }
-}
-
-/// Sees to it that a process ends that is killed. A guest whose kernel or agent keeps it all the same
-/// is ended: what it answers to a signal is only its word.
-fn insist(guest: &Arc<Guest>, process: &Arc<Process>) -> Result<(), Error> {
-    let (guest, process) = (Arc::clone(guest), Arc::clone(process));
-    let wait = move || {
-        if !process.ends_within(LAST_PATIENCE) {
-            log::error!(
-                "{}: {} s after SIGKILL it has not ended, so its VM is ended",
-                process.target,
-                LAST_PATIENCE.as_secs()
-            );
-            guest.vm.kill();
-        }
-    };
-    let thread = thread::Builder::new()
-        .name("insist".into())
-        .stack_size(64 << 10);
-    thread.spawn(wait).map(drop).map_err(Error::Thread)
 }
 
 fn first_of(id: &str) -> Target {

@@ -24,6 +24,8 @@ const FAREWELL: Duration = Duration::from_secs(2);
 #[derive(Debug)]
 pub(crate) struct Publisher {
     events: Sender<Message>,
+    /// containerd's, in which the pod's containers are.
+    pub(crate) namespace: String,
 }
 
 #[derive(Debug)]
@@ -40,8 +42,11 @@ impl Publisher {
         thread::Builder::new()
             .name("events".into())
             .stack_size(64 << 10)
-            .spawn(move || tell(&messages, &socket, &namespace))?;
-        Ok(Self { events })
+            .spawn({
+                let namespace = namespace.clone();
+                move || tell(&messages, &socket, &namespace)
+            })?;
+        Ok(Self { events, namespace })
     }
 
     pub(crate) fn publish(&self, event: Event) {

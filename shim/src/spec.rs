@@ -10,6 +10,8 @@ use agent::protocol::oci::{LinuxDevice, LinuxNamespace, LinuxResources, Process,
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
+use crate::hooks;
+
 /// Where the guest has what the host shares with it.
 pub(crate) const GUEST_SHARED: &str = "/run/kata-containers/shared/containers";
 /// Where it has what its containers share.
@@ -90,6 +92,7 @@ pub(crate) fn check(spec: &Spec, is_pod: bool) -> Result<(), Error> {
             why,
         })
     };
+    spec.hooks.iter().try_for_each(hooks::check)?;
     let linux = spec.linux.as_ref().ok_or(Error::Missing("linux"))?;
     spec.process.as_ref().ok_or(Error::Missing("process"))?;
     let has = |kind: &str| {
@@ -220,13 +223,8 @@ pub(crate) fn network_namespace(spec: &Spec) -> Option<&Path> {
 
 /// Makes it what the guest's agent is to know of it. Mounts are another matter.
 pub(crate) fn for_guest(spec: &mut Spec, id: &str, seccomp: bool) {
-    if spec
-        .hooks
-        .take()
-        .is_some_and(|hooks| hooks != Default::default())
-    {
-        log::warn!("{id}: hooks are for the host's containers, and are not run");
-    }
+    // They are the shim's to run.
+    spec.hooks = None;
     if let Some(root) = &mut spec.root {
         root.path = format!("{GUEST_SHARED}/{id}/rootfs");
     }

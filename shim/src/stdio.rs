@@ -1,16 +1,22 @@
-//! A process's streams: FIFOs of containerd's on one side, the guest's agent on the other. A thread
-//! carries each.
+//! A process's streams: FIFOs of containerd's on one side, or files, or a program for output; the guest's
+//! agent on the other. A thread carries each.
+
+mod logger;
+mod uri;
 
 use std::fmt;
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 
 use rustix::event::{PollFd, PollFlags, Timespec};
 
+pub(crate) use self::logger::{Logger, Owner, reserve};
+use self::uri::Output;
 use crate::agent::{Agent, Stream};
 
 /// What is asked of the agent at once: no more than a FIFO holds.
@@ -29,10 +35,12 @@ pub(crate) struct Paths {
 /// Why a stream cannot be had.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum Error {
-    #[error("open stream {path}")]
-    Open { path: String, source: io::Error },
-    #[error("stream {0}: only FIFOs and files are possible")]
-    Scheme(String),
+    #[error("open stream {}", .path.display())]
+    Open { path: PathBuf, source: io::Error },
+    #[error("stream {uri}: {why}")]
+    Uri { uri: String, why: &'static str },
+    #[error("start {} for output", .program.display())]
+    Logger { program: PathBuf, source: io::Error },
     #[error("make what ends a process's input")]
     Event(#[source] io::Error),
     #[error("start a stream's thread")]
@@ -59,27 +67,64 @@ impl fmt::Display for Target {
 #[derive(Debug)]
 pub(crate) struct Stdio {
     stdin: Option<File>,
-    stdout: Option<File>,
-    stderr: Option<File>,
+    outputs: Outlets,
     close: Arc<Close>,
 }
 
+/// Where output goes.
+#[derive(Debug, Default)]
+struct Outlets {
+    stdout: Option<File>,
+    stderr: Option<File>,
+    /// After the others, whose end it is to see first.
+    logger: Option<Logger>,
+}
+
+impl Outlets {
+    fn open(paths: &Paths, owner: Owner<'_>) -> Result<Self, Error> {
+        let parse = |path: &str| {
+            let is_given = !path.is_empty();
+            is_given.then(|| Output::parse(path)).transpose()
+        };
+        let stderr = if paths.terminal { "" } else { &paths.stderr };
+        match (parse(&paths.stdout)?, parse(stderr)?) {
+            // As with runc it takes both.
+            (Some(Output::Binary { program, arguments }), stderr) => {
+                let started = Logger::start(&program, &arguments, owner);
+                let started = started.map_err(|source| Error::Logger { program, source })?;
+                Ok(Self {
+                    stdout: Some(started.stdout),
+                    stderr: stderr.map(|_| started.stderr),
+                    logger: Some(started.logger),
+                })
+            }
+            (_, Some(Output::Binary { .. })) => Err(Error::Uri {
+                uri: stderr.into(),
+                why: "a program that takes standard error takes standard output too",
+            }),
+            (stdout, stderr) => Ok(Self {
+                stdout: stdout.as_ref().map(file).transpose()?,
+                stderr: stderr.as_ref().map(file).transpose()?,
+                logger: None,
+            }),
+        }
+    }
+}
+
 impl Stdio {
-    /// Opens them, which waits for nobody.
-    pub(crate) fn open(paths: &Paths) -> Result<Self, Error> {
+    /// Opens them, which waits for nobody but a program for output.
+    pub(crate) fn open(paths: &Paths, owner: Owner<'_>) -> Result<Self, Error> {
         let input = |path: &str| {
             let mut options = OpenOptions::new();
             options.read(true).custom_flags(libc::O_NONBLOCK);
-            open(path, &options)
+            open(Path::new(path), &options)
         };
         let given = |path: &String| (!path.is_empty()).then(|| path.clone());
         let stdin = given(&paths.stdin);
-        let stderr = given(&paths.stderr).filter(|_| !paths.terminal);
         Ok(Self {
             stdin: stdin.as_deref().map(input).transpose()?,
             close: Arc::new(Close::new().map_err(Error::Event)?),
-            stdout: given(&paths.stdout).as_deref().map(output).transpose()?,
-            stderr: stderr.as_deref().map(output).transpose()?,
+            outputs: Outlets::open(paths, owner)?,
         })
     }
 
@@ -91,8 +136,13 @@ impl Stdio {
         terminal: bool,
         given_up: &Arc<dyn Fn() -> bool + Send + Sync>,
     ) -> Result<Outputs, Error> {
+        let Outlets {
+            stdout,
+            stderr,
+            logger,
+        } = self.outputs;
         let mut threads = Vec::new();
-        for (stream, file) in [(Stream::Stdout, self.stdout), (Stream::Stderr, self.stderr)] {
+        for (stream, file) in [(Stream::Stdout, stdout), (Stream::Stderr, stderr)] {
             if terminal && stream == Stream::Stderr {
                 continue;
             }
@@ -115,6 +165,7 @@ impl Stdio {
         Ok(Outputs {
             threads,
             close: self.close,
+            logger,
         })
     }
 }
@@ -124,6 +175,7 @@ impl Stdio {
 pub(crate) struct Outputs {
     threads: Vec<JoinHandle<()>>,
     pub(crate) close: Arc<Close>,
+    pub(crate) logger: Option<Logger>,
 }
 
 impl Outputs {
@@ -161,30 +213,43 @@ fn spawn(name: &str, carry: impl FnOnce() + Send + 'static) -> Result<JoinHandle
     thread.spawn(carry).map_err(Error::Thread)
 }
 
-fn open(path: &str, options: &OpenOptions) -> Result<File, Error> {
+fn open(path: &Path, options: &OpenOptions) -> Result<File, Error> {
     options.open(path).map_err(|source| Error::Open {
         path: path.into(),
         source,
     })
 }
 
+fn file(output: &Output) -> Result<File, Error> {
+    match output {
+        Output::Path(path) => existing(path),
+        Output::File(path) => appended(path),
+        Output::Binary { .. } => unreachable!("programs are started"),
+    }
+}
+
 /// A FIFO is held open for reading too: output is kept, not lost, while containerd restarts.
-fn output(path: &str) -> Result<File, Error> {
-    let plain = path.strip_prefix("file://").unwrap_or(path);
-    if plain.contains("://") {
-        return Err(Error::Scheme(path.into()));
+fn existing(path: &Path) -> Result<File, Error> {
+    if !std::fs::metadata(path).is_ok_and(|file| file.file_type().is_fifo()) {
+        return appended(path);
     }
-    let is_fifo = std::fs::metadata(plain).is_ok_and(|file| file.file_type().is_fifo());
     let mut options = OpenOptions::new();
-    if is_fifo {
-        options
-            .read(true)
-            .write(true)
-            .custom_flags(libc::O_NONBLOCK);
-    } else {
-        options.append(true).create(true);
+    options
+        .read(true)
+        .write(true)
+        .custom_flags(libc::O_NONBLOCK);
+    open(path, &options)
+}
+
+/// A file is for root to write and for all to read, as runc's shim makes it.
+fn appended(path: &Path) -> Result<File, Error> {
+    if let Some(folder) = path.parent() {
+        // What is wrong with it the file's own error says.
+        let _ = std::fs::create_dir_all(folder);
     }
-    open(plain, &options)
+    let mut options = OpenOptions::new();
+    options.append(true).create(true).mode(0o644);
+    open(path, &options)
 }
 
 fn carry_output(
@@ -262,19 +327,86 @@ fn carry_input(agent: &Agent, target: &Target, mut stdin: &File, close: &Close) 
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::{MetadataExt, PermissionsExt};
+
     use super::*;
 
-    #[test]
-    fn only_fifos_and_files_are_streams() {
+    const OWNER: Owner<'_> = Owner {
+        namespace: "a namespace",
+        id: "c",
+    };
+
+    fn outlets(stdout: &str, stderr: &str, terminal: bool) -> Result<Outlets, Error> {
         let paths = Paths {
-            stdout: "binary:///bin/logger?id=x".into(),
-            ..Paths::default()
+            stdin: String::new(),
+            stdout: stdout.into(),
+            stderr: stderr.into(),
+            terminal,
         };
-        let error = Stdio::open(&paths).unwrap_err().to_string();
-        assert_eq!(
-            error,
-            "stream binary:///bin/logger?id=x: only FIFOs and files are possible"
+        Outlets::open(&paths, OWNER)
+    }
+
+    /// A program of this script, which says where its output goes, and its URI with that.
+    fn program(folder: &Path, script: &str) -> (PathBuf, String) {
+        reserve().unwrap();
+        let (program, said) = (folder.join("logger"), folder.join("said"));
+        std::fs::write(&program, format!("#!/bin/sh\n{script}\n")).unwrap();
+        let mode = std::fs::Permissions::from_mode(0o755);
+        std::fs::set_permissions(&program, mode).unwrap();
+        let uri = format!("binary://{}?to={}", program.display(), said.display());
+        (said, uri)
+    }
+
+    #[test]
+    fn a_program_is_given_both_outputs_and_its_names() {
+        let folder = tempfile::tempdir().unwrap();
+        let script = r#"exec 5>&-; env | grep ^C | sort >$2; cat <&3 >>$2; cat <&4 >>$2"#;
+        let (said, uri) = program(folder.path(), script);
+        let Outlets {
+            stdout,
+            stderr,
+            logger,
+        } = outlets(&uri, &uri, false).unwrap();
+        stdout.unwrap().write_all(b"out\n").unwrap();
+        stderr.unwrap().write_all(b"err\n").unwrap();
+        logger.unwrap().end();
+        let expected = "CONTAINER_ID=c\nCONTAINER_NAMESPACE=a namespace\nout\nerr\n";
+        assert_eq!(std::fs::read_to_string(said).unwrap(), expected);
+    }
+
+    #[test]
+    fn a_program_for_a_terminal_sees_the_end_of_its_other_input() {
+        let folder = tempfile::tempdir().unwrap();
+        let (said, uri) = program(folder.path(), "exec 5>&-; cat <&4 >$2; cat <&3 >>$2");
+        let outlets = outlets(&uri, &uri, true).unwrap();
+        assert!(outlets.stderr.is_none());
+        outlets.stdout.unwrap().write_all(b"all of it").unwrap();
+        outlets.logger.unwrap().end();
+        assert_eq!(std::fs::read_to_string(said).unwrap(), "all of it");
+    }
+
+    #[test]
+    fn a_program_that_cannot_be_started_is_named() {
+        let error = outlets("binary:///no/logger?a=b", "", false).unwrap_err();
+        assert_eq!(error.to_string(), "start /no/logger for output");
+        let error = outlets("", "binary:///no/logger", false).unwrap_err();
+        assert!(
+            error
+                .to_string()
+                .starts_with("stream binary:///no/logger: ")
         );
+    }
+
+    #[test]
+    fn a_file_is_made_with_its_folders_and_appended_to() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("far/away/log");
+        let uri = format!("file://{}", path.display());
+        let outlets = outlets(&uri, &uri, false).unwrap();
+        outlets.stdout.unwrap().write_all(b"out\n").unwrap();
+        outlets.stderr.unwrap().write_all(b"err\n").unwrap();
+        assert_eq!(std::fs::read_to_string(&path).unwrap(), "out\nerr\n");
+        assert_eq!(std::fs::metadata(&path).unwrap().mode() & 0o777, 0o644);
     }
 
     #[test]
@@ -289,7 +421,7 @@ mod tests {
             0,
         )
         .unwrap();
-        let file = output(path.to_str().unwrap()).unwrap();
+        let file = existing(&path).unwrap();
         let much = vec![0; 1 << 20];
         let error = write_all(&file, &much, &|| true).unwrap_err();
         assert_eq!(error.to_string(), "nobody reads it");

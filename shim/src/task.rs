@@ -8,9 +8,10 @@ use std::time::{Duration, SystemTime};
 
 use agent::protocol::oci;
 
+use crate::hooks::Hooks;
 use crate::protocol::task::status;
 use crate::size::Limits;
-use crate::stdio::{Close, Paths, Target};
+use crate::stdio::{Close, Logger, Owner, Paths, Target};
 
 /// What a process that ended with its VM is said to have ended by: SIGKILL.
 pub(crate) const KILLED: u32 = 128 + 9;
@@ -80,6 +81,8 @@ pub(crate) struct Process {
     pub(crate) killed: AtomicBool,
     /// What ends its input, while it runs.
     pub(crate) close: Mutex<Option<Arc<Close>>>,
+    /// The program that takes its output, until both have ended.
+    logger: Mutex<Option<Logger>>,
 }
 
 impl Process {
@@ -93,6 +96,7 @@ impl Process {
             starts: AtomicBool::new(false),
             killed: AtomicBool::new(false),
             close: Mutex::default(),
+            logger: Mutex::default(),
         }
     }
 
@@ -152,6 +156,23 @@ impl Process {
         close.iter().for_each(|close| close.close());
     }
 
+    pub(crate) fn has_logger(&self, logger: Option<Logger>) {
+        *self.logger.lock().expect("a panic ends the process") = logger;
+    }
+
+    /// Waits until the program that takes its output has all of it.
+    pub(crate) fn end_logger(&self) {
+        let logger = self.logger.lock().expect("a panic ends the process").take();
+        logger.into_iter().for_each(Logger::end);
+    }
+
+    /// Whose output it is that this process writes, in a namespace of containerd's.
+    pub(crate) fn owner<'a>(&'a self, namespace: &'a str) -> Owner<'a> {
+        let Target { container, exec } = &self.target;
+        let id = if exec.is_empty() { container } else { exec };
+        Owner { namespace, id }
+    }
+
     /// The status containerd knows, of what the agent says. Older agents of Kata's give the number
     /// of a signal as it is; after SIGKILL it can be nothing else.
     pub(crate) fn status(&self, said: u32) -> u32 {
@@ -181,6 +202,7 @@ pub(crate) struct Container {
     pub(crate) limits: Mutex<Limits>,
     /// The CPUs that it may use of the host's, as a list; empty for all.
     pub(crate) cpus: Mutex<String>,
+    pub(crate) hooks: Hooks,
     /// What the host is to prefer when it runs out of memory.
     pub(crate) oom_score: i64,
 }

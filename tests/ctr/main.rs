@@ -5,6 +5,7 @@
 #![expect(clippy::unwrap_used, reason = "its steps are functions of their own")]
 
 mod clock;
+mod programs;
 mod templates;
 
 use std::fs;

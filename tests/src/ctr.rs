@@ -53,15 +53,33 @@ impl Container {
         &self.id
     }
 
+    /// Its cgroup's path, as an OCI description has it.
+    pub fn cgroup(&self) -> &str {
+        &self.cgroup
+    }
+
     /// `ctr run` with options, in the foreground unless they say otherwise.
     pub fn run(&self, containerd: &Containerd, options: &[&str], words: &[&str]) -> Command {
+        let mut command = self.run_command(containerd);
+        command.args(["--cgroup", &self.cgroup]).args(options);
+        command.args([BUSYBOX, &self.id]).args(words);
+        command
+    }
+
+    /// The same of what the file `spec` describes, a config.json of OCI's.
+    pub fn run_spec(&self, containerd: &Containerd, spec: &Path, options: &[&str]) -> Command {
+        let mut command = self.run_command(containerd);
+        command.arg("--config").arg(spec);
+        command.args(options).arg(&self.id);
+        command
+    }
+
+    fn run_command(&self, containerd: &Containerd) -> Command {
         let mut command = containerd.ctr_command(&["run", "--runtime", &self.runtime]);
         let config = self.config.clone();
         if let Some(config) = config.or_else(|| containerd.runtime_config()) {
             command.arg("--runtime-config-path").arg(config);
         }
-        command.args(["--cgroup", &self.cgroup]).args(options);
-        command.args([BUSYBOX, &self.id]).args(words);
         command
     }
 
