@@ -1,15 +1,16 @@
 //! What a pod sees of the host's files: the folder that is shared with its guest, in which each root
 //! file system and volume is mounted. Read-only is made so here, where the guest cannot undo it.
 
+mod attributes;
 mod mountinfo;
 mod overlay;
+#[cfg(test)]
+mod tests;
 mod volumes;
 
-use std::ffi::CString;
 use std::fs;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard};
 use std::thread;
@@ -22,6 +23,7 @@ use rustix::thread::UnshareFlags;
 
 use crate::protocol::task;
 use crate::spec::{self, GUEST_SANDBOX, GUEST_SHARED};
+use attributes::{Depth, change_readonly, make_readonly, refuse_devices};
 use mountinfo::mounted_below;
 use volumes::{Key, Memory, Volumes};
 
@@ -57,6 +59,7 @@ impl Shared {
             rustix::mount::mount_bind(&path, &path)?;
             rustix::mount::mount_change(&path, MountPropagationFlags::PRIVATE)?;
             make_readonly(&path, Depth::All)?;
+            refuse_devices(&path)?;
             Ok(below)
         };
         match make() {
@@ -123,7 +126,8 @@ impl Shared {
         }
         let propagation = MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC;
         let changed = rustix::mount::mount_change(&place, propagation);
-        changed.map_err(|errno| failed("its propagation", errno.into()))
+        changed.map_err(|errno| failed("its propagation", errno.into()))?;
+        refuse_devices(&place).map_err(|source| failed("it without devices", source))
     }
 
     /// Mounts the volumes of the container `id` and rewrites its mounts to what the guest has.
@@ -260,7 +264,7 @@ fn attach(source: &Path, place: &Path, options: &[String]) -> io::Result<()> {
         MountPropagationFlags::PRIVATE
     };
     rustix::mount::mount_change(place, propagation | MountPropagationFlags::REC)?;
-    Ok(())
+    refuse_devices(place)
 }
 
 /// Unmounts a volume and removes its place, which is `below` the mount.
@@ -423,55 +427,6 @@ fn from_folder(folder: &Path, act: impl FnOnce() -> io::Result<()> + Send) -> io
     })
 }
 
-/// How much of a mount is changed.
-#[derive(Clone, Copy, PartialEq)]
-enum Depth {
-    /// The mount alone.
-    Top,
-    /// With all that is mounted below it.
-    All,
-}
-
-/// Makes a mount read-only.
-fn make_readonly(place: &Path, depth: Depth) -> io::Result<()> {
-    change_readonly(place, depth, true)
-}
-
-/// Makes a mount read-only, or writable again (mount_setattr(2)).
-fn change_readonly(place: &Path, depth: Depth, is_readonly: bool) -> io::Result<()> {
-    let path = CString::new(place.as_os_str().as_bytes())?;
-    let (set, clear) = match is_readonly {
-        true => (libc::MOUNT_ATTR_RDONLY, 0),
-        false => (0, libc::MOUNT_ATTR_RDONLY),
-    };
-    let attributes = libc::mount_attr {
-        attr_set: set,
-        attr_clr: clear,
-        propagation: 0,
-        userns_fd: 0,
-    };
-    let flags = match depth {
-        Depth::Top => 0,
-        Depth::All => libc::AT_RECURSIVE,
-    };
-    // SAFETY: path and attributes outlive the call, and the size is that of what is pointed to.
-    let result = unsafe {
-        libc::syscall(
-            libc::SYS_mount_setattr,
-            libc::AT_FDCWD,
-            path.as_ptr(),
-            flags,
-            &raw const attributes,
-            size_of::<libc::mount_attr>(),
-        )
-    };
-    if result == 0 {
-        Ok(())
-    } else {
-        Err(io::Error::last_os_error())
-    }
-}
-
 /// Unmounts all at and below `folder`, and takes away the empty places of what was mounted.
 pub(crate) fn clear(folder: &Path) -> io::Result<()> {
     unmount_below(folder)?;
@@ -514,160 +469,4 @@ fn remove_places(folder: &Path) -> io::Result<()> {
         }
     }
     fs::remove_dir(folder)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn mount(kind: &str, source: &str, destination: &str) -> Mount {
-        Mount {
-            destination: destination.into(),
-            source: source.into(),
-            r#type: kind.into(),
-            options: vec!["rbind".into()],
-        }
-    }
-
-    #[test]
-    fn each_mount_is_somebodys() {
-        let of = |source, destination| {
-            let mount = mount("bind", source, destination);
-            format!("{:?}", volume(&mount, "pod"))
-        };
-        assert_eq!(of("/run/x/pod/shm", "/dev/shm"), "Shm");
-        assert_eq!(of("/var/claim", "/dev/shm"), "Hosts");
-        assert_eq!(of("/dev/null", "/x"), "Guests");
-        assert_eq!(of("/etc/hosts", "/etc/hosts"), "Hosts");
-        assert_eq!(of("/tmp/kubernetes.io~empty-dir/a", "/a"), "Hosts");
-        let mut proc = mount("proc", "proc", "/proc");
-        proc.options.clear();
-        assert_eq!(volume(&proc, "pod"), Volume::Guests);
-    }
-
-    #[test]
-    fn a_guest_writes_only_to_what_is_mounted_for_it() {
-        let folder = tempfile::tempdir().unwrap();
-        let root = folder.path().join("root");
-        fs::create_dir(&root).unwrap();
-        let shared = Shared::make(folder.path().join("shared")).expect("this test needs root");
-        shared.root("c", &[], &root).unwrap();
-        let seen = folder.path().join("shared");
-        for place in ["stray", "c/stray"] {
-            let error = fs::write(seen.join(place), "x").unwrap_err();
-            assert_eq!(error.kind(), io::ErrorKind::ReadOnlyFilesystem, "{place}");
-        }
-        fs::write(seen.join("c/rootfs/file"), "x").unwrap();
-        shared.clear("c").unwrap();
-        assert!(root.join("file").exists() && !seen.join("c").exists());
-        clear(&seen).unwrap();
-        assert!(!seen.exists());
-    }
-
-    /// A volume with these options, in which another file system is mounted: whether it can be written
-    /// to, whether what is mounted in it can be, and its options in the guest.
-    fn written(option: &str) -> (bool, bool, Vec<String>) {
-        let folder = tempfile::tempdir().unwrap();
-        let source = folder.path().join("kubelet");
-        let inner = source.join("inner");
-        fs::create_dir_all(&inner).unwrap();
-        let tmpfs = rustix::mount::mount("tmpfs", &inner, "tmpfs", MountFlags::empty(), None);
-        tmpfs.expect("this test needs root");
-        let mut volume = mount("bind", source.to_str().unwrap(), "/data/x");
-        volume.options.push(option.into());
-        let mut spec = Spec {
-            mounts: vec![volume],
-            ..Spec::default()
-        };
-        let shared = Shared::make(folder.path().join("shared")).unwrap();
-        let storages = shared.volumes("c", &mut spec).unwrap();
-        assert_eq!(storages[0].source, format!("{GUEST_SHARED}/.volumes/0-x"));
-        assert_eq!(spec.mounts[0].source, storages[0].mount_point);
-        let [top, below] = [".volumes/0-x/file", ".volumes/0-x/inner/file"].map(|place| {
-            match fs::write(folder.path().join("shared").join(place), "x") {
-                Ok(()) => true,
-                Err(error) => {
-                    assert_eq!(error.kind(), io::ErrorKind::ReadOnlyFilesystem, "{place}");
-                    false
-                }
-            }
-        });
-        clear(&folder.path().join("shared")).unwrap();
-        fs::write(source.join("inner/file"), "x").unwrap();
-        rustix::mount::unmount(inner, UnmountFlags::DETACH).unwrap();
-        (top, below, spec.mounts.remove(0).options)
-    }
-
-    #[test]
-    fn a_read_only_volume_is_so_on_the_host_and_below_it_if_that_is_asked_for() {
-        let words = |words: &[&str]| words.iter().map(|&word| word.into()).collect();
-        assert_eq!(written("ro"), (false, true, words(&["rbind"])));
-        assert_eq!(written("rro"), (false, false, words(&["rbind", "ro"])));
-        assert_eq!(written("rw"), (true, true, words(&["rbind", "rw"])));
-    }
-
-    /// What containers `a` and `b` have of one folder, and whether the host lets it be written to.
-    #[test]
-    fn containers_share_one_mount_of_a_volume_and_it_goes_with_the_last() {
-        let folder = tempfile::tempdir().unwrap();
-        let source = folder.path().join("data");
-        fs::create_dir(&source).unwrap();
-        fs::write(source.join("single"), "x").unwrap();
-        let seen = folder.path().join("shared");
-        let shared = Shared::make(seen.clone()).expect("this test needs root");
-        let add = |id: &str, source: &Path, words: &[&str]| {
-            let mut mount = mount("bind", source.to_str().unwrap(), "/data");
-            mount.options = words.iter().map(|&word| word.into()).collect();
-            let mut spec = Spec {
-                mounts: vec![mount.clone(), mount],
-                ..Spec::default()
-            };
-            let storages = shared.volumes(id, &mut spec).unwrap();
-            assert_eq!(spec.mounts[0].source, spec.mounts[1].source);
-            (spec.mounts.remove(0), storages.len())
-        };
-        let place = seen.join(".volumes/0-data");
-        let (first, storages) = add("a", &source, &["rbind", "ro"]);
-        assert_eq!(
-            (storages, first.options),
-            (2, vec!["rbind".into(), "ro".into()])
-        );
-        let refused = fs::write(place.join("file"), "x").unwrap_err();
-        assert_eq!(refused.kind(), io::ErrorKind::ReadOnlyFilesystem);
-        let (second, _) = add("b", &source, &["rbind", "rw"]);
-        assert_eq!(second.source, first.source);
-        fs::write(place.join("file"), "x").unwrap();
-        let (file, storages) = add("b", &source.join("single"), &["rbind", "rw"]);
-        assert_eq!(file.source, format!("{GUEST_SHARED}/.volumes/1-data"));
-        assert_eq!(storages, 0, "a file needs no mount of the guest's");
-        shared.clear("a").unwrap();
-        assert!(place.join("file").exists());
-        shared.clear("b").unwrap();
-        assert_eq!(fs::read_dir(seen.join(".volumes")).unwrap().count(), 0);
-        clear(&seen).unwrap();
-        assert!(!seen.exists() && source.join("file").exists());
-    }
-
-    #[test]
-    fn the_guest_has_a_plain_volume_read_only_too() {
-        let mut volume = mount("bind", "/x", "/x");
-        volume.options = vec!["rbind".into(), "ro".into()];
-        let before = volume.options.clone();
-        readonly_in_guest(&mut volume, true);
-        assert_eq!(volume.options, before);
-    }
-
-    #[test]
-    fn only_empty_places_are_removed() {
-        let folder = tempfile::tempdir().unwrap();
-        let shared = folder.path().join("shared");
-        fs::create_dir_all(shared.join("c/rootfs")).unwrap();
-        fs::File::create(shared.join("c/0-hosts")).unwrap();
-        clear(&shared).unwrap();
-        assert!(!shared.exists());
-        fs::create_dir_all(shared.join("c/rootfs")).unwrap();
-        fs::write(shared.join("c/rootfs/precious"), "data").unwrap();
-        clear(&shared).unwrap_err();
-        assert!(shared.join("c/rootfs/precious").exists());
-    }
 }
