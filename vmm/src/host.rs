@@ -39,6 +39,9 @@ const ALWAYS: &[&str] = &[
     "dummy.numdummies=0", // no dummy0 that nobody asked for
     "ifb.numifbs=0",      // nor ifb0 and ifb1
     "fb_tunnels=none",    // nor tunl0, gre0 and the like, in any network namespace
+    // IPsec brings the jitter random number generator, which measures the processor at each boot, for minutes
+    // where KVM emulates. A guest's entropy is its host's.
+    "initcall_blacklist=jent_mod_init",
 ];
 
 /// Parameters for guests on an emulating KVM (docs/guest-kernel.md).
