@@ -2,7 +2,7 @@
 //! refused.
 
 use std::fs;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::process::Command;
 use std::thread;
 use std::time::Duration;
@@ -173,6 +173,16 @@ fn what_does_not_fit_is_refused_with_the_reason() {
         assert!(found.contains(why), "{found}");
     }
     fs::write(&state, &whole).unwrap();
+
+    for name in ["config.json", "state.json"] {
+        let path = folder.path().join(name);
+        let mode = |mode| fs::set_permissions(&path, fs::Permissions::from_mode(mode)).unwrap();
+        mode(0o620);
+        let found = refused(json!({}));
+        let why = "must be written by its user or root alone: others may write to it (mode 0620)";
+        assert!(found.contains(name) && found.contains(why), "{found}");
+        mode(0o600);
+    }
 
     let file = fs::OpenOptions::new().write(true).open(&memory).unwrap();
     file.write_all_at(b"!", 0x180_0000 - 0x1000).unwrap();

@@ -110,7 +110,7 @@ pub(crate) fn receive(stream: &UnixStream, ram_len: u64) -> io::Result<(Userfaul
         match parse(&text, ram_len) {
             Ok(mappings) => {
                 let fd: OwnedFd = userfault.ok_or_else(|| invalid("no descriptor came along"))?;
-                return Ok((fd.into(), mappings));
+                return Ok((fd.try_into()?, mappings));
             }
             Err(error) if !error.is_eof() => return Err(error.into()),
             Err(_) if received == 0 => return Err(io::ErrorKind::UnexpectedEof.into()),
@@ -148,7 +148,13 @@ mod tests {
             .map(|it| Mapping::of(&run(it), it << 12))
             .collect();
         let sent = mappings.clone();
-        let stand_in = Userfault::from(OwnedFd::from(std::fs::File::open("/dev/null").unwrap()));
+        let stand_in = match Userfault::new() {
+            Ok(userfault) => userfault,
+            Err(error) => {
+                eprintln!("SKIPPED: no userfaultfd: {error}");
+                return;
+            }
+        };
         let sender = std::thread::spawn(move || send(&here, &stand_in, &sent));
         let (_, received) = receive(&there, LEN).unwrap();
         sender.join().unwrap().unwrap();
@@ -194,6 +200,20 @@ mod tests {
             receive(&there, LEN).unwrap_err().kind(),
             io::ErrorKind::UnexpectedEof
         );
+    }
+
+    #[test]
+    fn a_descriptor_that_is_no_userfaultfd_is_refused() {
+        let (here, there) = UnixStream::pair().unwrap();
+        let fds = [here.as_fd()];
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut control = SendAncillaryBuffer::new(&mut space);
+        assert!(control.push(SendAncillaryMessage::ScmRights(&fds)));
+        let parts = [IoSlice::new(b"[]")];
+        sendmsg(&here, &parts, &mut control, SendFlags::NOSIGNAL).unwrap();
+        let why = receive(&there, LEN).unwrap_err().to_string();
+        assert!(why.starts_with("the descriptor is socket:["), "{why}");
+        assert!(why.ends_with("], not a userfaultfd"), "{why}");
     }
 
     proptest! {

@@ -5,6 +5,7 @@
 
 mod compressed;
 mod connection;
+mod removed;
 mod source;
 
 use std::ffi::OsString;

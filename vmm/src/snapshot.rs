@@ -11,8 +11,11 @@
 //! A snapshot exists from the moment its `state.json` has that name: all it speaks of is written
 //! before, under names that no older snapshot uses, and what only an older one used is removed after.
 //!
-//! Everything read is distrusted: the header says whether it is whole, KVM and the devices check what
-//! they are given, and RAM is mapped only where the configuration has RAM.
+//! What is read of the guest is distrusted: the header says whether it is whole, KVM and the devices check
+//! what they are given, and RAM is mapped only where the configuration has RAM. `config.json` names the
+//! files, folders and sockets of the host that the VM uses, as a command line does, and `state.json` holds
+//! a copy of it. Whoever writes them decides what podvmm opens, so they are read only if no other user than
+//! podvmm's own and root can have written them.
 
 mod format;
 mod load;

@@ -1,10 +1,10 @@
 //! userfaultfd: a thread that touches a page which is not there waits until somebody with the
 //! descriptor, of this process or another, has put it there (Linux, admin-guide/mm/userfaultfd.rst).
 //!
-//! No events are asked for but faults: memory that is given back or mapped anew tells nobody and waits
-//! for nobody.
+//! podvmm's own VMs ask for no events but faults: memory that is given back or mapped anew tells nobody
+//! and waits for nobody. Other monitors' VMs tell what they give back.
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::io::{self, Read};
 use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
@@ -20,11 +20,26 @@ const UFFDIO: u32 = 0xaa;
 const UFFD_API: u64 = 0xaa;
 const UFFDIO_REGISTER_MODE_MISSING: u64 = 1;
 const UFFD_EVENT_PAGEFAULT: u8 = 0x12;
-/// Of `struct uffd_msg`, and where in it the address of a fault is.
+const UFFD_EVENT_REMOVE: u8 = 0x15;
+/// Of `struct uffd_msg`, and where in it the address of a fault is, and the start and the end of what
+/// was removed.
 const MESSAGE_BYTES: usize = 32;
 const ADDRESS: Range<usize> = 16..24;
-/// Faults read at once.
-const FAULTS: usize = 16;
+const START: Range<usize> = 8..16;
+const END: Range<usize> = 16..24;
+/// What the link of such a descriptor in /proc says.
+const LINK: &str = "anon_inode:[userfaultfd]";
+/// Messages read at once.
+const MESSAGES: usize = 16;
+
+/// What a descriptor tells.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Event {
+    /// A thread waits for the page at this address.
+    Fault(u64),
+    /// Pages at these addresses were given back (UFFD_EVENT_REMOVE): they hold zeros from now on.
+    Removed(Range<u64>),
+}
 
 #[repr(C)]
 struct Api {
@@ -76,13 +91,24 @@ pub(crate) struct Userfault(File);
 impl Userfault {
     /// One for memory of this process. The kernel's own accesses count, as KVM's are.
     pub(crate) fn new() -> io::Result<Self> {
+        Self::with(0)
+    }
+
+    /// One that also tells what is given back, as other monitors have it.
+    #[cfg(test)]
+    pub(crate) fn with_removals() -> io::Result<Self> {
+        const UFFD_FEATURE_EVENT_REMOVE: u64 = 1 << 3;
+        Self::with(UFFD_FEATURE_EVENT_REMOVE)
+    }
+
+    fn with(features: u64) -> io::Result<Self> {
         let fd = match Self::of_device() {
             Ok(fd) => fd,
             Err(_) => Self::of_call()?,
         };
         let mut api = Api {
             api: UFFD_API,
-            features: 0,
+            features,
             ioctls: 0,
         };
         // SAFETY: UFFDIO_API reads and writes such a struct, which outlives the call.
@@ -124,9 +150,9 @@ impl Userfault {
         check(unsafe { ioctl_with_mut_ref(&self.0, UFFDIO_REGISTER(), &mut register) })
     }
 
-    /// The addresses of pages that somebody waits for, as far as they are known yet.
-    pub(crate) fn faults(&self) -> io::Result<Vec<u64>> {
-        let mut messages = [0; FAULTS * MESSAGE_BYTES];
+    /// What it tells, as far as that is known yet, in its order.
+    pub(crate) fn events(&self) -> io::Result<Vec<Event>> {
+        let mut messages = [0; MESSAGES * MESSAGE_BYTES];
         let read = match (&self.0).read(&mut messages) {
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => 0,
             // It is no userfaultfd.
@@ -134,12 +160,7 @@ impl Userfault {
             other => other?,
         };
         let (messages, _) = messages[..read].as_chunks::<MESSAGE_BYTES>();
-        let faults = messages.iter().filter(|it| it[0] == UFFD_EVENT_PAGEFAULT);
-        let address = |message: &[u8; MESSAGE_BYTES]| {
-            let bytes = message[ADDRESS].try_into().expect("it is eight bytes");
-            u64::from_ne_bytes(bytes) & !(PAGE_BYTES - 1)
-        };
-        Ok(faults.map(address).collect())
+        Ok(messages.iter().filter_map(event).collect())
     }
 
     /// Puts pages at an address, and wakes who waits for them. Returns how many bytes it came to
@@ -178,10 +199,17 @@ impl Userfault {
     }
 }
 
-/// One that another process made, of its memory.
-impl From<OwnedFd> for Userfault {
-    fn from(fd: OwnedFd) -> Self {
-        Self(fd.into())
+/// One that another process made, of its memory, if it is one.
+impl TryFrom<OwnedFd> for Userfault {
+    type Error = io::Error;
+
+    fn try_from(fd: OwnedFd) -> io::Result<Self> {
+        let link = fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd()))?;
+        if link.as_os_str() == LINK {
+            return Ok(Self(fd.into()));
+        }
+        let why = format!("the descriptor is {}, not a userfaultfd", link.display());
+        Err(io::Error::new(io::ErrorKind::InvalidData, why))
     }
 }
 
@@ -194,6 +222,19 @@ impl AsFd for Userfault {
 impl AsRawFd for Userfault {
     fn as_raw_fd(&self) -> i32 {
         self.0.as_raw_fd()
+    }
+}
+
+/// A `struct uffd_msg`. None of an event that nobody asks for.
+fn event(message: &[u8; MESSAGE_BYTES]) -> Option<Event> {
+    let address = |at: Range<usize>| {
+        let bytes = message[at].try_into().expect("it is eight bytes");
+        u64::from_ne_bytes(bytes)
+    };
+    match message[0] {
+        UFFD_EVENT_PAGEFAULT => Some(Event::Fault(address(ADDRESS) & !(PAGE_BYTES - 1))),
+        UFFD_EVENT_REMOVE => Some(Event::Removed(address(START)..address(END))),
+        _ => None,
     }
 }
 

@@ -1,10 +1,11 @@
 //! One VM: what it hands over, and its faults until its end.
 
-use std::collections::HashSet;
+use std::collections::{HashSet, VecDeque};
 use std::fmt;
 use std::io;
 use std::ops::Range;
 use std::os::unix::net::UnixStream;
+use std::thread;
 use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, poll};
@@ -12,13 +13,17 @@ use rustix::io::Errno;
 use thiserror::Error;
 
 use super::compressed::{CHUNK, CHUNK_BYTES};
+use super::removed::Removed;
 use super::source::Source;
 use crate::handover::{self, Mapping};
 use crate::memory::{PAGE, PAGE_BYTES};
-use crate::userfault::Userfault;
+use crate::userfault::{Event, Userfault};
 
 /// How long a VM may take to hand over its RAM.
 const HANDOVER: Duration = Duration::from_secs(5);
+
+/// How long a VM takes to give memory back once it has said so, about.
+const MOMENT: Duration = Duration::from_micros(100);
 
 /// Why a VM is given no more pages.
 #[derive(Debug, Error)]
@@ -27,6 +32,8 @@ pub(super) enum ServeError {
     HandOver(#[source] io::Error),
     #[error("wait for it")]
     Wait(#[source] io::Error),
+    #[error("it has given back more runs of RAM than can be remembered")]
+    ManyRuns,
     #[error("it has not said which RAM is at {0:#x}")]
     Nowhere(u64),
     #[error("read the RAM at offset {0:#x}")]
@@ -65,14 +72,23 @@ pub(super) fn serve(stream: &UnixStream, source: &Source) -> Result<Served, Serv
         mappings,
         source,
         given: HashSet::new(),
+        waiting: VecDeque::new(),
+        removed: Removed::default(),
         buffer: vec![0; CHUNK],
         served: Served::default(),
     };
     while vm.waits(stream).map_err(ServeError::Wait)? {
-        for address in vm.userfault.faults().map_err(ServeError::Wait)? {
+        vm.listen()?;
+        while let Some(address) = vm.waiting.pop_front() {
             match vm.give(address) {
                 // Its process is gone; the connection says so, too.
                 Err(ServeError::Put(_, error)) if is_gone(&error) => return Ok(vm.served),
+                // It gives memory back just now, and goes on once that is known here.
+                Err(ServeError::Put(_, error)) if is_busy(&error) => {
+                    vm.waiting.push_back(address);
+                    vm.listen()?;
+                    thread::sleep(MOMENT);
+                }
                 other => other?,
             }
         }
@@ -84,12 +100,19 @@ fn is_gone(error: &io::Error) -> bool {
     error.raw_os_error() == Some(libc::ESRCH)
 }
 
+fn is_busy(error: &io::Error) -> bool {
+    error.raw_os_error() == Some(libc::EAGAIN)
+}
+
 struct Vm<'a> {
     userfault: Userfault,
     mappings: Vec<Mapping>,
     source: &'a Source,
     /// The chunks that it was given, by their number.
     given: HashSet<u64>,
+    /// Addresses of pages that its threads wait for.
+    waiting: VecDeque<u64>,
+    removed: Removed,
     buffer: Vec<u8>,
     served: Served,
 }
@@ -108,6 +131,21 @@ impl Vm<'_> {
                 Ok(_) => return Ok(both[1].revents().is_empty()),
             }
         }
+    }
+
+    /// Takes in what it tells. A thread of it that gives memory back waits for that.
+    fn listen(&mut self) -> Result<(), ServeError> {
+        for event in self.userfault.events().map_err(ServeError::Wait)? {
+            match event {
+                Event::Fault(address) => self.waiting.push_back(address),
+                Event::Removed(run) => {
+                    if !self.removed.add(run) {
+                        return Err(ServeError::ManyRuns);
+                    }
+                }
+            }
+        }
+        Ok(())
     }
 
     /// Gives it the page at an address, and those around it that it has never been given: what it had
@@ -138,7 +176,12 @@ impl Vm<'_> {
         let bytes = &mut self.buffer[..len];
         let read = self.source.read(run.start, bytes);
         read.map_err(|error| ServeError::Read(run.start, error))?;
-        let (pages, _) = bytes.as_chunks::<{ PAGE.len() }>();
+        let (pages, _) = bytes.as_chunks_mut::<{ PAGE.len() }>();
+        for (page, offset) in pages.iter_mut().zip((run.start..).step_by(PAGE.len())) {
+            if self.removed.has(mapping.address(offset)) {
+                *page = PAGE;
+            }
+        }
         let mut offset = run.start;
         for alike in pages.chunk_by(|page, next| (*page == PAGE) == (*next == PAGE)) {
             let bytes = alike.as_flattened();
@@ -174,7 +217,6 @@ fn put(userfault: &Userfault, address: u64, bytes: &[u8], zeros: bool) -> io::Re
             Err(error) => match error.raw_os_error() {
                 // There is one already, or its RAM was taken away.
                 Some(libc::EEXIST | libc::ENOENT) => PAGE_BYTES,
-                Some(libc::EAGAIN) => 0,
                 _ => return Err(error),
             },
         };
@@ -188,7 +230,7 @@ mod tests {
     use std::os::unix::fs::FileExt;
     use std::slice;
     use std::sync::mpsc::{Receiver, channel};
-    use std::thread::{self, JoinHandle};
+    use std::thread::JoinHandle;
 
     use api::MemoryConfig;
     use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
@@ -209,7 +251,11 @@ mod tests {
     impl Remote {
         /// None if this host lets nobody make one.
         fn new() -> Option<Self> {
-            let userfault = match Userfault::new() {
+            Self::with(Userfault::new())
+        }
+
+        fn with(userfault: io::Result<Userfault>) -> Option<Self> {
+            let userfault = match userfault {
                 Ok(userfault) => userfault,
                 Err(error) => {
                     eprintln!("SKIPPED: no userfaultfd: {error}");
@@ -278,6 +324,50 @@ mod tests {
         let served = serves.join().unwrap().unwrap();
         assert_eq!((served.faults, served.zeros), (5, 0x10000));
         assert_eq!(served.copied, 3 * 0x10000 + 0x1000);
+    }
+
+    /// Of Firecracker's VMs, which say so.
+    #[test]
+    fn what_a_vm_says_it_gave_back_is_zeros() {
+        let Some(remote) = Remote::with(Userfault::with_removals()) else {
+            return;
+        };
+        let (ram, stream, serves) = remote.serve();
+        assert_eq!(byte(&ram, MIB), 1);
+        // Some of it was there and some was not; each of these waits until the server knows.
+        discard(&ram, MIB + 0x8000, 0x10000);
+        discard(&ram, 2 * MIB, 0x2000);
+        let read = [0x8000, 0xf000, 0x1_0000, 0x1_7000].map(|at| byte(&ram, MIB + at));
+        assert_eq!(read, [0; 4]);
+        let read = [0, 0x7000, 0x1_8000].map(|at| byte(&ram, MIB + at));
+        assert_eq!(read, [1; 3]);
+        let read = [0x1000, 0x2000].map(|at| byte(&ram, 2 * MIB + at));
+        assert_eq!(read, [0, 2]);
+        drop(stream);
+        serves.join().unwrap().unwrap();
+    }
+
+    #[test]
+    fn memory_is_given_back_while_pages_are_given() {
+        let Some(remote) = Remote::with(Userfault::with_removals()) else {
+            return;
+        };
+        let (ram, stream, serves) = remote.serve();
+        thread::scope(|scope| {
+            scope.spawn(|| {
+                for page in (0..4 * MIB).step_by(0x2000) {
+                    discard(&ram, 8 * MIB + page, 0x1000);
+                }
+            });
+            for page in (0..4 * MIB).step_by(0x1000) {
+                let number = u8::try_from(page / MIB).unwrap();
+                assert_eq!(byte(&ram, 4 * MIB + page), 4 + number);
+            }
+        });
+        let read = [0, 0x1000].map(|at| byte(&ram, 8 * MIB + at));
+        assert_eq!(read, [0, 8]);
+        drop(stream);
+        serves.join().unwrap().unwrap();
     }
 
     /// Starts a thread that reads a byte of RAM, and waits until it waits.

@@ -3,6 +3,7 @@
 use std::fs::{self, File};
 use std::io::{self, Read};
 use std::ops::Range;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -33,6 +34,12 @@ pub enum RestoreError {
     Format { path: PathBuf, source: FormatError },
     #[error("{}", .path.display())]
     Config { path: PathBuf, source: JsonError },
+    #[error(
+        "{} names files and sockets that the VM is to use, so it must be written by its user or root \
+         alone: {why}",
+        .path.display()
+    )]
+    Untrusted { path: PathBuf, why: String },
     #[error("{}", .path.display())]
     Memory {
         path: PathBuf,
@@ -220,16 +227,46 @@ fn read_state(folder: &Path) -> Result<State, RestoreError> {
     Ok(state)
 }
 
+/// Reads a file that names other files, as a command line does.
 fn read(path: &Path) -> Result<Vec<u8>, RestoreError> {
-    read_file(path).map_err(|source| RestoreError::Read {
+    let failed = |source| RestoreError::Read {
         path: path.into(),
         source,
-    })
+    };
+    let file = open(path).map_err(failed)?;
+    let metadata = file.metadata().map_err(failed)?;
+    let own = rustix::process::geteuid().as_raw();
+    if let Some(why) = distrust(metadata.uid(), metadata.mode(), own) {
+        let path = path.into();
+        return Err(RestoreError::Untrusted { path, why });
+    }
+    read_some(file).map_err(failed)
+}
+
+/// Why a file of user `owner` and with this mode may be of another than user `own` or root, if so.
+fn distrust(owner: u32, mode: u32, own: u32) -> Option<String> {
+    const OTHERS_WRITE: u32 = 0o022;
+    if owner != own && owner != 0 {
+        Some(format!(
+            "it belongs to user {owner}, and this is user {own}"
+        ))
+    } else if mode & OTHERS_WRITE != 0 {
+        Some(format!(
+            "others may write to it (mode {:04o})",
+            mode & 0o7777
+        ))
+    } else {
+        None
+    }
 }
 
 pub(super) fn read_file(path: &Path) -> io::Result<Vec<u8>> {
+    read_some(open(path)?)
+}
+
+fn read_some(file: File) -> io::Result<Vec<u8>> {
     let mut bytes = Vec::new();
-    open(path)?.take(MOST_STATE_BYTES).read_to_end(&mut bytes)?;
+    file.take(MOST_STATE_BYTES).read_to_end(&mut bytes)?;
     Ok(bytes)
 }
 
@@ -350,4 +387,24 @@ fn open_layer(
     });
     checked.map_err(|error| unusable(&path, error))?;
     Ok(opened)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_others_may_write_is_not_trusted() {
+        for (owner, mode, own) in [(0, 0o100_600, 1000), (1000, 0o100_644, 1000), (0, 0o600, 0)] {
+            assert_eq!(distrust(owner, mode, own), None, "{owner} {mode:o} {own}");
+        }
+        assert_eq!(
+            distrust(1000, 0o100_600, 0).unwrap(),
+            "it belongs to user 1000, and this is user 0"
+        );
+        for mode in [0o100_664, 0o100_602] {
+            let why = format!("others may write to it (mode {:04o})", mode & 0o777);
+            assert_eq!(distrust(0, mode, 0).unwrap(), why);
+        }
+    }
 }
