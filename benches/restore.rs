@@ -175,7 +175,7 @@ fn main() {
 
     let (service, mut client) = boot_linux();
     thread::sleep(SETTLING);
-    let full = || json!({"destination_url": url(&at("linux"))});
+    let full = || json!({"destination_url": url(&at("linux")), "incremental": true});
     let pause = ask(&mut client, "vm.pause", None);
     let whole = ask(&mut client, "vm.snapshot", Some(full()));
     let size = allocated(&at("linux"));

@@ -127,7 +127,7 @@ fn only_of_what_is_mapped_from_a_snapshot_is_a_working_set_known() {
     let (status, why) = record(&mut original);
     assert_eq!(status, 400);
     assert!(why.starts_with("the VM is of no snapshot"), "{why}");
-    original.snapshot(folder.path(), false);
+    original.snapshot(folder.path(), true);
     let (status, why) = record(&mut original);
     assert_eq!(status, 400);
     assert!(why.starts_with("the VM's RAM is a copy"), "{why}");
@@ -324,7 +324,7 @@ fn layers_lie_over_one_another_in_what_a_process_gives() {
     let (first, second) = (folder.path().join("first"), folder.path().join("second"));
     let mut original = Counter::boot();
     assert_eq!(original.count(), 'A');
-    original.snapshot(&first, false);
+    original.snapshot(&first, true);
     assert_eq!(original.count(), 'B');
     original.snapshot(&second, true);
     original.end();

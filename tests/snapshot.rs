@@ -23,7 +23,7 @@ fn guests_go_on_where_their_snapshot_was_taken_and_are_each_their_own() {
     let (first, second) = (folder.path().join("first"), folder.path().join("second"));
     let mut original = Counter::boot();
     assert_eq!(original.count(), 'A');
-    original.snapshot(&first, false);
+    original.snapshot(&first, true);
     assert_eq!((original.count(), original.count()), ('B', 'C'));
     original.snapshot(&second, true);
     assert_eq!(original.count(), 'D');
@@ -291,7 +291,8 @@ fn changes_alone_are_written_where_what_is_below_can_be_had() {
     let mut files = Vec::new();
     for round in 0..10 {
         original.count();
-        original.snapshot(folder.path(), round > 0);
+        original.snapshot(folder.path(), true);
+        assert!(original.is_mapped_from(folder.path()), "{round}");
         files.push(memory_files(folder.path()).len());
     }
     // Not for ever: then all is in one file again.
@@ -311,6 +312,26 @@ fn changes_alone_are_written_where_what_is_below_can_be_had() {
     assert_eq!(status, 500, "{why}");
     assert!(why.contains("No space left on device"), "{why}");
     assert!(!other.exists());
+    [original, clone].into_iter().for_each(Counter::end);
+}
+
+/// A guest that has huge pages keeps them.
+#[test]
+fn a_guest_goes_on_in_its_own_memory_after_a_snapshot() {
+    if !kvm_is_here() {
+        return;
+    }
+    let folder = TempDir::new().unwrap();
+    let mut original = Counter::boot();
+    original.count();
+    original.snapshot(folder.path(), false);
+    assert!(!original.is_mapped_from(folder.path()));
+    original.count();
+    // Changes since then are known of no file, so this is all of it.
+    original.snapshot(folder.path(), true);
+    assert_eq!(memory_files(folder.path()).len(), 1);
+    let mut clone = Counter::restore(folder.path(), &[("verify", true.into())]);
+    assert_eq!((original.count(), clone.count()), ('C', 'C'));
     [original, clone].into_iter().for_each(Counter::end);
 }
 

@@ -56,7 +56,7 @@ pub struct Resize {
 pub struct Snapshot {
     /// Where to: made if it is not there.
     pub folder: PathBuf,
-    /// Of memory, writes only what has changed since the last snapshot, where that can be.
+    /// Of memory, writes only what has changed since the last such snapshot, where that can be.
     pub incremental: bool,
 }
 

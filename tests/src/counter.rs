@@ -135,6 +135,14 @@ impl Counter {
         put(&mut self.client, "vm.resume", None).expect("podvmm and its files are there");
     }
 
+    /// Whether a part of podvmm's memory is a file in `folder`.
+    pub fn is_mapped_from(&self, folder: &Path) -> bool {
+        let maps = format!("/proc/{}/maps", self.service.running.pid());
+        let maps = fs::read_to_string(maps).expect("podvmm runs");
+        let folder = folder.to_str().expect("temporary files have plain names");
+        maps.contains(folder)
+    }
+
     /// Has it try in vain. Returns the status and why.
     pub fn refused_snapshot(&mut self, folder: &Path, incremental: bool) -> (u16, String) {
         put(&mut self.client, "vm.pause", None).expect("it runs");

@@ -62,7 +62,8 @@ fn failed(act: &'static str, path: &Path) -> impl Fn(io::Error) -> SaveError {
 }
 
 /// Writes `machine`, which is paused, to `folder`. Whatever goes wrong: an older snapshot there
-/// stays, and nothing else does. Afterwards RAM is mapped from what was written.
+/// stays, and nothing else does. After an incremental one RAM is mapped from what was written, and so
+/// it is if it came from another process before.
 pub(crate) fn save(
     machine: &mut Machine,
     definition: &Definition,
@@ -98,6 +99,11 @@ pub(crate) fn save(
         config,
     };
     draft.commit(&state, &layers)?;
+    // To map RAM from its files is what the next incremental snapshot needs, but it takes the guest's huge
+    // pages, and each page that it touches faults once more.
+    if !incremental && machine.remote.is_none() {
+        return Ok(());
+    }
     match machine.ram.lay(&layers, &allowed, true) {
         Ok(()) => {
             machine.source = Some(Source {

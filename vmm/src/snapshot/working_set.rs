@@ -34,7 +34,7 @@ impl Document for WorkingSet {
 /// Why a working set is not recorded.
 #[derive(Debug, Error)]
 pub(crate) enum RecordError {
-    #[error("the VM is of no snapshot: it was booted, and has written none")]
+    #[error("the VM is of no snapshot: it was booted, and has written no incremental one")]
     Booted,
     #[error("the VM's RAM is a copy of its snapshot's, being shared or of huge pages")]
     Copied,
