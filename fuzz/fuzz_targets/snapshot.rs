@@ -88,7 +88,7 @@ fn go_on<D: VirtioDevice + 'static>(make: impl Fn() -> D, changes: &[(u16, Chang
             guest.kick(queue);
         }
         guest.settle();
-        guest.transport.pause();
+        guest.transport.pause().unwrap();
         let _ = guest.transport.state();
     }
 }

@@ -2,16 +2,22 @@
 //! its own for each handler that blocks.
 //!
 //! A loop waits only on epoll. Handlers reach it and leave it by ownership;
-//! whoever adds or recalls one waits for the event the loop is at.
+//! whoever adds one waits for the event the loop is at, and whoever recalls one
+//! does so for a while: the host may never finish what a handler asked of it.
 
 use std::collections::HashMap;
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
 use std::sync::{Arc, Mutex, MutexGuard};
-use std::thread::{Builder, JoinHandle};
+use std::thread::{self, Builder, JoinHandle};
+use std::time::{Duration, Instant};
 
-use devices::virtio::{Handler, Runner, Thread, Ticket};
+use devices::virtio::{Handler, Recall, Runner, Thread, Ticket};
 use event_manager::{Error as EventError, EventManager, RemoteEndpoint, SubscriberId};
+
+/// How long a loop that is to end is waited for. Its handlers have been recalled, with more patience.
+const LAST_PATIENCE: Duration = Duration::from_secs(1);
 
 /// All loops of a VM. Threads start when the first handler needs them.
 #[derive(Debug, Default)]
@@ -22,8 +28,25 @@ pub(crate) struct IoThreads {
 #[derive(Debug, Default)]
 struct Table {
     shared: Option<Arc<Loop>>,
-    handlers: HashMap<u64, (Arc<Loop>, SubscriberId)>,
+    handlers: HashMap<u64, Running>,
     next_ticket: u64,
+}
+
+/// A handler that is on a loop.
+#[derive(Debug)]
+struct Running {
+    home: Arc<Loop>,
+    subscriber: SubscriberId,
+    /// If it was recalled and has not come back.
+    recall: Option<Leaving>,
+}
+
+/// A handler that leaves its loop after the event it is at.
+#[derive(Debug)]
+struct Leaving {
+    /// Whether it still is to leave. Held while it does.
+    wanted: Arc<Mutex<bool>>,
+    back: Receiver<Box<dyn Handler>>,
 }
 
 impl IoThreads {
@@ -47,20 +70,61 @@ impl Table {
     }
 }
 
+impl Table {
+    fn insert(&mut self, running: Running) -> Ticket {
+        let ticket = self.next_ticket;
+        self.next_ticket += 1;
+        self.handlers.insert(ticket, running);
+        Ticket(ticket)
+    }
+}
+
 impl Runner for IoThreads {
     fn run(&self, handler: Box<dyn Handler>) -> io::Result<Ticket> {
         let mut table = self.table();
         let home = table.loop_for(handler.thread())?;
         let subscriber = home.add(handler)?;
-        let ticket = table.next_ticket;
-        table.next_ticket += 1;
-        table.handlers.insert(ticket, (home, subscriber));
-        Ok(Ticket(ticket))
+        Ok(table.insert(Running {
+            home,
+            subscriber,
+            recall: None,
+        }))
     }
 
-    fn recall(&self, ticket: Ticket) -> Option<Box<dyn Handler>> {
-        let (home, subscriber) = self.table().handlers.remove(&ticket.0)?;
-        home.remove(subscriber).ok()
+    fn recall(&self, ticket: Ticket, patience: Duration) -> Recall {
+        let Some(mut running) = self.table().handlers.remove(&ticket.0) else {
+            return Recall::Gone;
+        };
+        let leaving = match running.recall.take() {
+            Some(leaving) => leaving,
+            None => match running.home.remove(running.subscriber) {
+                Ok(leaving) => leaving,
+                Err(_) => return Recall::Gone,
+            },
+        };
+        match leaving.back.recv_timeout(patience) {
+            Ok(handler) => Recall::Back(handler),
+            Err(RecvTimeoutError::Disconnected) => Recall::Gone,
+            Err(RecvTimeoutError::Timeout) => {
+                running.recall = Some(leaving);
+                self.table().handlers.insert(ticket.0, running);
+                Recall::Late(ticket)
+            }
+        }
+    }
+
+    fn keep(&self, ticket: Ticket) -> io::Result<Ticket> {
+        let gone = || io::Error::other("the handler is gone");
+        let mut running = self.table().handlers.remove(&ticket.0).ok_or_else(gone)?;
+        if let Some(Leaving { wanted, back }) = running.recall.take() {
+            *wanted.lock().expect("no thread panics while it holds it") = false;
+            if let Ok(handler) = back.try_recv() {
+                // It has left meanwhile.
+                running.subscriber = running.home.add(handler)?;
+            }
+        }
+        self.table().handlers.insert(ticket.0, running);
+        Ok(ticket)
     }
 }
 
@@ -101,9 +165,21 @@ impl Loop {
             .map_err(io::Error::other)
     }
 
-    fn remove(&self, subscriber: SubscriberId) -> Result<Box<dyn Handler>, EventError> {
-        self.endpoint
-            .call_blocking(move |manager| manager.remove_subscriber(subscriber))
+    /// Has a handler leave after the event it is at, unless it is not to any more by then.
+    fn remove(&self, subscriber: SubscriberId) -> Result<Leaving, EventError> {
+        let wanted = Arc::new(Mutex::new(true));
+        let (leave, back) = mpsc::channel();
+        let still_wanted = wanted.clone();
+        self.endpoint.fire(move |manager| {
+            let wanted = still_wanted
+                .lock()
+                .expect("no thread panics while it holds it");
+            if *wanted && let Ok(handler) = manager.remove_subscriber(subscriber) {
+                // Dropped here if nobody waits for it any more.
+                let _ = leave.send(handler);
+            }
+        })?;
+        Ok(Leaving { wanted, back })
     }
 }
 
@@ -111,10 +187,20 @@ impl Drop for Loop {
     fn drop(&mut self) {
         self.stop.store(true, Ordering::Release);
         // An empty call wakes the loop; it fails only when the loop has ended.
-        let _ = self.endpoint.call_blocking(|_| Ok::<_, EventError>(()));
-        if let Some(thread) = self.thread.take()
-            && thread.join().is_err()
-        {
+        let _ = self.endpoint.fire(|_| ());
+        let Some(thread) = self.thread.take() else {
+            return;
+        };
+        let deadline = Instant::now() + LAST_PATIENCE;
+        while !thread.is_finished() {
+            if Instant::now() >= deadline {
+                let name = thread.thread().name().unwrap_or_default();
+                log::error!("{name} is left behind: the host does not finish a request");
+                return;
+            }
+            thread::sleep(Duration::from_millis(1));
+        }
+        if thread.join().is_err() {
             log::error!("a device loop panicked");
         }
     }
@@ -125,5 +211,129 @@ impl std::fmt::Debug for Loop {
         f.debug_struct("Loop")
             .field("thread", &self.thread)
             .finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::AsRawFd;
+
+    use devices::virtio::RingState;
+    use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
+    use vmm_sys_util::eventfd::EventFd;
+
+    use super::*;
+
+    const LONG: Duration = Duration::from_secs(30);
+    const SHORT: Duration = Duration::from_millis(20);
+
+    /// Has one event, which lasts until it is let go of.
+    #[derive(Debug)]
+    struct Slow {
+        begun: mpsc::Sender<()>,
+        end: Receiver<()>,
+        event: EventFd,
+    }
+
+    impl MutEventSubscriber for Slow {
+        fn init(&mut self, ops: &mut EventOps) {
+            let events = Events::new_raw(self.event.as_raw_fd(), EventSet::IN);
+            ops.add(events).expect("it is an eventfd");
+        }
+
+        fn process(&mut self, _: Events, _: &mut EventOps) {
+            self.event.read().expect("it is due");
+            // The test may have no more interest.
+            let _ = self.begun.send(());
+            let _ = self.end.recv();
+        }
+    }
+
+    impl Handler for Slow {
+        fn thread(&self) -> Thread {
+            Thread::Own("slow".into())
+        }
+
+        fn drain(&mut self) {}
+
+        fn rings(&self) -> Vec<RingState> {
+            Vec::new()
+        }
+    }
+
+    /// A handler that is at its event, which ends by the sender.
+    fn at_its_event(threads: &IoThreads) -> (Ticket, mpsc::Sender<()>, EventFd) {
+        let (begun, begins) = mpsc::channel();
+        let (ends, end) = mpsc::channel();
+        let event = EventFd::new(0).unwrap();
+        event.write(1).unwrap();
+        let handler = Slow {
+            begun,
+            end,
+            event: event.try_clone().unwrap(),
+        };
+        let ticket = threads.run(Box::new(handler)).unwrap();
+        begins.recv_timeout(LONG).unwrap();
+        (ticket, ends, event)
+    }
+
+    #[test]
+    fn a_handler_that_is_late_comes_back_after_its_event() {
+        let threads = IoThreads::default();
+        let (ticket, ends, _event) = at_its_event(&threads);
+        let Recall::Late(ticket) = threads.recall(ticket, SHORT) else {
+            panic!("it cannot have come back");
+        };
+        ends.send(()).unwrap();
+        assert!(matches!(threads.recall(ticket, LONG), Recall::Back(_)));
+    }
+
+    #[test]
+    fn one_that_is_kept_goes_on_whether_it_has_left_or_not() {
+        for has_left in [false, true] {
+            let threads = IoThreads::default();
+            let (ticket, ends, event) = at_its_event(&threads);
+            let Recall::Late(ticket) = threads.recall(ticket, SHORT) else {
+                panic!("it cannot have come back");
+            };
+            if has_left {
+                ends.send(()).unwrap();
+                thread::sleep(SHORT);
+            }
+            let ticket = threads.keep(ticket).unwrap();
+            if !has_left {
+                ends.send(()).unwrap();
+            }
+            // It is at its event once more, so it is on its loop.
+            event.write(1).unwrap();
+            ends.send(()).unwrap();
+            let deadline = Instant::now() + LONG;
+            while unread(&event) {
+                assert!(Instant::now() < deadline, "it serves nothing");
+                thread::sleep(Duration::from_millis(1));
+            }
+            assert!(matches!(threads.recall(ticket, LONG), Recall::Back(_)));
+        }
+    }
+
+    fn unread(event: &EventFd) -> bool {
+        use rustix::event::{PollFd, PollFlags, Timespec, poll};
+        // SAFETY: `event` is open, and outlives the borrow.
+        let event = unsafe { std::os::fd::BorrowedFd::borrow_raw(event.as_raw_fd()) };
+        let mut poll_fd = [PollFd::new(&event, PollFlags::IN)];
+        let now = Timespec {
+            tv_sec: 0,
+            tv_nsec: 0,
+        };
+        poll(&mut poll_fd, Some(&now)).expect("it is an eventfd") > 0
+    }
+
+    #[test]
+    fn threads_that_never_finish_are_left_behind() {
+        let threads = IoThreads::default();
+        let (_ticket, _ends, _event) = at_its_event(&threads);
+        let started = Instant::now();
+        drop(threads);
+        assert!(started.elapsed() < LAST_PATIENCE + LONG / 2);
     }
 }

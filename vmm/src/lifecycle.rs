@@ -295,12 +295,16 @@ impl Vm {
 
     fn pause(&mut self) -> Result<(), ApiError> {
         match std::mem::replace(&mut self.phase, Phase::None) {
-            Phase::Running(definition, machine) => {
+            Phase::Running(definition, mut machine) => {
                 let _patience = machine.patience();
-                machine.pause();
-                self.phase = Phase::Paused(definition, machine);
-                self.around.events.vm("paused", Value::Null);
-                Ok(())
+                let paused = machine.pause();
+                self.phase = if paused.is_ok() {
+                    self.around.events.vm("paused", Value::Null);
+                    Phase::Paused(definition, machine)
+                } else {
+                    Phase::Running(definition, machine)
+                };
+                paused.map_err(|error| ApiError::Host(chain(&error)))
             }
             other => {
                 self.phase = other;

@@ -3,11 +3,13 @@
 
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard};
+use std::thread::{self, Builder};
 use std::time::{Duration, Instant};
 
+use api::chain;
 use arch::state::CpuFeatures;
 use devices::legacy::{Serial, SerialState};
-use devices::virtio::{Counters, MmioTransport, TransportState};
+use devices::virtio::{Busy, Counters, MmioTransport, TransportState};
 use kvm_ioctls::VmFd;
 use thiserror::Error;
 
@@ -27,6 +29,15 @@ use crate::vcpus::Vcpus;
 #[derive(Debug, Error)]
 #[error("resume a device")]
 pub struct ResumeError(#[source] io::Error);
+
+/// A device is busy with what the host does not finish.
+#[derive(Debug, Error)]
+#[error("pause {device}")]
+pub struct PauseError {
+    /// Its id in vm.counters.
+    device: String,
+    source: Busy,
+}
 
 /// A guest with its vCPUs, devices and RAM. Fields are dropped in this order:
 /// first nobody runs, then nobody serves, then KVM lets go of RAM, then RAM goes.
@@ -92,10 +103,19 @@ impl Machine {
     }
 
     /// Takes the vCPUs out of the guest and the devices off their loops. Nothing
-    /// moves until [`Machine::resume`].
-    pub fn pause(&self) {
+    /// moves until [`Machine::resume`]. If a device cannot be stopped, all of them go on.
+    pub fn pause(&mut self) -> Result<(), PauseError> {
         self.vcpus.iter().for_each(Vcpu::park);
-        self.each_transport(|mut transport| transport.pause());
+        let busy = self.transports.iter().find_map(|(id, transport)| {
+            let source = lock(transport).pause().err()?;
+            let device = id.clone();
+            Some(PauseError { device, source })
+        });
+        let Some(busy) = busy else { return Ok(()) };
+        if let Err(error) = self.resume() {
+            log::error!("{}", chain(&error).join(": "));
+        }
+        Err(busy)
     }
 
     /// Puts the devices back on their loops and lets the vCPUs go on.
@@ -127,10 +147,18 @@ impl Machine {
     }
 
     /// Ends the guest's life but keeps what is needed to talk about it. What the
-    /// guest has queued for its devices is done first: its last words count.
+    /// guest has queued for its devices is done first: its last words count. Devices do that at the
+    /// same time, so that those the host does not answer are waited for once.
     pub fn stop(&self) {
         self.vcpus.iter().for_each(Vcpu::park);
-        self.each_transport(|mut transport| transport.drain());
+        thread::scope(|scope| {
+            for (_, transport) in &self.transports {
+                let drain = || lock(transport).drain();
+                if Builder::new().spawn_scoped(scope, drain).is_err() {
+                    drain();
+                }
+            }
+        });
     }
 
     /// Whether the guest can never do anything again: every vCPU that runs has
@@ -247,12 +275,6 @@ impl Machine {
     /// that stands still for locked up.
     const SLICE: Duration = Duration::from_millis(5);
     const PERIOD: Duration = Duration::from_millis(100);
-
-    fn each_transport(&self, mut act: impl FnMut(MutexGuard<'_, MmioTransport>)) {
-        self.transports
-            .iter()
-            .for_each(|(_, transport)| act(lock(transport)));
-    }
 }
 
 fn lock(transport: &Mutex<MmioTransport>) -> MutexGuard<'_, MmioTransport> {

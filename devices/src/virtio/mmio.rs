@@ -12,7 +12,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::session::Session;
 use super::setup::{Area, Half, QueueSetup};
-use super::{Counters, Memory, Runner, StateError, TransportState, VirtioDevice};
+use super::{Busy, Counters, Memory, Runner, StateError, TransportState, VirtioDevice};
 use crate::bus::BusDevice;
 
 /// Size of a device's window: its registers and its configuration space.
@@ -65,13 +65,15 @@ impl MmioTransport {
     }
 
     /// Takes the device's handlers off their loops and keeps them: when this returns the device
-    /// does nothing more until [`resume`](Self::resume). The vCPUs are to stand still.
-    pub fn pause(&mut self) {
-        self.session.pause();
+    /// does nothing more until [`resume`](Self::resume). The vCPUs are to stand still. If the host does
+    /// not finish a request for some seconds, the device goes on as it was.
+    pub fn pause(&mut self) -> Result<(), Busy> {
+        self.session.pause()
     }
 
     /// Like [`pause`](Self::pause), and finishes what the guest has queued. Used before the VM
-    /// ends, so that nothing it said is lost; may block for some seconds if the host's side does.
+    /// ends, so that nothing it said is lost. What the host does not finish for some seconds is given
+    /// up: the device is not to be used any more then.
     pub fn drain(&mut self) {
         self.session.drain();
     }
@@ -81,7 +83,8 @@ impl MmioTransport {
         self.session.resume()
     }
 
-    /// Pauses the device and says all that another one needs to go on in its place.
+    /// Pauses the device and says all that another one needs to go on in its place. Panics if it cannot
+    /// be paused, which who pauses it first learns without.
     pub fn state(&mut self) -> TransportState {
         let (device, rings) = self.session.state();
         TransportState {

@@ -44,6 +44,7 @@ pub mod vsock;
 use std::fmt::Debug;
 use std::io;
 use std::sync::Arc;
+use std::time::Duration;
 
 use event_manager::MutEventSubscriber;
 use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
@@ -186,16 +187,35 @@ pub enum Thread {
 #[derive(Debug, PartialEq, Eq)]
 pub struct Ticket(pub u64);
 
-/// Runs handlers on event loops.
-///
-/// Both calls come from vCPU threads and the control thread, never from a handler, and return
-/// once the handler has been added or removed.
+/// Runs handlers on event loops. Its calls come from vCPU threads and the control thread, never from a
+/// handler.
 pub trait Runner: Send + Sync {
+    /// Returns once the handler has been added.
     fn run(&self, handler: Box<dyn Handler>) -> io::Result<Ticket>;
 
-    /// Takes the handler back, after the event it is at. None if its loop is gone.
-    fn recall(&self, ticket: Ticket) -> Option<Box<dyn Handler>>;
+    /// Takes the handler back, after the event it is at. Waits for that for at most `patience`. A
+    /// handler that is late leaves its loop as soon as it can; another recall, or [`keep`](Self::keep),
+    /// says what becomes of it then.
+    fn recall(&self, ticket: Ticket, patience: Duration) -> Recall;
+
+    /// Has a handler that was late for its recall go on as if it had not been recalled.
+    fn keep(&self, ticket: Ticket) -> io::Result<Ticket>;
 }
+
+/// What became of a recall.
+#[derive(Debug)]
+pub enum Recall {
+    Back(Box<dyn Handler>),
+    /// It is still at an event, so the host does not answer.
+    Late(Ticket),
+    /// Its loop is gone, and so is the handler.
+    Gone,
+}
+
+/// A request has been under way for so long that its device could not be stopped.
+#[derive(Debug, thiserror::Error)]
+#[error("the host has not finished a request for {} s; the device goes on", .0.as_secs())]
+pub struct Busy(pub Duration);
 
 /// Copies from a configuration space that is `config`, and zero beyond it.
 fn read_config_bytes(config: &[u8], offset: u64, data: &mut [u8]) {

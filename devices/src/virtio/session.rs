@@ -6,7 +6,9 @@
 use std::fmt::{self, Debug};
 use std::io;
 use std::mem;
-use std::sync::Arc;
+use std::sync::{Arc, mpsc};
+use std::thread::Builder;
+use std::time::{Duration, Instant};
 
 use virtio_bindings::virtio_config::{VIRTIO_CONFIG_S_NEEDS_RESET, VIRTIO_F_VERSION_1};
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
@@ -16,13 +18,17 @@ use vmm_sys_util::eventfd::EventFd;
 use super::negotiation::{Negotiation, Step};
 use super::setup::QueueSetup;
 use super::{
-    ActivateError, Activation, Counters, DeviceState, Handler, Interrupt, Memory, Ring, RingState,
-    Runner, StateError, Ticket, VirtioDevice,
+    ActivateError, Activation, Busy, Counters, DeviceState, Handler, Interrupt, Memory, Recall,
+    Ring, RingState, Runner, StateError, Ticket, VirtioDevice,
 };
 
 /// Offered for every device: by this transport, and by [`Ring`].
 const COMMON_FEATURES: u64 =
     1 << VIRTIO_F_VERSION_1 | 1 << VIRTIO_RING_F_INDIRECT_DESC | 1 << VIRTIO_RING_F_EVENT_IDX;
+
+/// How long a device's handlers are waited for that have a request under way. A disk that works
+/// finishes one sooner; a client of the API or a service manager waits longer.
+const PATIENCE: Duration = Duration::from_secs(5);
 
 /// Where the handlers are.
 enum Activity {
@@ -111,39 +117,95 @@ impl Session {
         }
     }
 
-    /// Takes the handlers off their loops and keeps them. Nothing touches guest memory after.
-    pub(super) fn pause(&mut self) {
-        self.activity = match mem::replace(&mut self.activity, Activity::Idle) {
-            Activity::Idle => Activity::Idle,
-            Activity::Running(tickets) => Activity::Paused(self.recall(tickets)),
-            Activity::Paused(handlers) => Activity::Paused(handlers),
-        };
+    /// Takes the handlers off their loops and keeps them. Nothing touches guest memory after. If one of
+    /// them does not come back, all of them go on.
+    pub(super) fn pause(&mut self) -> Result<(), Busy> {
+        match mem::replace(&mut self.activity, Activity::Idle) {
+            Activity::Running(tickets) => {
+                let (handlers, late) = self.recall(tickets);
+                if !late.is_empty() {
+                    self.go_on(handlers, late);
+                    return Err(Busy(PATIENCE));
+                }
+                self.activity = Activity::Paused(handlers);
+            }
+            other => self.activity = other,
+        }
+        Ok(())
     }
 
-    /// Pauses, and lets each handler finish what the guest has queued.
-    pub(super) fn drain(&mut self) {
-        self.pause();
-        if let Activity::Paused(handlers) = &mut self.activity {
-            handlers.iter_mut().for_each(|handler| handler.drain());
+    /// Takes back a pause that did not come about.
+    fn go_on(&mut self, handlers: Vec<Box<dyn Handler>>, late: Vec<Ticket>) {
+        let kept = late.into_iter().map(|ticket| self.runner.keep(ticket));
+        let kept = kept.collect::<io::Result<Vec<_>>>();
+        let started = kept.and_then(|kept| {
+            let mut tickets = self.start(handlers)?;
+            tickets.extend(kept);
+            Ok(tickets)
+        });
+        match started {
+            Ok(tickets) => self.activity = Activity::Running(tickets),
+            Err(error) => {
+                log::error!("restart virtio device {}: {error}", self.device.id());
+                self.interrupt.notify_needs_reset();
+            }
+        }
+        if let Err(error) = self.catch_up() {
+            log::error!("kick virtio device {}: {error}", self.device.id());
         }
     }
 
-    /// Puts the handlers back. Kicks and interrupts that got lost on the way are made up for.
+    /// Pauses, and lets each handler finish what the guest has queued. That is done on another thread,
+    /// for it may wait for the host as long as the host likes. What is not done in time is left to
+    /// itself: it keeps what it needs, RAM too.
+    pub(super) fn drain(&mut self) {
+        let paused = self.pause();
+        let activity = mem::replace(&mut self.activity, Activity::Idle);
+        let drained = match (paused, activity) {
+            (Ok(()), Activity::Paused(handlers)) if !handlers.is_empty() => {
+                drain_within(PATIENCE, handlers).map(|handlers| {
+                    self.activity = Activity::Paused(handlers);
+                })
+            }
+            (Ok(()), activity) => {
+                self.activity = activity;
+                Ok(())
+            }
+            // Its loops end with their runner.
+            (Err(busy), _) => Err(io::Error::other(busy)),
+        };
+        if let Err(error) = drained {
+            log::error!(
+                "requests of virtio device {} are lost: {error}",
+                self.device.id()
+            );
+        }
+    }
+
+    /// Puts the handlers back.
     pub(super) fn resume(&mut self) -> io::Result<()> {
         match mem::replace(&mut self.activity, Activity::Idle) {
-            Activity::Paused(handlers) => self.start(handlers)?,
+            Activity::Paused(handlers) => {
+                self.activity = Activity::Running(self.start(handlers)?);
+            }
             other => {
                 self.activity = other;
                 return Ok(());
             }
         }
+        self.catch_up()
+    }
+
+    /// Makes up for kicks and interrupts that were lost while handlers were on no loop.
+    fn catch_up(&self) -> io::Result<()> {
         self.interrupt.replay();
         self.kicks.iter().try_for_each(|kick| kick.write(1))
     }
 
     /// Pauses, and says what the device keeps of its own and how far its queues are.
     pub(super) fn state(&mut self) -> (DeviceState, Option<Vec<RingState>>) {
-        self.pause();
+        self.pause()
+            .expect("a machine is paused before its state is asked for");
         let mut device = self.device.state();
         let Activity::Paused(handlers) = &self.activity else {
             return (device, None);
@@ -229,7 +291,9 @@ impl Session {
     fn try_activate(&mut self) -> Result<(), ActivateError> {
         let activation = self.activation()?;
         let handlers = self.device.activate(activation)?;
-        self.start(handlers).map_err(ActivateError::Run)
+        let tickets = self.start(handlers).map_err(ActivateError::Run)?;
+        self.activity = Activity::Running(tickets);
+        Ok(())
     }
 
     fn activation(&self) -> Result<Activation, ActivateError> {
@@ -266,7 +330,7 @@ impl Session {
     }
 
     /// Hands all handlers to their loops, or none.
-    fn start(&mut self, handlers: Vec<Box<dyn Handler>>) -> io::Result<()> {
+    fn start(&self, handlers: Vec<Box<dyn Handler>>) -> io::Result<Vec<Ticket>> {
         let mut tickets = Vec::with_capacity(handlers.len());
         for handler in handlers {
             match self.runner.run(handler) {
@@ -277,25 +341,40 @@ impl Session {
                 }
             }
         }
-        self.activity = Activity::Running(tickets);
-        Ok(())
+        Ok(tickets)
     }
 
-    fn recall(&self, tickets: Vec<Ticket>) -> Vec<Box<dyn Handler>> {
-        tickets
-            .into_iter()
-            .filter_map(|ticket| self.runner.recall(ticket))
-            .map(|mut handler| {
-                handler.rest();
-                handler
-            })
-            .collect()
+    /// The handlers that come back, and the tickets of those that are late. All of them together are
+    /// waited for no longer than [`PATIENCE`].
+    fn recall(&self, tickets: Vec<Ticket>) -> (Vec<Box<dyn Handler>>, Vec<Ticket>) {
+        let deadline = Instant::now() + PATIENCE;
+        let (mut handlers, mut late) = (Vec::with_capacity(tickets.len()), Vec::new());
+        for ticket in tickets {
+            let patience = deadline.saturating_duration_since(Instant::now());
+            match self.runner.recall(ticket, patience) {
+                Recall::Back(mut handler) => {
+                    handler.rest();
+                    handlers.push(handler);
+                }
+                Recall::Late(ticket) => late.push(ticket),
+                Recall::Gone => {}
+            }
+        }
+        (handlers, late)
     }
 
     /// The driver wrote 0 (virtio 1.3 §2.4, Device Reset): when this returns, the device is as it
     /// was at first and touches no guest memory.
+    ///
+    /// If the host does not finish a request, the device is not reset. Its status then is not 0, by
+    /// which the driver sees that (§2.4.2: a reset is complete when the status reads 0), and says that the
+    /// device needs a reset. The driver can write 0 again.
     fn reset(&mut self) {
-        self.pause();
+        if let Err(busy) = self.pause() {
+            log::error!("reset virtio device {}: {busy}", self.device.id());
+            self.interrupt.notify_needs_reset();
+            return;
+        }
         self.activity = Activity::Idle;
         self.negotiation.reset();
         self.interrupt.reset();
@@ -311,8 +390,37 @@ impl Session {
 
 impl Drop for Session {
     fn drop(&mut self) {
-        self.pause();
+        // One that is late ends with its loop, whose memory and descriptors are its own.
+        if let Err(busy) = self.pause() {
+            log::error!("end virtio device {}: {busy}", self.device.id());
+        }
     }
+}
+
+/// Drains `handlers` on a thread of its own, and gives them back if that takes no longer than
+/// `patience`.
+fn drain_within(
+    patience: Duration,
+    mut handlers: Vec<Box<dyn Handler>>,
+) -> io::Result<Vec<Box<dyn Handler>>> {
+    let (give, take) = mpsc::channel::<Vec<Box<dyn Handler>>>();
+    let (done, drained) = mpsc::channel();
+    let drain = move || {
+        if let Ok(mut handlers) = take.recv() {
+            handlers.iter_mut().for_each(|handler| handler.drain());
+            // Nobody waits any more if it is late.
+            let _ = done.send(handlers);
+        }
+    };
+    if Builder::new().name("drain".into()).spawn(drain).is_err() {
+        // A host that is out of threads is no reason to lose what the guest said.
+        handlers.iter_mut().for_each(|handler| handler.drain());
+        return Ok(handlers);
+    }
+    // The thread waits for them.
+    let _ = give.send(handlers);
+    let late = |_| io::Error::other(Busy(patience));
+    drained.recv_timeout(patience).map_err(late)
 }
 
 impl Debug for Session {

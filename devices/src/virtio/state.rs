@@ -109,7 +109,7 @@ mod tests {
     #[test]
     fn what_was_queued_while_paused_is_served_after_the_restore() {
         let mut guest = Guest::live(Rng::new());
-        guest.transport.pause();
+        guest.transport.pause().unwrap();
         guest.add(0, &[Buffer::In(8)]).unwrap();
         let mut guest = guest.move_to(Rng::new);
         assert_eq!(guest.take(0), None);

@@ -25,7 +25,9 @@ use virtio_bindings::virtio_ring::{
 use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
 use vmm_sys_util::eventfd::EventFd;
 
-use super::{Counters, GuestRam, Handler, Memory, MmioTransport, Runner, Ticket, VirtioDevice};
+use super::{
+    Counters, GuestRam, Handler, Memory, MmioTransport, Recall, Runner, Ticket, VirtioDevice,
+};
 use crate::bus::BusDevice;
 
 pub use self::lifecycle::lifecycle;
@@ -113,10 +115,15 @@ impl Runner for InlineRunner {
         Ok(Ticket(number))
     }
 
-    fn recall(&self, ticket: Ticket) -> Option<Box<dyn Handler>> {
+    fn recall(&self, ticket: Ticket, _: Duration) -> Recall {
         let mut inner = self.0.lock().expect("no panic while locked");
-        let id = inner.running.remove(&ticket.0)?;
-        inner.manager.remove_subscriber(id).ok()
+        let id = inner.running.remove(&ticket.0);
+        let handler = id.and_then(|id| inner.manager.remove_subscriber(id).ok());
+        handler.map_or(Recall::Gone, Recall::Back)
+    }
+
+    fn keep(&self, ticket: Ticket) -> io::Result<Ticket> {
+        Ok(ticket)
     }
 }
 

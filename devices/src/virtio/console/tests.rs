@@ -271,7 +271,7 @@ fn output_that_waits_survives_pause_and_resume() {
     let (mut guest, _host_in, mut host_out) = opened();
     queue_output(&mut guest, &vec![3; 100_000]);
     guest.settle();
-    guest.transport.pause();
+    guest.transport.pause().unwrap();
     guest.transport.resume().unwrap();
     let mut got = vec![0; 100_000];
     for part in got.chunks_mut(20_000) {

@@ -519,7 +519,7 @@ fn what_is_open_stays_open_over_a_snapshot_also_in_another_folder() {
     fs::write(other.as_path().join("d/f"), b"another life").unwrap();
     // A life after that changes nothing.
     for _ in 0..2 {
-        client.guest.transport.pause();
+        client.guest.transport.pause().unwrap();
         client.guest = client
             .guest
             .carry_to(|| Fs::new(config(other.as_path())).unwrap());

@@ -1,7 +1,8 @@
 //! The transport as a driver sees it, good or bad.
 
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::Duration;
 
 use event_manager::{EventOps, Events, MutEventSubscriber};
 use vm_memory::{Bytes, GuestAddress};
@@ -10,7 +11,7 @@ use super::*;
 use crate::virtio::rng::Rng;
 use crate::virtio::testing::{Buffer, Guest, InlineRunner, LIVE, Table};
 use crate::virtio::{
-    ActivateError, Activation, DeviceState, Handler, RingState, StateError, Thread, Ticket,
+    ActivateError, Activation, DeviceState, Handler, Recall, RingState, StateError, Thread, Ticket,
     read_config_bytes,
 };
 
@@ -121,9 +122,88 @@ impl Runner for Limited {
         self.inner.run(handler)
     }
 
-    fn recall(&self, ticket: Ticket) -> Option<Box<dyn Handler>> {
-        self.inner.recall(ticket)
+    fn recall(&self, ticket: Ticket, patience: Duration) -> Recall {
+        self.inner.recall(ticket, patience)
     }
+
+    fn keep(&self, ticket: Ticket) -> io::Result<Ticket> {
+        Ok(ticket)
+    }
+}
+
+/// Has handlers that come back and one that does not, while it is `stuck`.
+#[derive(Debug, Default)]
+struct Stuck {
+    inner: InlineRunner,
+    stuck: AtomicBool,
+    kept: AtomicUsize,
+}
+
+impl Runner for Stuck {
+    fn run(&self, handler: Box<dyn Handler>) -> io::Result<Ticket> {
+        self.inner.run(handler)
+    }
+
+    fn recall(&self, ticket: Ticket, patience: Duration) -> Recall {
+        match ticket {
+            Ticket(2) if self.stuck.load(Ordering::SeqCst) => Recall::Late(ticket),
+            ticket => self.inner.recall(ticket, patience),
+        }
+    }
+
+    fn keep(&self, ticket: Ticket) -> io::Result<Ticket> {
+        self.kept.fetch_add(1, Ordering::SeqCst);
+        Ok(ticket)
+    }
+}
+
+/// A live device of three handlers, of which the second is stuck.
+fn stuck() -> (Guest, Arc<Stuck>) {
+    let runner = Arc::new(Stuck::default());
+    let mut guest = Guest::new(Dummy::default());
+    let device = Box::new(Dummy {
+        handlers: 3,
+        ..Dummy::default()
+    });
+    let irqfd = EventFd::new(libc::EFD_NONBLOCK).unwrap();
+    let transport = MmioTransport::new(guest.memory.clone(), device, irqfd, runner.clone());
+    guest.transport = transport.unwrap();
+    guest.start(u64::MAX, 8);
+    runner.stuck.store(true, Ordering::SeqCst);
+    (guest, runner)
+}
+
+#[test]
+fn a_device_that_cannot_be_paused_goes_on() {
+    let (mut guest, runner) = stuck();
+    guest.transport.pause().unwrap_err();
+    assert_eq!(guest.status(), LIVE);
+    assert_eq!(runner.inner.running(), 3);
+    assert_eq!(runner.kept.load(Ordering::SeqCst), 1);
+    runner.stuck.store(false, Ordering::SeqCst);
+    guest.transport.pause().unwrap();
+    assert_eq!(runner.inner.running(), 0);
+    guest.transport.resume().unwrap();
+    assert_eq!(runner.inner.running(), 3);
+}
+
+#[test]
+fn a_reset_is_complete_only_when_no_request_is_under_way() {
+    let (mut guest, runner) = stuck();
+    guest.write(VIRTIO_MMIO_STATUS, 0);
+    assert_eq!(guest.status(), LIVE | NEEDS_RESET);
+    assert_eq!(runner.inner.running(), 3);
+    runner.stuck.store(false, Ordering::SeqCst);
+    guest.write(VIRTIO_MMIO_STATUS, 0);
+    assert_eq!((guest.status(), runner.inner.running()), (0, 0));
+}
+
+#[test]
+fn a_device_that_cannot_be_drained_is_given_up() {
+    let (mut guest, runner) = stuck();
+    guest.transport.drain();
+    drop(guest);
+    assert_eq!(runner.inner.running(), 3, "they end with their runner");
 }
 
 #[test]
@@ -364,7 +444,7 @@ fn a_notification_of_no_queue_or_before_its_time_means_nothing() {
 #[test]
 fn a_kick_that_came_while_paused_is_not_lost() {
     let mut guest = Guest::live(Rng::new());
-    guest.transport.pause();
+    guest.transport.pause().unwrap();
     guest.add(0, &[Buffer::In(4)]).unwrap();
     guest.transport.kicks()[0].write(1).unwrap();
     guest.settle();
@@ -377,7 +457,7 @@ fn a_kick_that_came_while_paused_is_not_lost() {
 #[test]
 fn what_was_queued_without_a_kick_is_found_on_resume() {
     let mut guest = Guest::live(Rng::new());
-    guest.transport.pause();
+    guest.transport.pause().unwrap();
     guest.add(0, &[Buffer::In(4)]).unwrap();
     guest.transport.resume().unwrap();
     guest.settle();
@@ -389,11 +469,11 @@ fn an_interrupt_that_was_not_seen_comes_again_on_resume() {
     let mut guest = Guest::live(Rng::new());
     guest.request(0, &[Buffer::In(4)]).unwrap();
     assert_eq!(guest.interrupts(), 1);
-    guest.transport.pause();
+    guest.transport.pause().unwrap();
     guest.transport.resume().unwrap();
     assert_eq!(guest.interrupts(), 1);
     guest.write(VIRTIO_MMIO_INTERRUPT_ACK, 1);
-    guest.transport.pause();
+    guest.transport.pause().unwrap();
     guest.transport.resume().unwrap();
     assert_eq!(guest.interrupts(), 0);
 }

@@ -30,13 +30,13 @@ pub fn lifecycle<D: VirtioDevice + 'static>(
     );
     work(&mut guest);
 
-    guest.transport.pause();
+    guest.transport.pause().expect("nothing is under way");
     assert_eq!(
         guest.runner.running(),
         0,
         "a handler runs while the device is paused"
     );
-    guest.transport.pause();
+    guest.transport.pause().expect("nothing is under way");
     guest.transport.resume().expect("resume");
     guest.settle();
     work(&mut guest);
@@ -73,7 +73,7 @@ pub fn lifecycle<D: VirtioDevice + 'static>(
     work(&mut guest);
     guest.start(u64::MAX, 16);
     work(&mut guest);
-    guest.transport.pause();
+    guest.transport.pause().expect("nothing is under way");
     guest.write(VIRTIO_MMIO_STATUS, 0);
     guest.start(u64::MAX, 16);
     assert_eq!(guest.status(), LIVE);

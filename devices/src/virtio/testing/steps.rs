@@ -171,7 +171,7 @@ fn take(guest: &mut Guest, step: Step) {
             guest.write(VIRTIO_MMIO_QUEUE_READY, 1);
             guest.write(VIRTIO_MMIO_STATUS, LIVE);
         }
-        Step::Pause => guest.transport.pause(),
+        Step::Pause => guest.transport.pause().expect("nothing is under way"),
         Step::Resume => guest.transport.resume().expect("resume"),
         Step::Drain => guest.transport.drain(),
     }

@@ -513,7 +513,7 @@ fn the_device_lives_through_pause_and_reset() {
 fn a_connection_goes_on_after_a_pause() {
     let mut bench = Bench::new();
     let (mut stream, header) = bench.connected();
-    bench.guest.transport.pause();
+    bench.guest.transport.pause().unwrap();
     stream.write_all(b"meanwhile").unwrap();
     bench.guest.settle();
     bench.guest.transport.resume().unwrap();

@@ -193,7 +193,7 @@ fn requests_are_served_by_the_other_side_through_pause_and_reset() {
     assert_eq!(request(&mut guest, 1, 50), [9; 50]);
     assert!(guest.interrupts() >= 2);
 
-    guest.transport.pause();
+    guest.transport.pause().unwrap();
     let served = other.backend.lock().unwrap().served;
     guest
         .add(1, &[Buffer::Out(vec![1; 7]), Buffer::In(100)])
