@@ -8,6 +8,7 @@ use rustix::fs::{AtFlags, CWD, Mode, OFlags, Statx, StatxFlags, StatxTimestamp};
 use rustix::io::Errno;
 use rustix::path::DecInt;
 use rustix::thread::UnshareFlags;
+use serde::{Deserialize, Serialize};
 
 use super::abi::Attr;
 
@@ -29,6 +30,27 @@ pub(super) struct Identity {
     birth: (i64, u32),
     /// The type bits of its mode, which never change.
     pub(super) kind: u32,
+}
+
+impl Identity {
+    /// What of it another life of the VM finds again: mounts have other numbers then.
+    pub(super) fn lasting(&self) -> LastingIdentity {
+        LastingIdentity {
+            device: self.device,
+            inode: self.inode,
+            birth: self.birth,
+            kind: self.kind,
+        }
+    }
+}
+
+/// Which file it is, for a snapshot.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct LastingIdentity {
+    device: Device,
+    inode: u64,
+    birth: (i64, u32),
+    kind: u32,
 }
 
 /// What statx(2) says.

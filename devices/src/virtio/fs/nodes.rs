@@ -28,7 +28,7 @@ use std::sync::Arc;
 use rustix::io::Errno;
 
 use super::abi::ROOT;
-use super::host::{self, Identity, Status};
+use super::host::{self, Identity, LastingIdentity, Status};
 use super::state::NodeState;
 
 /// How much the guest can make the host keep.
@@ -268,6 +268,12 @@ impl Nodes {
         self.nodes.len()
     }
 
+    /// Which folder is shared.
+    pub(super) fn root(&self) -> LastingIdentity {
+        let identity = self.nodes[&ROOT].identity();
+        identity.expect("the root is pinned").lasting()
+    }
+
     /// All but the root, for a snapshot.
     pub(super) fn state(&self) -> (u64, Vec<NodeState>) {
         let known = self.nodes.iter().filter(|(nodeid, _)| **nodeid != ROOT);
@@ -277,13 +283,15 @@ impl Nodes {
             name: node.name.to_bytes().to_vec(),
             lookups: node.lookups,
             orphan: !node.has_name(),
+            identity: node.identity().map(|identity| identity.lasting()),
         });
         let mut nodes: Vec<_> = nodes.collect();
         nodes.sort_by_key(|node| node.nodeid);
         (self.next, nodes)
     }
 
-    /// Adds a node of another life, whose parent is there. It is gone if there is no such file now.
+    /// Adds a node of another life, whose parent is there. It is gone if there is no such file now, or
+    /// another one than then.
     pub(super) fn restore(&mut self, state: &NodeState, name: CString) -> Result<(), Errno> {
         let NodeState {
             nodeid,
@@ -299,7 +307,11 @@ impl Nodes {
             _ => None,
         };
         let known = |status: &Status| self.numbers.contains_key(&status.identity);
-        let status = status.filter(|status| !known(status));
+        let same = |status: &Status| match state.identity {
+            Some(identity) => identity == status.identity.lasting(),
+            None => true,
+        };
+        let status = status.filter(|status| same(status) && !known(status));
         let parent_node = self.nodes.get_mut(&parent).ok_or(Errno::INVAL)?;
         parent_node.children += 1;
         let at = match status {

@@ -1,6 +1,7 @@
-//! What a snapshot keeps of a share: which names the guest knows and what it has open. Not which
-//! files those are: another life may have another folder, where each name is looked up anew. What
-//! is not there is stale for the guest.
+//! What a snapshot keeps of a share: which names the guest knows and what it has open. Each name is
+//! looked up anew, for another life may have another folder. If it has the same one, a name that has
+//! come to stand for another file is stale for the guest, as is one that is missing: what the guest
+//! has open must not become another file.
 
 use std::collections::HashMap;
 use std::ffi::CString;
@@ -11,6 +12,7 @@ use serde::{Deserialize, Serialize};
 
 use super::abi::ROOT;
 use super::handles::{Handle, Lost};
+use super::host::LastingIdentity;
 use super::server::{Server, is_name};
 use crate::virtio::StateError;
 
@@ -22,6 +24,9 @@ const MOST_NUMBERS: u64 = 1 << 62;
 pub struct FsState {
     /// FUSE features agreed on.
     session: u64,
+    /// The shared folder. Snapshots of older versions have none, nor identities of files.
+    #[serde(default)]
+    root: Option<LastingIdentity>,
     next: u64,
     nodes: Vec<NodeState>,
     handles: Vec<HandleState>,
@@ -35,6 +40,8 @@ pub(super) struct NodeState {
     pub(super) name: Vec<u8>,
     pub(super) lookups: u64,
     pub(super) orphan: bool,
+    #[serde(default)]
+    pub(super) identity: Option<LastingIdentity>,
 }
 
 /// A file the guest has open.
@@ -52,7 +59,9 @@ fn wrong(what: &str) -> StateError {
 impl Server {
     /// Nothing may be served meanwhile.
     pub(super) fn state(&self) -> FsState {
-        let (next, nodes) = self.nodes().state();
+        let known = self.nodes();
+        let (root, (next, nodes)) = (known.root(), known.state());
+        drop(known);
         let open = self.handles.all().into_iter();
         let handles = open.map(|(fh, nodeid, flags)| HandleState {
             fh,
@@ -61,6 +70,7 @@ impl Server {
         });
         FsState {
             session: self.session(),
+            root: Some(root),
             next,
             nodes,
             handles: handles.collect(),
@@ -74,7 +84,12 @@ impl Server {
             return Err(wrong("guest relies on what is not offered here"));
         }
         self.agree(state.session);
-        self.restore_nodes(state.next, state.nodes)?;
+        let mut nodes = state.nodes;
+        if state.root != Some(self.nodes().root()) {
+            // Of another folder, so none of its files is here.
+            nodes.iter_mut().for_each(|node| node.identity = None);
+        }
+        self.restore_nodes(state.next, nodes)?;
         let open = state.handles.into_iter();
         let open = open.map(|HandleState { fh, nodeid, flags }| {
             let handle = self.reopen(nodeid, flags);

@@ -536,6 +536,32 @@ fn what_is_open_stays_open_over_a_snapshot_also_in_another_folder() {
     assert_eq!(client.attr(gone.nodeid).map(drop), Err(libc::ESTALE));
 }
 
+#[test]
+fn a_file_that_was_replaced_during_a_snapshot_is_stale_and_not_the_new_one() {
+    let mut client = Client::new();
+    let (old, fh) = client.create(ROOT, "old", OFlags::RDWR).unwrap();
+    let (same, open) = client.create(ROOT, "same", OFlags::RDWR).unwrap();
+    client.write(fh, 0, b"old", OFlags::empty()).unwrap();
+    client.guest.transport.pause().unwrap();
+    fs::write(client.host("new"), b"new").unwrap();
+    fs::rename(client.host("new"), client.host("old")).unwrap();
+    fs::write(client.host("same"), b"changed").unwrap();
+    client.guest = client
+        .guest
+        .carry_to(|| Fs::new(config(client.folder.as_path())).unwrap());
+    client.guest.transport.resume().unwrap();
+    assert_eq!(client.read(fh, 0, 9), Err(libc::ESTALE));
+    assert_eq!(client.attr(old.nodeid).map(drop), Err(libc::ESTALE));
+    // The name leads to the new file, as another node.
+    let new = client.lookup(ROOT, "old").unwrap();
+    assert_ne!(new.nodeid, old.nodeid);
+    let fh = client.open(new.nodeid, OFlags::RDONLY).unwrap();
+    assert_eq!(client.read(fh, 0, 9), Ok(b"new".to_vec()));
+    // What was only changed is the same file.
+    assert_eq!(client.read(open, 0, 9), Ok(b"changed".to_vec()));
+    assert_eq!(client.lookup(ROOT, "same").unwrap().nodeid, same.nodeid);
+}
+
 /// A name the guest cannot know of, for what must not be found.
 fn secret() -> (TempDir, PathBuf) {
     let outside = TempDir::new().unwrap();
