@@ -2,6 +2,7 @@
 
 use std::io;
 use std::os::fd::OwnedFd;
+use std::time::{Duration, Instant};
 
 use rustix::fs::{FallocateFlags, OFlags, SeekFrom};
 use rustix::io::Errno;
@@ -16,6 +17,10 @@ use crate::virtio::{Counters, vectored};
 
 /// Most bytes that are copied within the host at once: the thread is needed elsewhere.
 const MAX_COPY: u64 = 64 << 20;
+/// Bytes that are allocated, zeroed or punched out at once.
+const ALLOCATION_PIECE: u64 = 1 << 30;
+/// How long one request may allocate: less than a pause of the VM waits for it.
+const MAX_ALLOCATION: Duration = Duration::from_secs(2);
 
 impl Server {
     pub(super) fn open(&self, request: &mut Request<'_>) -> Result<usize, Errno> {
@@ -168,7 +173,8 @@ impl Server {
             return Err(Errno::OPNOTSUPP);
         }
         let open = self.handles.get(asked.fh)?;
-        rustix::fs::fallocate(&open.file, mode, asked.offset, asked.length)?;
+        let deadline = Instant::now() + MAX_ALLOCATION;
+        allocate(&open.file, mode, asked.offset, asked.length, deadline)?;
         Ok(0)
     }
 
@@ -205,6 +211,118 @@ impl Server {
     }
 }
 
+/// Does to a range what fallocate(2) does, in pieces. At the deadline what is left is not done, and the
+/// guest's program is told that a signal came, after which it may try again.
+fn allocate(
+    file: &OwnedFd,
+    mode: FallocateFlags,
+    offset: u64,
+    length: u64,
+    deadline: Instant,
+) -> Result<(), Errno> {
+    let end = offset.checked_add(length).ok_or(Errno::FBIG)?;
+    let last = offset.max(end.saturating_sub(1) / ALLOCATION_PIECE * ALLOCATION_PIECE);
+    let (mut done, in_place) = (offset, mode | FallocateFlags::KEEP_SIZE);
+    if last > offset {
+        // First the last piece: what is too large for the file system is refused before anything is
+        // allocated.
+        rustix::fs::fallocate(file, in_place, last, end - last)?;
+    }
+    while done < last {
+        let next = (done / ALLOCATION_PIECE + 1) * ALLOCATION_PIECE;
+        rustix::fs::fallocate(file, in_place, done, next.min(last) - done)?;
+        done = next.min(last);
+        if Instant::now() >= deadline {
+            return Err(Errno::INTR);
+        }
+    }
+    // Once more where it is the end that may change the size.
+    if last == offset || in_place != mode {
+        rustix::fs::fallocate(file, mode, last, end - last)?;
+    }
+    Ok(())
+}
+
 fn errno(error: io::Error) -> Errno {
     Errno::from_io_error(&error).unwrap_or(Errno::IO)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+    use std::os::unix::fs::MetadataExt;
+
+    use vmm_sys_util::tempfile::TempFile;
+
+    use super::*;
+
+    const HOLE: FallocateFlags = FallocateFlags::PUNCH_HOLE.union(FallocateFlags::KEEP_SIZE);
+
+    /// A file that takes no room, and has a byte at each offset.
+    fn file(len: u64, bytes: &[u64]) -> OwnedFd {
+        let file: File = TempFile::new().unwrap().into_file();
+        file.set_len(len).unwrap();
+        for offset in bytes {
+            rustix::io::pwrite(&file, b"x", *offset).unwrap();
+        }
+        file.into()
+    }
+
+    fn later() -> Instant {
+        Instant::now() + Duration::from_secs(600)
+    }
+
+    #[test]
+    fn a_range_of_many_pieces_is_done_up_to_its_ends() {
+        let ends = [0, 100 << 20, (3 << 30) + 1, 5 << 30];
+        let file = file(6 << 30, &ends);
+        let (start, end) = (4096, 5 << 30);
+        allocate(&file, HOLE, start, end - start, later()).unwrap();
+        let byte = |offset| {
+            let mut byte = [0];
+            rustix::io::pread(&file, &mut byte, offset).unwrap();
+            byte[0]
+        };
+        assert_eq!(ends.map(byte), [b'x', 0, 0, b'x']);
+    }
+
+    #[test]
+    fn the_size_is_that_of_the_whole_range_or_kept() {
+        let file = file(0, &[]);
+        let len = (1 << 20) + 5;
+        allocate(&file, FallocateFlags::KEEP_SIZE, 0, len, later()).unwrap();
+        let size = || {
+            File::from(file.try_clone().unwrap())
+                .metadata()
+                .unwrap()
+                .size()
+        };
+        assert_eq!(size(), 0);
+        allocate(&file, FallocateFlags::empty(), 0, len, later()).unwrap();
+        assert_eq!(size(), len);
+    }
+
+    #[test]
+    fn a_deadline_ends_it_between_two_pieces() {
+        let file = file(4 << 30, &[0, 3 << 30]);
+        let late = allocate(&file, HOLE, 0, 4 << 30, Instant::now());
+        assert_eq!(late, Err(Errno::INTR));
+        allocate(&file, HOLE, 0, 1 << 30, Instant::now()).unwrap();
+    }
+
+    #[test]
+    fn ranges_that_no_file_has_are_refused_at_once() {
+        let file = file(0, &[]);
+        for (offset, length) in [
+            (0, 0),
+            (1 << 63, 1),
+            (0, u64::MAX),
+            (u64::MAX, 2),
+            (0, i64::MAX.cast_unsigned()),
+        ] {
+            allocate(&file, FallocateFlags::empty(), offset, length, later()).unwrap_err();
+        }
+        let blocks = File::from(file).metadata().unwrap().blocks();
+        assert_eq!(blocks, 0, "nothing was allocated");
+    }
 }
