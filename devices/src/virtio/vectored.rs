@@ -3,10 +3,12 @@
 //! The place where guest memory is handed to system calls as pointers. Guest RAM has no dirty
 //! bitmap of its own; should it get one, [`read`] and [`read_exact_at`] must mark what they fill.
 
-use std::io;
+use std::io::{self, IoSlice};
 use std::mem;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 use std::ptr;
+
+use rustix::io::{ReadWriteFlags, retry_on_intr};
 
 use super::{GuestRam, Segments};
 
@@ -90,13 +92,22 @@ pub fn write_at(
     })
 }
 
-/// Like [`write_at`], to where the file ends, as with O_APPEND.
+/// Like [`write_at`], to where the file ends, as with O_APPEND. That is one write, between whose bytes
+/// nobody else's come, however many pieces there are: more than a call takes are copied first. `len` is
+/// for the caller to bound.
 pub fn append(
     file: impl AsFd,
     ram: &GuestRam,
     from: &mut Segments,
     len: usize,
 ) -> io::Result<usize> {
+    if from.slices(ram, len).nth(MAX_PIECES).is_some() {
+        let mut bytes = vec![0; len];
+        from.read(ram, &mut bytes)?;
+        let flags = ReadWriteFlags::APPEND;
+        let write = || rustix::io::pwritev2(&file, &[IoSlice::new(&bytes)], 0, flags);
+        return Ok(retry_on_intr(write)?);
+    }
     until_short(file.as_fd(), ram, from, len, |fd, pieces, _| {
         let (count, flags) = (count_of(pieces.len()), libc::RWF_APPEND);
         // SAFETY: see `transfer`.
@@ -257,6 +268,31 @@ mod tests {
         file.rewind().unwrap();
         file.read_exact(&mut back).unwrap();
         assert_eq!(back, bytes[3..]);
+    }
+
+    #[test]
+    fn what_is_appended_at_once_stays_together() {
+        const BYTES: usize = 600;
+        let file = TempFile::new().unwrap().into_file();
+        let append = |byte: u8| {
+            let ram = ram();
+            ram.write_slice(&[byte; 800], GuestAddress(0)).unwrap();
+            for _ in 0..500 {
+                let appended = append(&file, &ram, &mut pieces(&ram, 200), BYTES);
+                assert_eq!(appended.unwrap(), BYTES);
+            }
+        };
+        std::thread::scope(|scope| {
+            scope.spawn(|| append(b'a'));
+            scope.spawn(|| append(b'b'));
+        });
+        let mut bytes = Vec::new();
+        (&file).rewind().unwrap();
+        (&file).read_to_end(&mut bytes).unwrap();
+        let torn = bytes
+            .chunks(BYTES)
+            .filter(|all| all.iter().any(|byte| *byte != all[0]));
+        assert_eq!((bytes.len(), torn.count()), (1000 * BYTES, 0));
     }
 
     #[test]
