@@ -416,7 +416,12 @@ impl Server {
     }
 
     pub(super) fn wanted(&self) -> u64 {
+        // ASYNC_DIO: direct requests of one program do not wait for one another. Unlike those that read
+        // ahead (below) they hold the program's open file, and with it its file system, until they are
+        // complete, and the file is then released by a request that is waited for
+        // (fuse_aio_complete and fuse_file_release of Linux 6.12, fs/fuse/file.c).
         let always = init::ATOMIC_O_TRUNC
+            | init::ASYNC_DIO
             | init::BIG_WRITES
             | init::DO_READDIRPLUS
             | init::READDIRPLUS_AUTO

@@ -432,6 +432,17 @@ fn a_readonly_share_is_never_written() {
 }
 
 #[test]
+fn direct_requests_go_at_once_and_reading_ahead_only_where_no_file_system_goes_away() {
+    let agreed = |cache| {
+        let mut client = Client::with(|config| config.cache = cache);
+        u64::from(client.init().flags) & (init::ASYNC_DIO | init::ASYNC_READ)
+    };
+    assert_eq!(agreed(Cache::None), init::ASYNC_DIO);
+    assert_eq!(agreed(Cache::Auto), init::ASYNC_DIO);
+    assert_eq!(agreed(Cache::Always), init::ASYNC_DIO | init::ASYNC_READ);
+}
+
+#[test]
 fn cache_modes_say_what_the_guest_may_keep() {
     let opened = |cache| {
         let mut client = Client::with(|config| {
