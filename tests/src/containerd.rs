@@ -15,6 +15,9 @@ use crate::{guest, podvmm};
 /// The image that containers are made of.
 pub const BUSYBOX: &str = "docker.io/podvmm/busybox:1";
 
+/// The image with the programs of tests/workloads.
+pub const WORKLOADS: &str = "docker.io/podvmm/workloads:1";
+
 /// The namespace of what CRI makes.
 pub const CRI: &str = "k8s.io";
 
@@ -271,26 +274,30 @@ fn shim_folder() -> &'static Path {
 
 /// The archives of all images that tests need.
 pub fn image_files() -> Vec<String> {
-    let files = ["busybox.tar", "pause.tar"].map(|file| images().join(file));
+    static IMAGES: OnceLock<PathBuf> = OnceLock::new();
+    let images = IMAGES.get_or_init(|| made("PODVMM_TEST_IMAGES", "images"));
+    let files = ["busybox.tar", "pause.tar"].map(|file| images.join(file));
     files
         .iter()
         .map(|file| file.display().to_string())
         .collect()
 }
 
-/// The folder with the images: `PODVMM_TEST_IMAGES`, or the one that resources/images makes.
-fn images() -> &'static Path {
-    static IMAGES: OnceLock<PathBuf> = OnceLock::new();
-    IMAGES.get_or_init(|| {
-        if let Some(folder) = std::env::var_os("PODVMM_TEST_IMAGES") {
-            return folder.into();
-        }
-        let output = Command::new(script("images"))
-            .stderr(Stdio::inherit())
-            .output()
-            .expect("resources/images is there");
-        assert!(output.status.success(), "resources/images fails");
-        let printed = String::from_utf8_lossy(&output.stdout);
-        printed.lines().last().expect("it prints a folder").into()
-    })
+/// The folder with the image [`WORKLOADS`]: its archive and its files.
+pub fn workloads() -> PathBuf {
+    made("PODVMM_TEST_WORKLOADS", "workloads")
+}
+
+/// The folder that a variable names, or else the one that a script of resources makes.
+fn made(variable: &str, name: &str) -> PathBuf {
+    if let Some(folder) = std::env::var_os(variable) {
+        return folder.into();
+    }
+    let output = Command::new(script(name))
+        .stderr(Stdio::inherit())
+        .output()
+        .unwrap_or_else(|error| panic!("resources/{name}: {error}"));
+    assert!(output.status.success(), "resources/{name} fails");
+    let printed = String::from_utf8_lossy(&output.stdout);
+    printed.lines().last().expect("it prints a folder").into()
 }
