@@ -114,12 +114,7 @@ fn podman_runs_containers_in_a_privileged_container() {
         bench.mount(&mut config, &["store"]);
         privileged(&mut config);
         let id = bench.run(&config);
-        let prepare = "cat >/etc/containers/storage.conf <<-END
-                [storage]
-                driver = \"overlay\"
-                graphroot = \"/store/graph\"
-                runroot = \"/run/containers/storage\"
-            END
+        let prepare = "printf '[storage]\\ndriver = \"overlay\"\\ngraphroot = \"/store/graph\"\\nrunroot = \"/run/containers/storage\"\\n' >/etc/containers/storage.conf
             mkdir -p /etc/containers/containers.conf.d
             printf '[engine]\\ncgroup_manager=\"cgroupfs\"\\nevents_logger=\"file\"\\n' >/etc/containers/containers.conf.d/x.conf
             mkdir -p /tmp/inner/bin && cp /usr/bin/busybox /tmp/inner/bin && ln -s busybox /tmp/inner/bin/sh
@@ -128,6 +123,7 @@ fn podman_runs_containers_in_a_privileged_container() {
         let prepared = bench.sh("an image", &id, prepare);
         let run = "podman run --rm --network none localhost/inner sh -c 'echo inside; busybox id -u; exit 7' || echo status $?";
         let run = bench.sh("run", &id, run);
+        assert_eq!(run, "inside\n0\nstatus 7");
         let more = "podman run --detach --name web --memory 64m --pids-limit 20 localhost/inner busybox sleep 1000 >/dev/null
             podman exec web sh -c 'echo by exec; busybox cat /sys/fs/cgroup/memory.max; busybox ip -o -4 address show eth0 | busybox wc -l'
             podman ps --format '{{.Names}} {{.State}}'
