@@ -93,7 +93,7 @@ fn systemd_is_the_first_process_of_a_privileged_container() {
             systemctl list-units --failed --plain --no-legend | cut -d ' ' -f 1";
         let up = bench.sh("systemd is up", &id, up);
         let service = "systemd-run --quiet --wait --pipe -p MemoryMax=64M -p TasksMax=10 -p DynamicUser=yes -p PrivateTmp=yes \
-                sh -c 'echo of a service; id -u | grep -qv ^0; find /sys/fs/cgroup -path \"*/$(sed s:.*/:: /proc/self/cgroup)/memory.max\" -exec cat {} +'
+                sh -c 'echo of a service; id -u | grep -qv ^0'
             systemd-run --quiet --wait sh -c 'exit 5' || echo status $?
             systemctl start nginx && systemctl is-active nginx
             busybox wget -q -O - http://127.0.0.1/ | grep -c 'Welcome to nginx'
