@@ -326,7 +326,7 @@ fn the_go_drivers_sequence_is_understood() {
         assert_eq!(booted["memory_actual_size"], 256 << 20);
         assert_eq!(booted["config"]["cpus"]["boot_vcpus"], 1);
         assert_eq!(booted["config"]["memory"]["size"], 256 << 20);
-        assert_eq!(booted["config"]["memory"]["hotplug_size"], 3840 << 20);
+        assert_eq!(booted["config"]["memory"]["hotplug_size"], 3840_u64 << 20);
         // It looks for the vCPUs' threads by their names.
         assert!(threads(running.pid()).contains(&"vcpu0".into()));
         // vCPUs are told even when they stay as they are.
