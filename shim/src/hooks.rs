@@ -61,6 +61,7 @@ struct State<'a> {
     #[serde(skip_serializing_if = "is_none")]
     pid: u32,
     bundle: &'a Path,
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
     annotations: &'a BTreeMap<String, String>,
 }
 
