@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use std::process::Command;
 
 use tests::cri::config::ContainerConfig;
+use tests::guest;
 use tests::node::{Node, Pod, container, mount, step, waiting};
 
 /// The empty volume in memory, a tmpfs as the kubelet mounts it.
@@ -137,6 +138,7 @@ pub(crate) fn shared(node: &Node, pod: &Pod) {
     let between = node.folder().join("between");
     fs::create_dir(&between).unwrap();
     let shm = memory(node, pod, "shm", "96m");
+    let tools = guest::root(&[]);
     let [one, two] = ["one-of-both", "two-of-both"].map(|name| {
         let mut config = waiting(name);
         config.mounts.extend([
@@ -145,6 +147,7 @@ pub(crate) fn shared(node: &Node, pod: &Pod) {
             mount(&between, "/v"),
             mount(&between, "/w"),
             mount(&shm, "/dev/shm"),
+            mount(&tools.path().join("bin"), "/tools"),
         ]);
         if name.starts_with("two") {
             config.mounts[2].readonly = true;
@@ -185,6 +188,17 @@ pub(crate) fn shared(node: &Node, pod: &Pod) {
             ],
         );
         assert_eq!((said.as_str(), twice.as_str()), ("1", "twice"));
+    });
+    step("locks, watches and mappings between containers", || {
+        let script = "mkdir /v/of-both; /tools/guest_load shares /v/of-both >/tmp/shares 2>&1 </dev/null & \
+            until grep ready /tmp/shares; do sleep 0.1; done";
+        assert_eq!(node.sh(&one, script), "ready");
+        // The same folder, by a mount that lets it be written to.
+        let met = node.sh(&two, "/tools/guest_load meets /w/of-both");
+        assert_eq!(met, "flock is held: true\nfcntl is held: true\nmapped: 1");
+        let script = "i=0; until grep mapped /tmp/shares; do i=$((i + 1)); test $i -lt 50 || exit; \
+            sleep 0.2; done; grep told /tmp/shares";
+        assert_eq!(node.sh(&one, script), "mapped: 2\ntold of made: true");
     });
     for id in [one, two] {
         node.cri.stop(&id, 30).unwrap();

@@ -27,6 +27,8 @@ fn main() -> ExitCode {
         ["identity", host] => identity(host),
         ["busy", host, port] => busy(host, number(port)),
         ["map", path] => map(Path::new(path)),
+        ["shares", path] => shares(Path::new(path)),
+        ["meets", path] => meets(Path::new(path)),
         ["stuck", proc] => stuck(Path::new(proc)),
         _ => Err(io::Error::other("unknown command")),
     };
@@ -227,10 +229,21 @@ fn both_ends(stream: VsockStream) -> String {
 
 /// Writes to a new file by a shared mapping, says so, and waits to be killed.
 fn map(path: &Path) -> io::Result<()> {
-    use rustix::mm::{MapFlags, ProtFlags, mmap};
     let mut options = OpenOptions::new();
     let file = options.read(true).write(true).create_new(true).open(path)?;
     file.set_len(PAGE as u64)?;
+    let page = shared_page(&file)?;
+    // SAFETY: these bytes are the first of a page that was just mapped to be written.
+    unsafe { page.cast::<[u8; 6]>().write_volatile(*b"mapped") };
+    println!("mapped");
+    loop {
+        thread::sleep(PATIENCE);
+    }
+}
+
+/// The first page of a file, shared with all that map it, as long as this process lives.
+fn shared_page(file: &File) -> io::Result<*mut u8> {
+    use rustix::mm::{MapFlags, ProtFlags, mmap};
     let access = ProtFlags::READ | ProtFlags::WRITE;
     // SAFETY: the kernel chooses where, so no other memory of this process changes.
     let page = unsafe {
@@ -239,16 +252,63 @@ fn map(path: &Path) -> io::Result<()> {
             PAGE,
             access,
             MapFlags::SHARED,
-            &file,
+            file,
             0,
         )
     }?;
-    // SAFETY: these bytes are the first of a page that was just mapped to be written.
-    unsafe { page.cast::<[u8; 6]>().write_volatile(*b"mapped") };
-    println!("mapped");
-    loop {
-        thread::sleep(PATIENCE);
-    }
+    Ok(page.cast())
+}
+
+/// What [`shares`] has at `path`: a file with each kind of lock, one that is mapped, and one that is made
+/// when the other has looked at all.
+const SHARED: [&str; 4] = ["flock", "fcntl", "map", "made"];
+
+/// Holds locks of files below `path`, watches it, and maps a file, until [`meets`] has seen all that.
+fn shares(path: &Path) -> io::Result<()> {
+    use rustix::fs::{FlockOperation, fcntl_lock, inotify};
+    let [flocked, locked, mapped] = [0, 1, 2].map(|kind| File::create_new(path.join(SHARED[kind])));
+    let (flocked, locked) = (flocked?, locked?);
+    flocked.lock()?;
+    fcntl_lock(&locked, FlockOperation::LockExclusive)?;
+    mapped?.set_len(PAGE as u64)?;
+    let mapped = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open(path.join(SHARED[2]))?;
+    let page = shared_page(&mapped)?;
+    // SAFETY: this byte is in a page that was just mapped to be written.
+    unsafe { page.write_volatile(b'1') };
+    let watch = inotify::init(inotify::CreateFlags::CLOEXEC)?;
+    inotify::add_watch(&watch, path, inotify::WatchFlags::CREATE)?;
+    println!("ready");
+    let mut events = [0; 4096];
+    let len = rustix::io::read(&watch, &mut events)?;
+    let made = String::from_utf8_lossy(&events[..len]);
+    println!("told of {}: {}", SHARED[3], made.contains(SHARED[3]));
+    // SAFETY: this byte is in the page that was mapped, which another process writes to as well.
+    println!("mapped: {}", char::from(unsafe { page.read_volatile() }));
+    Ok(())
+}
+
+/// Says what it finds of what [`shares`] has at `path`, and tells it so.
+fn meets(path: &Path) -> io::Result<()> {
+    use rustix::fs::{FlockOperation, fcntl_lock};
+    let open = |name| {
+        OpenOptions::new()
+            .read(true)
+            .write(true)
+            .open(path.join(name))
+    };
+    println!("flock is held: {}", open(SHARED[0])?.try_lock().is_err());
+    let locked = open(SHARED[1])?;
+    let free = fcntl_lock(&locked, FlockOperation::NonBlockingLockExclusive);
+    println!("fcntl is held: {}", free.is_err());
+    let page = shared_page(&open(SHARED[2])?)?;
+    // SAFETY: this byte is in a page that was just mapped, which another process writes to as well.
+    println!("mapped: {}", char::from(unsafe { page.read_volatile() }));
+    // SAFETY: as above.
+    unsafe { page.write_volatile(b'2') };
+    File::create_new(path.join(SHARED[3])).map(drop)
 }
 
 /// Prints the tasks that sleep and let nothing wake them, for seconds, by the /proc given.
