@@ -38,6 +38,17 @@ const STATE: &str = "state.json";
 /// Between looks for one that somebody is making.
 const PAUSE: Duration = Duration::from_millis(200);
 
+/// How the VM of a pod that has a template starts.
+#[derive(Debug)]
+pub(crate) enum Way {
+    /// From the snapshot.
+    Clone(Stamp),
+    /// By booting, to make the snapshot on the way.
+    Model(Claim),
+    /// By booting, for there is none and nobody makes it.
+    Boot,
+}
+
 /// A VM to go on from, whether it is there already or not.
 #[derive(Debug)]
 pub(crate) struct Template {
@@ -180,6 +191,33 @@ impl Template {
             thread::sleep(PAUSE);
         }
         true
+    }
+
+    /// How a pod starts, now that no snapshot may be there: what is being made is waited for, no longer than
+    /// `patience`. Many that boot at once take each other's processors, and each takes memory of its own.
+    pub(crate) fn way(&self, patience: Duration) -> Way {
+        let deadline = Instant::now() + patience;
+        loop {
+            if let Some(snapshot) = self.snapshot() {
+                return Way::Clone(snapshot);
+            }
+            match self.claim() {
+                Some(claim) => return Way::Model(claim),
+                None if self.is_being_made() && Instant::now() < deadline => thread::sleep(PAUSE),
+                // It may have been made at this moment.
+                None => return self.snapshot().map_or(Way::Boot, Way::Clone),
+            }
+        }
+    }
+
+    /// Whether another shim has the right to make it.
+    fn is_being_made(&self) -> bool {
+        let Ok(file) = File::open(self.folder.join(INPUTS)) else {
+            return false;
+        };
+        // Shared, so that those who look do not keep each other from it.
+        let locked = flock(&file, FlockOperation::NonBlockingLockShared);
+        locked.is_err_and(|error| error.kind() == io::ErrorKind::WouldBlock)
     }
 
     /// The right to make it. None if somebody else has that, or it cannot be, or it is too early
@@ -422,6 +460,11 @@ mod tests {
 
     fn made(template: &Template) {
         let _claim = template.claim().unwrap();
+        written(template);
+    }
+
+    /// Whoever has claimed it has made it.
+    fn written(template: &Template) {
         let new = template.folder().join("new");
         fs::write(&new, "").unwrap();
         fs::rename(new, template.folder().join(STATE)).unwrap();
@@ -455,6 +498,31 @@ mod tests {
         // As a pod finds it that looked before it was there.
         assert!(other.claim().is_none());
         assert!(other.is_ready());
+    }
+
+    #[test]
+    fn what_is_being_made_is_waited_for_and_made_by_another_if_its_maker_is_gone() {
+        let (_folder, config) = node();
+        let [one, other] = [0; 2].map(|_| Template::of(&config, sized(576), 1).unwrap());
+        let moment = Duration::from_millis(1);
+        let long = Duration::from_secs(60);
+        let Way::Model(claim) = one.way(moment) else {
+            panic!("nobody else makes it");
+        };
+        assert!(matches!(other.way(moment), Way::Boot), "it takes too long");
+        thread::scope(|scope| {
+            let waits = scope.spawn(|| other.way(long));
+            thread::sleep(PAUSE);
+            assert!(!waits.is_finished());
+            drop(claim);
+            let Way::Model(claim) = waits.join().unwrap() else {
+                panic!("its maker is gone");
+            };
+            let waits = scope.spawn(|| one.way(long));
+            written(&other);
+            drop(claim);
+            assert!(matches!(waits.join().unwrap(), Way::Clone(_)));
+        });
     }
 
     /// Clones of the template's snapshot fail, as of several shims.

@@ -22,7 +22,7 @@ use crate::network::{self, Link, Settings};
 use crate::place::Place;
 use crate::record::{Record, start_of};
 use crate::size::Size;
-use crate::template::{Claim, Stamp, Template};
+use crate::template::{Claim, Stamp, Template, Way};
 
 const MIB: u64 = 1 << 20;
 /// How long podvmm may take to open its socket.
@@ -211,31 +211,20 @@ impl Vm {
 
     fn make(&mut self, plan: &Plan<'_>, links: &[Link]) -> Result<(), Error> {
         let mut client = self.client()?;
-        let net = |link: &Link| json!({ "mac": link.mac });
         let pods = pods_part(plan.place);
         // One may have come or gone since they were counted.
         let same = |template: &&Template| template.interfaces() == links.len();
         let template = plan.template.filter(same);
-        if let Some((template, snapshot)) = template.and_then(|it| Some((it, it.snapshot()?))) {
-            (self.start, self.size) = (Start::Clone(snapshot), template.size);
-            let mut config = pods;
-            config["net"] = links.iter().map(net).collect();
-            let body = json!({
-                "source_url": format!("file://{}", template.folder().display()),
-                "config": config,
-                "resume": true,
-            });
-            let taps: Vec<_> = links.iter().map(|link| link.tap.as_fd()).collect();
-            return put(
-                &mut client,
-                "restore the VM",
-                "vm.restore",
-                Some(body),
-                &taps,
-            );
-        }
-        if let Some((template, claim)) = template.and_then(|it| Some((it, it.claim()?))) {
-            (self.start, self.size) = (Start::Model(claim), template.size);
+        let patience = plan.config.agent_timeout() / 2;
+        match template.map(|it| (it, it.way(patience))) {
+            Some((template, Way::Clone(snapshot))) => {
+                (self.start, self.size) = (Start::Clone(snapshot), template.size);
+                return restore(&mut client, template, pods, links);
+            }
+            Some((template, Way::Model(claim))) => {
+                (self.start, self.size) = (Start::Model(claim), template.size);
+            }
+            Some((_, Way::Boot)) | None => {}
         }
         let mut vm = definition(plan.config, self.size);
         for (part, value) in pods.as_object().into_iter().flatten() {
@@ -399,6 +388,27 @@ fn put(
     answer
         .map(drop)
         .map_err(|source| Error::Api { act, source })
+}
+
+/// Has the VM go on from a template, with what of it is the pod's.
+fn restore(
+    client: &mut Client,
+    template: &Template,
+    mut config: Value,
+    links: &[Link],
+) -> Result<(), Error> {
+    config["net"] = links.iter().map(net).collect();
+    let body = json!({
+        "source_url": format!("file://{}", template.folder().display()),
+        "config": config,
+        "resume": true,
+    });
+    let taps: Vec<_> = links.iter().map(|link| link.tap.as_fd()).collect();
+    put(client, "restore the VM", "vm.restore", Some(body), &taps)
+}
+
+fn net(link: &Link) -> Value {
+    json!({ "mac": link.mac })
 }
 
 /// What of a VM is one pod's.
