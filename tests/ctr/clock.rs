@@ -6,7 +6,9 @@ use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
+use tempfile::TempDir;
 use tests::ctr::Container;
+use tests::guest;
 use tests::node::{Node, step};
 
 use super::on_a_node;
@@ -23,20 +25,30 @@ struct Teller {
     child: Child,
     asks: ChildStdin,
     answers: BufReader<ChildStdout>,
+    /// Where its program is.
+    _tools: TempDir,
 }
 
 impl Teller {
     fn start(node: &Node) -> Self {
         let container = Container::new(node, "clock");
-        let script =
-            "ls /sys/class/ptp >&2; while read -r word && test -z \"$word\"; do date +%s.%N; done";
-        let mut command = container.run(&node.containerd, &["--rm"], &["sh", "-c", script]);
+        // busybox's date has no fractions of seconds.
+        let tools = guest::root(&[]);
+        let from = tools.path().join("bin");
+        let mount = format!(
+            "type=bind,src={},dst=/tools,options=rbind:ro",
+            from.display()
+        );
+        let options = ["--rm", "--mount", &mount];
+        let words = ["/tools/guest_load", "times"];
+        let mut command = container.run(&node.containerd, &options, &words);
         let command = command.stdin(Stdio::piped()).stdout(Stdio::piped());
         let mut child = command.spawn().unwrap();
         Self {
             asks: child.stdin.take().unwrap(),
             answers: BufReader::new(child.stdout.take().unwrap()),
             child,
+            _tools: tools,
         }
     }
 

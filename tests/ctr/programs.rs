@@ -183,7 +183,10 @@ fn spec(root: &Path, cgroup: &str, hooks: Value) -> Value {
             "cwd": "/",
         },
         "root": {"path": root},
-        "mounts": [{"destination": "/proc", "type": "proc", "source": "proc"}],
+        "mounts": [
+            {"destination": "/proc", "type": "proc", "source": "proc"},
+            {"destination": "/dev", "type": "tmpfs", "source": "tmpfs", "options": ["mode=755"]},
+        ],
         "hooks": hooks,
         "linux": {"cgroupsPath": cgroup, "namespaces": namespaces},
     })
