@@ -431,13 +431,15 @@ fn start(
         let mut agent = meet(&vm, place, config)?;
         birth.note("guest");
         match &vm.start {
-            Start::Booted => {}
+            // By KVM's wall clock, read once at the boot, it may be a second off.
+            Start::Booted => tell_time(&agent)?,
             Start::Model(claim) => {
                 drop(agent);
                 if let Err(error) = claim.make(&vm, since.elapsed() / SETTLING_SHARE) {
                     log::warn!("there is no template: {}", api::chain(&error).join(": "));
                 }
                 agent = meet(&vm, place, config)?;
+                tell_time(&agent)?;
                 birth.note("template");
             }
             Start::Clone(_) => renew(birth, &agent)?,
@@ -476,6 +478,12 @@ fn renew(birth: &Birth<'_>, agent: &Agent) -> Result<(), Error> {
     agent.renew()?;
     birth.note("renewal");
     Ok(())
+}
+
+fn tell_time(agent: &Agent) -> Result<(), Error> {
+    agent
+        .tell_time(CLONE_PATIENCE)
+        .map_err(asked("set the time"))
 }
 
 fn connect(birth: &Birth<'_>, agent: &Agent, settings: Settings) -> Result<(), Error> {
