@@ -9,7 +9,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use tempfile::TempDir;
 use tests::ctr::Container;
 use tests::guest;
-use tests::node::{Node, step};
+use tests::node::{Node, step, within};
 
 use super::on_a_node;
 
@@ -82,14 +82,14 @@ impl Teller {
         });
     }
 
-    /// Its shell ends with its input.
+    /// Its program ends with its input, and `ctr run --rm` once it has removed the container.
     fn end(self) {
         let Self {
             mut child, asks, ..
         } = self;
         drop(asks);
-        child.kill().unwrap();
-        child.wait().unwrap();
+        within(PATIENCE, "ctr ends", || child.try_wait().unwrap().is_some());
+        assert!(child.wait().unwrap().success());
     }
 }
 
