@@ -28,7 +28,7 @@ const COMMON_FEATURES: u64 =
 
 /// How long a device's handlers are waited for that have a request under way. A disk that works
 /// finishes one sooner; a client of the API or a service manager waits longer.
-const PATIENCE: Duration = Duration::from_secs(5);
+const PATIENCE: Duration = Duration::from_secs(10);
 
 /// Where the handlers are.
 enum Activity {
