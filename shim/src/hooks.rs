@@ -22,6 +22,9 @@ use crate::vm::Process;
 /// What of a program's words is told, in bytes.
 const MAX_WORDS: u64 = 2048;
 
+/// In the bundle once poststop hooks have run.
+const RAN: &str = "podvmm-poststop";
+
 /// Why a hook did not do its work.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum Error {
@@ -126,8 +129,18 @@ impl Hooks {
         self.run("poststart", &self.hooks.poststart, "running", pid)
     }
 
-    /// Runs those of a container that is gone, all of them whatever became of the others.
+    /// Runs those of a container that is gone, all of them whatever became of the others, and once: the
+    /// shim does when it deletes the container, and the `delete` command, which containerd always has run
+    /// after that, if the shim could not. A file in the bundle tells that it has.
     pub(crate) fn stopped(&self) {
+        if self.hooks.poststop.is_empty() {
+            return;
+        }
+        match File::create_new(self.bundle.join(RAN)) {
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => return,
+            Err(error) => log::warn!("{}: {RAN}: {error}", self.id),
+            Ok(_) => {}
+        }
         for hook in &self.hooks.poststop {
             let hook = std::slice::from_ref(hook);
             if let Err(error) = self.run("poststop", hook, "stopped", 0) {
@@ -257,6 +270,8 @@ mod tests {
         );
         hooks.created(7).unwrap();
         hooks.started(7).unwrap();
+        hooks.stopped();
+        // As the command that cleans up after a shim does, be it dead or not.
         hooks.stopped();
         let said = std::fs::read_to_string(folder.path().join("said")).unwrap();
         let bundle = folder.path().display();
