@@ -63,7 +63,8 @@ fn compare(
         let bench = Bench { node, pod, execs };
         let outcome = workload(&bench);
         node.remove_pod(&bench.pod);
-        eprintln!("{name} by {handler}: {} s", start.elapsed().as_secs());
+        let seconds = start.elapsed().as_secs();
+        eprintln!("{name} by {handler}: {seconds} s: {outcome:#?}");
         outcome
     });
     assert_eq!(found, expected, "what {name} gives by podvmm, and by runc");
