@@ -113,7 +113,8 @@ fn a_file_beyond_the_hosts_file_size_limit_is_an_error_for_the_guest() {
     let folder = TempDir::new().unwrap();
     let disk = format!("path={}", disk.path().display());
     let share = format!("tag=data,shared_dir={}", folder.path().display());
-    let script = "dd if=/dev/zero of=/dev/vdb bs=1M count=4 conv=fsync 2>&1 | grep -o 'I/O error'
+    let script =
+        "dd if=/dev/zero of=/dev/vdb bs=1M count=4 conv=fsync 2>&1 | grep -o 'Input/output error'
         mkdir /tmp/d; mount -t virtiofs data /tmp/d
         dd if=/dev/zero of=/tmp/d/file bs=1M count=4 2>&1 | grep -o 'File too large'
         truncate -s 4M /tmp/d/file 2>&1 | grep -o 'File too large'
@@ -127,7 +128,7 @@ fn a_file_beyond_the_hosts_file_size_limit_is_an_error_for_the_guest() {
     assert_eq!(outcome.code, Some(0), "{outcome:?}");
     let lines: Vec<_> = outcome.stdout.lines().collect();
     let too_large = "File too large";
-    assert_eq!(lines, ["I/O error", too_large, too_large, "small"]);
+    assert_eq!(lines, ["Input/output error", too_large, too_large, "small"]);
     assert_eq!(folder.path().join("file").metadata().unwrap().len(), LIMIT);
 }
 
