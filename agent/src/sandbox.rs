@@ -25,9 +25,6 @@ use crate::{describe, devices, dns, sys};
 /// How long a process that was killed may take to be gone when the sandbox ends.
 const LAST_BREATH: Duration = Duration::from_millis(500);
 
-/// How long the kernel may take to kill all of a container's processes (cgroup-v2.rst, `memory.oom.group`).
-const GROUP_KILL: Duration = Duration::from_millis(50);
-
 /// The pod in this guest.
 pub(crate) struct Sandbox {
     containers: Mutex<HashMap<String, Held>>,
@@ -265,8 +262,6 @@ impl Sandbox {
         // Which file it was is of no matter: all are looked at.
         let mut events = [0; 4096];
         while rustix::io::retry_on_intr(|| rustix::io::read(&self.kills, &mut events)).is_ok() {
-            // Of a group that is killed together each process counts, and all are one kill.
-            thread::sleep(GROUP_KILL);
             self.tell_of_kills();
         }
     }
