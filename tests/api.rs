@@ -358,15 +358,20 @@ fn two_hundred_lives_leave_nothing_behind() {
         put(&mut client, "vm.boot", None).unwrap();
         put(&mut client, "vm.delete", None).unwrap();
     };
+    let idle = service.proc("task");
+    // Who reads a console notices by itself that its VM is gone.
+    let settle = || {
+        while service.proc("task") > idle {
+            thread::sleep(Duration::from_millis(1));
+        }
+    };
     // The first lives warm up what stays: allocator arenas, thread stacks.
     (0..5).for_each(|_| live());
+    settle();
     let before = (service.proc("fd"), service.proc("task"), service.maps());
     let (files, resident) = (service.files(), service.resident());
     (0..200).for_each(|_| live());
-    // Who read a console notices by itself that it is gone.
-    while service.proc("task") > before.1 {
-        thread::sleep(Duration::from_millis(1));
-    }
+    settle();
     let after = (service.proc("fd"), service.proc("task"), service.maps());
     assert_eq!((before.0, before.1), (after.0, after.1));
     assert!(
