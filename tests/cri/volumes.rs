@@ -200,6 +200,12 @@ pub(crate) fn shared(node: &Node, pod: &Pod) {
             sleep 0.2; done; grep told /tmp/shares";
         assert_eq!(node.sh(&one, script), "mapped: 2\ntold of made: true");
     });
+    step("access control lists", || {
+        for place in ["/listed", "/v/listed"] {
+            let said = node.sh(&one, &format!("/tools/guest_load lists {place}"));
+            assert_eq!(said, "1000: read\n1001: \nmode 100660", "{place}");
+        }
+    });
     for id in [one, two] {
         node.cri.stop(&id, 30).unwrap();
         node.cri.remove(&id).unwrap();

@@ -5,7 +5,8 @@ use std::collections::BTreeSet;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt, OpenOptionsExt, PermissionsExt};
+use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Command, ExitCode};
 use std::thread;
@@ -30,6 +31,7 @@ fn main() -> ExitCode {
         ["times"] => times(),
         ["shares", path] => shares(Path::new(path)),
         ["meets", path] => meets(Path::new(path)),
+        ["lists", path] => lists(Path::new(path)),
         ["stuck", proc] => stuck(Path::new(proc)),
         _ => Err(io::Error::other("unknown command")),
     };
@@ -300,6 +302,40 @@ fn shares(path: &Path) -> io::Result<()> {
     println!("told of {}: {}", SHARED[3], made.contains(SHARED[3]));
     // SAFETY: this byte is in the page that was mapped, which another process writes to as well.
     println!("mapped: {}", char::from(unsafe { page.read_volatile() }));
+    Ok(())
+}
+
+/// The user whom [`lists`] lets in.
+const LISTED: u32 = 1000;
+
+/// Makes the folder `path` for one user besides its owner, by an access control list that its files get as
+/// well, and says who reads a file in it.
+fn lists(path: &Path) -> io::Result<()> {
+    // As <linux/posix_acl_xattr.h> has it: owner, one user, group, the most they get, others.
+    let mut list = 2u32.to_le_bytes().to_vec();
+    for (tag, permissions, id) in [
+        (1u16, 7u16, u32::MAX),
+        (2, 7, LISTED),
+        (4, 0, u32::MAX),
+        (0x10, 7, u32::MAX),
+        (0x20, 0, u32::MAX),
+    ] {
+        list.extend([tag.to_le_bytes(), permissions.to_le_bytes()].concat());
+        list.extend(id.to_le_bytes());
+    }
+    fs::create_dir(path)?;
+    for name in ["system.posix_acl_access", "system.posix_acl_default"] {
+        rustix::fs::setxattr(path, name, &list, rustix::fs::XattrFlags::empty())?;
+    }
+    let file = path.join("file");
+    rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o077));
+    fs::write(&file, "read")?;
+    for user in [LISTED, LISTED + 1] {
+        let output = Command::new("/bin/cat").arg(&file).uid(user).output()?;
+        let said = String::from_utf8_lossy(&output.stdout).into_owned();
+        println!("{user}: {said}");
+    }
+    println!("mode {:o}", fs::metadata(&file)?.permissions().mode());
     Ok(())
 }
 

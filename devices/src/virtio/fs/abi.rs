@@ -128,6 +128,8 @@ wire! {
     }
     struct FSyncIn { fh: u64, flags: u32, padding: u32 }
     struct SetXattrIn { size: u32, flags: u32 }
+    /// Follows [`SetXattrIn`] where [`init::SETXATTR_EXT`] was agreed on.
+    struct SetXattrInExt { setxattr_flags: u32, padding: u32 }
     /// GETXATTR and LISTXATTR.
     struct GetXattrIn { size: u32, padding: u32 }
     struct GetXattrOut { size: u32, padding: u32 }
@@ -146,16 +148,19 @@ pub(super) mod init {
     pub(in super::super) const ASYNC_READ: u64 = 1;
     pub(in super::super) const ATOMIC_O_TRUNC: u64 = 1 << 3;
     pub(in super::super) const BIG_WRITES: u64 = 1 << 5;
+    pub(in super::super) const DONT_MASK: u64 = 1 << 6;
     pub(in super::super) const AUTO_INVAL_DATA: u64 = 1 << 12;
     pub(in super::super) const DO_READDIRPLUS: u64 = 1 << 13;
     pub(in super::super) const READDIRPLUS_AUTO: u64 = 1 << 14;
     pub(in super::super) const ASYNC_DIO: u64 = 1 << 15;
     pub(in super::super) const WRITEBACK_CACHE: u64 = 1 << 16;
     pub(in super::super) const PARALLEL_DIROPS: u64 = 1 << 18;
+    pub(in super::super) const POSIX_ACL: u64 = 1 << 20;
     pub(in super::super) const MAX_PAGES: u64 = 1 << 22;
     pub(in super::super) const CACHE_SYMLINKS: u64 = 1 << 23;
     pub(in super::super) const SUBMOUNTS: u64 = 1 << 27;
     pub(in super::super) const HANDLE_KILLPRIV_V2: u64 = 1 << 28;
+    pub(in super::super) const SETXATTR_EXT: u64 = 1 << 29;
     pub(in super::super) const EXT: u64 = 1 << 30;
     pub(in super::super) const DIRECT_IO_ALLOW_MMAP: u64 = 1 << 36;
 }
@@ -183,6 +188,8 @@ pub(super) mod fopen {
 
 /// [`OpenIn::open_flags`] and [`CreateIn::open_flags`].
 pub(super) const OPEN_KILL_SUIDGID: u32 = 1;
+/// [`SetXattrInExt::setxattr_flags`].
+pub(super) const SETXATTR_ACL_KILL_SGID: u32 = 1;
 /// [`GetAttrIn::flags`].
 pub(super) const GETATTR_FH: u32 = 1;
 /// [`TransferIn::transfer_flags`] of WRITE: from the guest's page cache.

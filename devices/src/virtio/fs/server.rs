@@ -21,6 +21,7 @@ use rustix::io::Errno;
 use rustix::process::{getegid, geteuid};
 use zerocopy::{FromBytes, IntoBytes};
 
+use self::names::permissions;
 use self::syncs::Syncs;
 use super::FsError;
 use super::abi::{
@@ -429,6 +430,9 @@ impl Server {
             | init::MAX_PAGES
             | init::SUBMOUNTS
             | init::HANDLE_KILLPRIV_V2
+            | init::POSIX_ACL
+            | init::DONT_MASK
+            | init::SETXATTR_EXT
             | init::EXT
             | init::DIRECT_IO_ALLOW_MMAP;
         let cache = match self.cache {
@@ -446,6 +450,20 @@ impl Server {
             0
         };
         always | cache | writeback
+    }
+
+    /// Makes a file. Where its folder has an access control list for new files, that decides their
+    /// mode, and a program's umask does not. The host's kernel knows which; a guest that keeps such
+    /// lists leaves it to the server (`DONT_MASK`).
+    fn masked<T>(&self, umask: u32, make: impl FnOnce() -> T) -> T {
+        if umask == 0 || !self.agreed(init::DONT_MASK) {
+            return make();
+        }
+        // The thread's own: see keep_permissions.
+        rustix::process::umask(permissions(umask));
+        let made = make();
+        rustix::process::umask(Mode::empty());
+        made
     }
 
     fn agreed(&self, feature: u64) -> bool {

@@ -1,5 +1,6 @@
 //! A guest's kernel, as far as its requests go, over a folder of the host's.
 
+mod access;
 mod client;
 mod confinement;
 mod hostile;
@@ -288,46 +289,18 @@ fn privileges_go_where_the_guest_says_so() {
     assert_eq!(mode(), 0o755);
 }
 
-fn set_xattr(client: &mut Client, nodeid: u64, name: &str, value: &[u8]) -> Result<(), i32> {
-    let asked = SetXattrIn {
-        size: u32::try_from(value.len()).unwrap(),
-        flags: 0,
-    };
-    let body = [asked.as_bytes(), &text(&[name]), value].concat();
-    client.call(Op::SetXattr, nodeid, &body).map(drop)
-}
-
-fn get_xattr(client: &mut Client, nodeid: u64, name: &str, size: u32) -> Result<Vec<u8>, i32> {
-    let asked = GetXattrIn { size, padding: 0 };
-    let body = [asked.as_bytes(), &text(&[name])].concat();
-    client.call(Op::GetXattr, nodeid, &body)
-}
-
-fn list_xattrs(client: &mut Client, nodeid: u64) -> Vec<u8> {
-    let asked = GetXattrIn {
-        size: 999,
-        padding: 0,
-    };
-    client
-        .call(Op::ListXattr, nodeid, asked.as_bytes())
-        .unwrap()
-}
-
 #[test]
 fn extended_attributes_are_set_read_listed_and_removed() {
     let mut client = Client::new();
     let file = client.create(ROOT, "f", OFlags::RDWR).unwrap().0.nodeid;
     let name = "trusted.overlay.opaque";
-    set_xattr(&mut client, file, name, b"value").unwrap();
-    assert_eq!(
-        get_xattr(&mut client, file, name, 99),
-        Ok(b"value".to_vec())
-    );
-    assert_eq!(get_xattr(&mut client, file, name, 0).unwrap()[0], 5);
-    assert_eq!(get_xattr(&mut client, file, name, 2), Err(libc::ERANGE));
-    assert_eq!(list_xattrs(&mut client, file), b"trusted.overlay.opaque\0");
+    client.set_xattr(file, name, b"value").unwrap();
+    assert_eq!(client.get_xattr(file, name, 99), Ok(b"value".to_vec()));
+    assert_eq!(client.get_xattr(file, name, 0).unwrap()[0], 5);
+    assert_eq!(client.get_xattr(file, name, 2), Err(libc::ERANGE));
+    assert_eq!(client.list_xattrs(file), b"trusted.overlay.opaque\0");
     client.named(Op::RemoveXattr, file, name).unwrap();
-    assert_eq!(get_xattr(&mut client, file, name, 9), Err(libc::ENODATA));
+    assert_eq!(client.get_xattr(file, name, 9), Err(libc::ENODATA));
 }
 
 /// The table of docs/pods.md.
@@ -340,11 +313,6 @@ fn attributes_of_the_host_are_neither_set_nor_seen() {
         ("security.selinux", libc::EOPNOTSUPP, libc::EOPNOTSUPP),
         ("security.ima", libc::EOPNOTSUPP, libc::EOPNOTSUPP),
         ("security.capability2", libc::EOPNOTSUPP, libc::EOPNOTSUPP),
-        (
-            "system.posix_acl_access",
-            libc::EOPNOTSUPP,
-            libc::EOPNOTSUPP,
-        ),
         ("userish", libc::EOPNOTSUPP, libc::EOPNOTSUPP),
     ];
     let mut client = Client::new();
@@ -353,9 +321,9 @@ fn attributes_of_the_host_are_neither_set_nor_seen() {
     for (name, change, read) in names {
         // Some cannot be there.
         let there = rustix::fs::setxattr(&path, name, b"host", rustix::fs::XattrFlags::empty());
-        let set = set_xattr(&mut client, file, name, b"guest");
+        let set = client.set_xattr(file, name, b"guest");
         assert_eq!(set, Err(change), "{name}");
-        let got = get_xattr(&mut client, file, name, 99);
+        let got = client.get_xattr(file, name, 99);
         assert_eq!(got, Err(read), "{name}");
         let removed = client.named(Op::RemoveXattr, file, name);
         assert_eq!(removed, Err(change), "{name}");
@@ -367,9 +335,11 @@ fn attributes_of_the_host_are_neither_set_nor_seen() {
     }
     // VFS_CAP_REVISION_2, with the lowest of all capabilities.
     let capability = [&[0, 0, 0, 2, 1][..], &[0; 15]].concat();
-    set_xattr(&mut client, file, "user.x", b"").unwrap();
-    set_xattr(&mut client, file, "security.capability", &capability).unwrap();
-    let listed = list_xattrs(&mut client, file);
+    client.set_xattr(file, "user.x", b"").unwrap();
+    client
+        .set_xattr(file, "security.capability", &capability)
+        .unwrap();
+    let listed = client.list_xattrs(file);
     let mut listed: Vec<_> = listed.split(|byte| *byte == 0).collect();
     listed.sort();
     let shown: [&[u8]; 3] = [b"", b"security.capability", b"user.x"];

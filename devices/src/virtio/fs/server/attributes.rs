@@ -11,8 +11,8 @@ use rustix::io::Errno;
 use super::names::permissions;
 use super::{Request, Server, next_text};
 use crate::virtio::fs::abi::{
-    AttrOut, GETATTR_FH, GetAttrIn, GetXattrIn, GetXattrOut, SetAttrIn, SetXattrIn, StatFsOut,
-    valid,
+    AttrOut, GETATTR_FH, GetAttrIn, GetXattrIn, GetXattrOut, SETXATTR_ACL_KILL_SGID, SetAttrIn,
+    SetXattrIn, SetXattrInExt, StatFsOut, init, valid,
 };
 use crate::virtio::fs::host::{self, Descriptors, Status};
 use crate::virtio::fs::nodes::Place;
@@ -82,6 +82,10 @@ impl Server {
 
     pub(super) fn set_xattr(&self, request: &mut Request<'_>) -> Result<usize, Errno> {
         let SetXattrIn { size, flags } = request.take()?;
+        let mut more = SetXattrInExt::default();
+        if self.agreed(init::SETXATTR_EXT) {
+            more = request.take()?;
+        }
         request.read_text()?;
         let mut text = &request.text[..];
         let name = xattr_name(&mut text)?;
@@ -90,6 +94,13 @@ impl Server {
         let flags = XattrFlags::from_bits(flags).ok_or(Errno::INVAL)?;
         let place = self.place(request.header.nodeid)?;
         rustix::fs::setxattr(Descriptors::path(place.fd.as_fd()), name, value, flags)?;
+        if more.setxattr_flags & SETXATTR_ACL_KILL_SGID != 0 {
+            let mode = host::status(&place.fd)?.attr.mode;
+            if mode & libc::S_ISGID != 0 {
+                self.descriptors
+                    .change_mode(&place.fd, permissions(mode & !libc::S_ISGID))?;
+            }
+        }
         Ok(0)
     }
 
@@ -97,19 +108,25 @@ impl Server {
         let GetXattrIn { size, .. } = request.take()?;
         request.read_text()?;
         let name = xattr_name(&mut &request.text[..])?;
-        match Xattr::of(name.to_bytes()) {
-            Xattr::Shared => {}
+        let kind = Xattr::of(name.to_bytes());
+        match kind {
+            Xattr::Shared | Xattr::AccessControl => {}
             Xattr::OfHost => return Err(Errno::NODATA),
             Xattr::Meaningless => return Err(Errno::OPNOTSUPP),
         }
+        // Linux asks for the lists before it lets a program in, and any other error keeps it out.
+        let none = |error| match (kind, error) {
+            (Xattr::AccessControl, Errno::OPNOTSUPP) => Errno::NODATA,
+            (_, error) => error,
+        };
         let place = self.place(request.header.nodeid)?;
         let path = Descriptors::path(place.fd.as_fd());
         if size == 0 {
-            let size = rustix::fs::getxattr_query(path, name)?;
+            let size = rustix::fs::getxattr_query(path, name).map_err(none)?;
             return put_size(request, size);
         }
         let mut value = vec![0; MAX_XATTR.min(size as usize)];
-        let len = rustix::fs::getxattr(path, name, &mut value)?;
+        let len = rustix::fs::getxattr(path, name, &mut value).map_err(none)?;
         request.put_bytes(&value[..len])
     }
 
@@ -126,7 +143,7 @@ impl Server {
         let names = &names[..len];
         let mut shown = Vec::with_capacity(len);
         for name in names.split_inclusive(|byte| *byte == 0) {
-            if Xattr::of(name.strip_suffix(b"\0").unwrap_or(name)) == Xattr::Shared {
+            if Xattr::of(name.strip_suffix(b"\0").unwrap_or(name)).is_guests() {
                 shown.extend_from_slice(name);
             }
         }
@@ -211,8 +228,11 @@ enum Xattr {
     Shared,
     /// Of the host's services and file systems. The guest sees none, as without privileges.
     OfHost,
-    /// Of the host's kernel: access control lists, labels, measurements. They mean nothing to the
-    /// guest's kernel, which alone decides who may do what.
+    /// POSIX access control lists, by which the guest's kernel decides who may do what, as it does by
+    /// owners and modes. The host's kernel keeps them and a file's mode in step, and gives files their
+    /// folder's default.
+    AccessControl,
+    /// Of the host's kernel: labels, measurements. They mean nothing to the guest's kernel.
     Meaningless,
 }
 
@@ -220,17 +240,23 @@ impl Xattr {
     fn of(name: &[u8]) -> Self {
         match name {
             b"security.capability" => Self::Shared,
+            b"system.posix_acl_access" | b"system.posix_acl_default" => Self::AccessControl,
             name if name.starts_with(b"user.") => Self::Shared,
             name if name.starts_with(b"trusted.overlay.") => Self::Shared,
             name if name.starts_with(b"trusted.") => Self::OfHost,
             _ => Self::Meaningless,
         }
     }
+
+    /// Whether the guest may see and set it.
+    fn is_guests(self) -> bool {
+        matches!(self, Self::Shared | Self::AccessControl)
+    }
 }
 
 fn may_change(name: &CStr) -> Result<(), Errno> {
     match Xattr::of(name.to_bytes()) {
-        Xattr::Shared => Ok(()),
+        Xattr::Shared | Xattr::AccessControl => Ok(()),
         Xattr::OfHost => Err(Errno::PERM),
         Xattr::Meaningless => Err(Errno::OPNOTSUPP),
     }

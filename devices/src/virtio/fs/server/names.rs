@@ -37,7 +37,9 @@ impl Server {
     }
 
     pub(super) fn mknod(&self, request: &mut Request<'_>) -> Result<usize, Errno> {
-        let MkNodIn { mode, rdev, .. } = request.take()?;
+        let MkNodIn {
+            mode, rdev, umask, ..
+        } = request.take()?;
         request.read_text()?;
         let name = next_name(&mut &request.text[..])?;
         let kind = match mode & libc::S_IFMT {
@@ -58,17 +60,21 @@ impl Server {
             _ => {}
         }
         let folder = self.folder(request.header.nodeid)?;
-        rustix::fs::mknodat(&folder.fd, name, kind, permissions(mode), 0)?;
+        self.masked(umask, || {
+            rustix::fs::mknodat(&folder.fd, name, kind, permissions(mode), 0)
+        })?;
         let entry = self.adopt(request, &folder, name, mode)?;
         request.put(&entry)
     }
 
     pub(super) fn mkdir(&self, request: &mut Request<'_>) -> Result<usize, Errno> {
-        let MkDirIn { mode, .. } = request.take()?;
+        let MkDirIn { mode, umask } = request.take()?;
         request.read_text()?;
         let name = next_name(&mut &request.text[..])?;
         let folder = self.folder(request.header.nodeid)?;
-        rustix::fs::mkdirat(&folder.fd, name, permissions(mode))?;
+        self.masked(umask, || {
+            rustix::fs::mkdirat(&folder.fd, name, permissions(mode))
+        })?;
         // Giving a folder away leaves its mode alone.
         let entry = self.adopt(request, &folder, name, 0)?;
         request.put(&entry)
@@ -116,7 +122,9 @@ impl Server {
         let here = self
             .descriptors
             .open_again(&folder.fd, OFlags::RDONLY | OFlags::DIRECTORY)?;
-        let file = rustix::fs::openat(&here, c".", flags | kind, permissions(asked.mode))?;
+        let file = self.masked(asked.umask, || {
+            rustix::fs::openat(&here, c".", flags | kind, permissions(asked.mode))
+        })?;
         self.give_file(request, &folder, &file, asked.mode)?;
         let status = host::status(&file)?;
         let place = self.descriptors.open_again(&file, OFlags::PATH)?;
@@ -248,7 +256,9 @@ impl Server {
                     return Ok(());
                 }
                 let place = host::place_at(&folder.fd, name)?;
-                self.descriptors.change_mode(&place, permissions(mode))
+                let left = host::status(&place)?.attr.mode;
+                self.descriptors
+                    .change_mode(&place, permissions(left | mode & SPECIAL))
             });
             if let Err(error) = given {
                 // Not to be left behind with the wrong owner. A folder is empty yet.
@@ -271,7 +281,9 @@ impl Server {
     ) -> Result<OwnedFd, Errno> {
         let make = OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let flags = flags & !OFlags::TRUNC | make;
-        let file = rustix::fs::openat(&folder.fd, name, flags, permissions(asked.mode))?;
+        let file = self.masked(asked.umask, || {
+            rustix::fs::openat(&folder.fd, name, flags, permissions(asked.mode))
+        })?;
         self.give_file(request, folder, &file, asked.mode)
             .inspect_err(|_| {
                 let _ = rustix::fs::unlinkat(&folder.fd, name, AtFlags::empty());
@@ -289,7 +301,8 @@ impl Server {
         if let Some((uid, gid)) = self.owner(request, folder)? {
             rustix::fs::fchown(file, Some(uid), gid)?;
             if mode & SPECIAL != 0 {
-                rustix::fs::fchmod(file, permissions(mode))?;
+                let left = host::status(file)?.attr.mode;
+                rustix::fs::fchmod(file, permissions(left | mode & SPECIAL))?;
             }
         }
         Ok(())

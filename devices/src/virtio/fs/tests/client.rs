@@ -40,11 +40,15 @@ impl Client {
     }
 
     pub(super) fn init(&mut self) -> InitOut {
+        self.init_with(u32::MAX)
+    }
+
+    pub(super) fn init_with(&mut self, flags: u32) -> InitOut {
         let asked = InitIn {
             major: 7,
             minor: 38,
             max_readahead: 0,
-            flags: u32::MAX,
+            flags,
         };
         let more = InitInExt {
             flags2: u32::MAX,
@@ -235,6 +239,43 @@ impl Client {
         target: &str,
     ) -> Result<EntryOut, i32> {
         self.ask(Op::Symlink, parent, &text(&[name, target]))
+    }
+
+    pub(super) fn set_xattr(&mut self, nodeid: u64, name: &str, value: &[u8]) -> Result<(), i32> {
+        self.set_xattr_with(nodeid, name, value, 0)
+    }
+
+    pub(super) fn set_xattr_with(
+        &mut self,
+        nodeid: u64,
+        name: &str,
+        value: &[u8],
+        setxattr_flags: u32,
+    ) -> Result<(), i32> {
+        let asked = SetXattrIn {
+            size: u32::try_from(value.len()).unwrap(),
+            flags: 0,
+        };
+        let more = SetXattrInExt {
+            setxattr_flags,
+            padding: 0,
+        };
+        let body = [asked.as_bytes(), more.as_bytes(), &text(&[name]), value].concat();
+        self.call(Op::SetXattr, nodeid, &body).map(drop)
+    }
+
+    pub(super) fn get_xattr(&mut self, nodeid: u64, name: &str, size: u32) -> Result<Vec<u8>, i32> {
+        let asked = GetXattrIn { size, padding: 0 };
+        let body = [asked.as_bytes(), &text(&[name])].concat();
+        self.call(Op::GetXattr, nodeid, &body)
+    }
+
+    pub(super) fn list_xattrs(&mut self, nodeid: u64) -> Vec<u8> {
+        let asked = GetXattrIn {
+            size: 999,
+            padding: 0,
+        };
+        self.call(Op::ListXattr, nodeid, asked.as_bytes()).unwrap()
     }
 
     pub(super) fn forget(&mut self, nodeid: u64, lookups: u64) {
