@@ -2,19 +2,22 @@
 //! has a conversation with the kernel of its own.
 
 mod address;
+mod exact;
 mod link;
 mod netlink;
 mod route;
 
+use std::collections::HashMap;
 use std::io;
 use std::path::Path;
 
+use agent::protocol::agent::ExactRoutes;
 use agent::protocol::types::{ArpNeighbor, Interface, IpAddress, IpFamily, Route};
 use agent::ttrpc::{Code, Status};
 
 use address::{NoAddress, Prefix};
 use link::{Change, Link};
-use netlink::{CREATE, Message, Netlink, REPLACE};
+use netlink::{CREATE, EXCLUSIVE, Message, Netlink, REPLACE};
 
 const NEW_NEIGHBOUR: u16 = 28;
 const NEIGHBOUR_ADDRESS: u16 = 1;
@@ -39,6 +42,8 @@ pub(crate) enum Error {
     Name(String),
     #[error("{0} is missing")]
     Missing(&'static str),
+    #[error("a {0} is not as rtnetlink has it, or of an interface that is not named")]
+    Malformed(&'static str),
     #[error("{what} {value} is out of range")]
     Range { what: &'static str, value: i64 },
     #[error("{what}: {source}")]
@@ -61,6 +66,7 @@ impl From<Error> for Status {
             | Error::Hardware(_)
             | Error::Name(_)
             | Error::Missing(_)
+            | Error::Malformed(_)
             | Error::Range { .. } => Code::InvalidArgument,
         };
         Self::new(code, error)
@@ -206,6 +212,46 @@ pub(crate) fn update_routes(mut wanted: Vec<Route>) -> Result<Vec<Route>> {
         }
     }
     Ok(wanted)
+}
+
+/// Sets routes and rules as the host's kernel has them, once the interfaces and routes are there that they
+/// build upon. Returns how many.
+pub(crate) fn set_exact(wanted: &ExactRoutes) -> Result<u32> {
+    let ExactRoutes {
+        interfaces,
+        routes,
+        rules,
+    } = wanted;
+    if routes.is_empty() && rules.is_empty() {
+        return Ok(0);
+    }
+    let netlink = &mut open()?;
+    let links = links(netlink)?;
+    let mut indices = HashMap::new();
+    for interface in interfaces {
+        indices.insert(interface.index, by_name(&links, &interface.name)?.index);
+    }
+    let mut messages = Vec::new();
+    for payload in routes {
+        messages.push(exact::route(payload, &indices).ok_or(Error::Malformed("route"))?);
+    }
+    // Gateways are reached by routes without one.
+    messages.sort_by_key(|(has_gateway, _)| *has_gateway);
+    for (_, message) in messages {
+        netlink
+            .change(message, CREATE | REPLACE)
+            .map_err(Error::kernel("add a route of the host's"))?;
+    }
+    for payload in rules {
+        let message = exact::rule(payload).ok_or(Error::Malformed("rule"))?;
+        match netlink.change(message, CREATE | EXCLUSIVE) {
+            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
+                return Err(Error::kernel("add a rule of the host's")(error));
+            }
+            _ => {}
+        }
+    }
+    Ok(u32::try_from(routes.len() + rules.len()).expect("a message has not so many"))
 }
 
 fn parse_route(wanted: &Route, links: &[Link]) -> Result<route::Route> {

@@ -208,7 +208,8 @@ impl Sandbox {
             "UpdateRoutes" => call.answer(|request: UpdateRoutesRequest| {
                 let routes = request.routes.unwrap_or_default().routes;
                 let routes = network::update_routes(routes)?;
-                Ok(Routes { routes })
+                let exact = network::set_exact(&request.exact.unwrap_or_default())?;
+                Ok(Routes { routes, exact })
             }),
             "AddARPNeighbors" => call.answer(|request: AddArpNeighborsRequest| {
                 network::add_neighbours(&request.neighbors.unwrap_or_default().neighbors)?;
@@ -220,7 +221,7 @@ impl Sandbox {
             }),
             "ListRoutes" => call.answer(|_: ListRoutesRequest| {
                 let routes = network::list_routes()?;
-                Ok(Routes { routes })
+                Ok(Routes { routes, exact: 0 })
             }),
             "OnlineCPUMem" => call.answer(|request: OnlineCpuMemRequest| {
                 cpus::online(Path::new(cpus::FOLDER), request.nb_cpus).map_err(internal)?;

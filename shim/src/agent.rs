@@ -12,7 +12,7 @@ use agent::protocol::agent as messages;
 use agent::protocol::agent::Empty;
 use agent::protocol::oci;
 use agent::protocol::{AGENT_SERVICE, FOLLOWS_THE_CLOCK, HEALTH_SERVICE, PIDS_OF_ANOTHER, PORT};
-use agent::ttrpc::{CallError, Client};
+use agent::ttrpc::{CallError, Client, Code, Status};
 use prost::Message;
 
 use crate::error::{Error, asked};
@@ -151,14 +151,21 @@ impl Agent {
             };
             let _: agent::protocol::types::Interface = self.ask("UpdateInterface", &request)?;
         }
-        if !settings.routes.is_empty() {
+        let exact = settings.exact.routes.len() + settings.exact.rules.len();
+        if exact + settings.routes.len() > 0 {
             let routes = messages::Routes {
                 routes: settings.routes,
+                exact: 0,
             };
             let request = messages::UpdateRoutesRequest {
                 routes: Some(routes),
+                exact: (exact > 0).then_some(settings.exact),
             };
-            let _: messages::Routes = self.ask("UpdateRoutes", &request)?;
+            let set: messages::Routes = self.ask("UpdateRoutes", &request)?;
+            if usize::try_from(set.exact).ok() != Some(exact) {
+                let why = "the guest's agent sets no routes with metrics or tables, and no rules";
+                return Err(Status::new(Code::Unimplemented, why).into());
+            }
         }
         if !settings.neighbors.is_empty() {
             let neighbors = messages::ArpNeighbors {

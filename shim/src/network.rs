@@ -11,6 +11,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::thread;
 
+use agent::protocol::agent::{ExactRoutes, NumberedInterface};
 use agent::protocol::types::{ArpNeighbor, Interface, IpAddress, IpFamily, Route};
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
@@ -20,6 +21,9 @@ use netlink::{Address, FoundRoute, Netlink};
 
 /// What the VM's end of an interface is called, and its number.
 const TAP: &str = "podvmm";
+
+/// The loopback interface of each network namespace.
+const LOOPBACK: u32 = 1;
 
 /// To what is on the link itself (linux/rtnetlink.h, RT_SCOPE_LINK).
 const LINK_SCOPE: u32 = 253;
@@ -56,6 +60,8 @@ pub(crate) struct Link {
 pub(crate) struct Settings {
     pub(crate) interfaces: Vec<Interface>,
     pub(crate) routes: Vec<Route>,
+    /// Routes that a [`Route`] does not tell, and rules.
+    pub(crate) exact: ExactRoutes,
     pub(crate) neighbors: Vec<ArpNeighbor>,
 }
 
@@ -272,12 +278,30 @@ fn settings(netlink: &mut Netlink, found: &[Found]) -> Result<Settings, Error> {
         let link = found.iter().find(|link| link.index == index);
         link.map(|link| link.name.clone())
     };
-    let rules = netlink.rules().map_err(failed("list the rules"))?;
-    if let Some(rule) = rules.into_iter().next() {
-        return Err(Error::Impossible(rule));
+    let listed = netlink.routes().map_err(failed("list the routes"))?;
+    let mut routes = Vec::new();
+    let mut exact = ExactRoutes {
+        rules: netlink.rules().map_err(failed("list the rules"))?,
+        ..ExactRoutes::default()
+    };
+    for route in listed {
+        match route.exact {
+            Some(payload) => exact.routes.push(payload),
+            None => routes.push(by_name(route, name)?),
+        }
     }
-    let routes = netlink.routes().map_err(failed("list the routes"))?;
-    let mut routes = passed_on(routes, name)?;
+    if !exact.routes.is_empty() {
+        // Those that lead nowhere are, for IPv6, of the loopback interface.
+        let loopback = NumberedInterface {
+            index: LOOPBACK,
+            name: "lo".into(),
+        };
+        let numbered = |link: &Found| NumberedInterface {
+            index: link.index,
+            name: link.name.clone(),
+        };
+        exact.interfaces = found.iter().map(numbered).chain([loopback]).collect();
+    }
     let to_peers = addresses
         .iter()
         .filter_map(|address| to_peer(address, name(address.index)?));
@@ -286,6 +310,7 @@ fn settings(netlink: &mut Netlink, found: &[Found]) -> Result<Settings, Error> {
     Ok(Settings {
         interfaces: found.iter().map(interface).collect(),
         routes,
+        exact,
         neighbors: neighbors
             .into_iter()
             .filter_map(|neighbor| {
@@ -335,42 +360,21 @@ fn to_peer(address: &Address, device: String) -> Option<Route> {
     })
 }
 
-/// The routes as the guest's agent is told of them. It knows no metrics, which matter where routes
-/// lead to the same destination.
-fn passed_on(
-    found: Vec<FoundRoute>,
-    name: impl Fn(u32) -> Option<String>,
-) -> Result<Vec<Route>, Error> {
-    let mut routes: Vec<Route> = Vec::new();
-    for FoundRoute {
-        index,
-        mut route,
-        strange,
-    } in found
-    {
+/// A route as the guest's agent is told of it.
+fn by_name(found: FoundRoute, name: impl Fn(u32) -> Option<String>) -> Result<Route, Error> {
+    let FoundRoute {
+        index, mut route, ..
+    } = found;
+    let Some(name) = index.and_then(name) else {
         let what = match route.dest.as_str() {
             "" => "a default route".into(),
             dest => format!("a route to {dest}"),
         };
-        if let Some(strange) = strange {
-            return Err(Error::Impossible(format!("{what} {strange}")));
-        }
-        match index.and_then(&name) {
-            Some(name) => route.device = name,
-            None => {
-                let strange = "by an interface that is not the pod's";
-                return Err(Error::Impossible(format!("{what} {strange}")));
-            }
-        }
-        let is_other = |other: &Route| (other.family, &other.dest) == (route.family, &route.dest);
-        if let Some(other) = routes.iter().find(|other| is_other(other)) {
-            let devices = format!("by {} and by {}", other.device, route.device);
-            let several = "more than one, to choose from by metric";
-            return Err(Error::Impossible(format!("{what} {devices}: {several}")));
-        }
-        routes.push(route);
-    }
-    Ok(routes)
+        let strange = "by an interface that is not the pod's";
+        return Err(Error::Impossible(format!("{what} {strange}")));
+    };
+    route.device = name;
+    Ok(route)
 }
 
 fn ip(address: IpAddr, mask: &str) -> IpAddress {
@@ -557,76 +561,93 @@ mod tests {
         });
     }
 
-    /// What is said of a pod's network with this, made by ip(8).
-    fn refused(line: &'static str) -> String {
-        let (tell, told) = std::sync::mpsc::channel();
-        in_a_pods_namespace(move || {
+    #[test]
+    fn routes_that_the_protocol_cannot_tell_are_passed_on_as_they_are() {
+        in_a_pods_namespace(|| {
             for line in [
                 "ip address add 10.9.8.7/24 dev eth0",
                 "ip -6 address add fd00::7/64 dev eth0 nodad",
-                "ip route add default via 10.9.8.1 metric 100",
+                "ip route add default via 10.9.8.1",
                 "ip -6 route add default via fd00::1",
                 "ip route add 10.7.0.0/16 dev eth0 scope link src 10.9.8.7 mtu 1300",
             ] {
                 run(line);
             }
             let settings = connect().unwrap().1;
-            assert_eq!(settings.routes.len(), 3, "{:?}", settings.routes);
             let linked = settings.routes.iter().find(|route| route.mtu == 1300);
             let linked = linked.unwrap();
             assert_eq!((linked.scope, &*linked.source), (253, "10.9.8.7"));
+            assert_eq!(settings.routes.len(), 3, "{:?}", settings.routes);
+            assert_eq!(settings.exact, ExactRoutes::default());
             disconnect().unwrap();
             taps_go();
-            run(line);
-            tell.send(connect().unwrap_err().to_string()).unwrap();
+            let routes = [
+                "default via 10.9.8.2 metric 200",
+                "10.1.0.0/16 nexthop via 10.9.8.2 nexthop via 10.9.8.3",
+                "blackhole 10.2.0.0/16",
+                "10.3.0.0/16 via 10.9.8.2 table 100",
+                "fd01::/64 via fd00::2 table 1000",
+                "10.4.0.0/16 via 10.9.8.2 tos 0x10",
+                "10.5.0.0/16 via inet6 fd00::2 dev eth0",
+                "10.6.0.0/16 via 10.9.8.2 advmss 1000",
+                "unreachable fd02::/64",
+            ];
+            let rules = [
+                "from 10.9.8.7 table 100",
+                "not fwmark 0x10/0xf0 iif eth0 table 1000",
+            ];
+            let mut families = routes.map(|route| (route.contains("fd0"), route));
+            families[6].0 = false;
+            for (is_v6, route) in families {
+                let family = if is_v6 { "-6" } else { "-4" };
+                run(&format!("ip {family} route add {route}"));
+            }
+            for rule in rules {
+                run(&format!("ip rule add {rule}"));
+            }
+            run("ip -6 rule add from fd00::7 table 100 pref 50");
+            let settings = connect().unwrap().1;
+            assert_eq!(settings.routes.len(), 3, "{:?}", settings.routes);
+            let exact = settings.exact;
+            assert_eq!((exact.routes.len(), exact.rules.len()), (9, 3));
+            let names = exact.interfaces.iter().map(|it| it.name.as_str());
+            assert_eq!(names.collect::<Vec<_>>(), ["eth0", "lo"]);
+            // What was typed here and made bytes again is what the kernel said.
+            let raw = raw(26).into_iter().chain(raw(34)).collect::<Vec<_>>();
+            for payload in exact.routes.iter().chain(&exact.rules) {
+                assert!(raw.contains(payload), "{payload:?}");
+            }
+            disconnect().unwrap();
             taps_go();
-            assert!(!run("tc qdisc show dev eth0").contains("ingress"));
         });
-        told.recv().unwrap()
     }
 
-    #[test]
-    fn routes_that_the_guest_cannot_have_are_refused_by_name() {
-        for (line, said) in [
-            (
-                "ip route add default via 10.9.8.2 metric 200",
-                "a default route by eth0 and by eth0: more than one, to choose from by metric",
-            ),
-            (
-                "ip route add 10.1.0.0/16 nexthop via 10.9.8.2 nexthop via 10.9.8.3",
-                "a route to 10.1.0.0/16 by several gateways",
-            ),
-            (
-                "ip route add blackhole 10.2.0.0/16",
-                "a route to 10.2.0.0/16 of type blackhole",
-            ),
-            (
-                "ip route add 10.3.0.0/16 via 10.9.8.2 table 100",
-                "a route to 10.3.0.0/16 in table 100",
-            ),
-            (
-                "ip -6 route add fd01::/64 via fd00::2 table 1000",
-                "a route to fd01::/64 in table 1000",
-            ),
-            (
-                "ip route add 10.4.0.0/16 via 10.9.8.2 tos 0x10",
-                "a route to 10.4.0.0/16 for a type of service",
-            ),
-            (
-                "ip route add 10.5.0.0/16 via inet6 fd00::2",
-                "a route to 10.5.0.0/16 by a gateway of another family",
-            ),
-            (
-                "ip rule add from 10.9.8.7 table 100",
-                "the routing rule 32765",
-            ),
-            (
-                "ip -6 rule add from fd00::7 table 100 pref 50",
-                "the routing rule 50",
-            ),
-        ] {
-            let expected = format!("the pod's network has {said}, which its VM cannot have");
-            assert_eq!(refused(line), expected, "{line}");
+    /// The payloads of all messages of this kind that the kernel lists, of both families.
+    fn raw(kind: u16) -> Vec<Vec<u8>> {
+        let mut payloads = Vec::new();
+        for family in [libc::AF_INET, libc::AF_INET6] {
+            let mut socket =
+                netlink_sys::Socket::new(netlink_sys::protocols::NETLINK_ROUTE).unwrap();
+            socket.bind_auto().unwrap();
+            let mut request = [0; 28];
+            request[0] = 28;
+            request[4..6].copy_from_slice(&kind.to_ne_bytes());
+            request[6..8].copy_from_slice(&0x301_u16.to_ne_bytes());
+            request[16] = u8::try_from(family).unwrap();
+            socket.send(&request, 0).unwrap();
+            'answers: loop {
+                let (datagram, _) = socket.recv_from_full().unwrap();
+                let mut rest = &datagram[..];
+                while let Some(len) = rest.first_chunk().map(|len| u32::from_ne_bytes(*len)) {
+                    let len = usize::try_from(len).unwrap();
+                    if rest[4] == 3 {
+                        break 'answers;
+                    }
+                    payloads.push(rest[16..len].to_vec());
+                    rest = rest.get(len.next_multiple_of(4)..).unwrap_or_default();
+                }
+            }
         }
+        payloads
     }
 }

@@ -166,45 +166,45 @@ fn a_program_that_cannot_be_started_leaves_its_network_to_the_next() {
     });
 }
 
-/// Interfaces that lead nowhere are not the container's, and routes that a VM cannot have are refused.
+/// Interfaces that lead nowhere are not the container's. Routes are, with their metrics, tables and rules.
 #[test]
 fn networks_of_more_than_a_pods() {
     on_a_node(|node| {
         let network = PodNetwork::new(1);
         let pod = network.path();
         let pod = pod.rsplit('/').next().unwrap();
-        let ip = |line: &str| tests::network::ip(&format!("-n {pod} {line}"));
-        ip("link add gretap0 type bridge");
-        let namespace = format!("network:{}", network.path());
-        let run = |name: &str| -> Ran {
-            let container = Container::new(node, name);
-            let options = ["--rm", "--with-ns", &namespace];
-            let script = "ls /sys/class/net; ip route get 192.0.2.1";
-            let mut command = container.run(&node.containerd, &options, &["sh", "-c", script]);
-            step(name, || command.output().unwrap()).into()
-        };
-        ip("route add default via 10.9.0.1 metric 100");
-        let ran = run("one");
-        assert_eq!(ran.code, Some(0), "{ran:?}");
-        assert!(
-            ran.stdout.contains("192.0.2.1 via 10.9.0.1 dev eth0"),
-            "{ran:?}"
-        );
-        assert_eq!(ran.stdout.contains("gretap0"), !node.is_podvmm(), "{ran:?}");
-        ip("route add default via 10.9.0.7 metric 50");
-        let ran = run("two");
-        if node.is_podvmm() {
-            assert_ne!(ran.code, Some(0), "{ran:?}");
-            assert!(
-                ran.stderr.contains("a default route by eth0 and by eth0"),
-                "{ran:?}"
-            );
-        } else {
-            assert!(
-                ran.stdout.contains("192.0.2.1 via 10.9.0.7 dev eth0"),
-                "{ran:?}"
-            );
+        for line in [
+            "link add gretap0 type bridge",
+            "route add default via 10.9.0.1 metric 100",
+            "route add default via 10.9.0.7 metric 50",
+            "route add default via 10.9.0.8 table 100",
+            "route add 192.0.2.64/26 nexthop via 10.9.0.3 nexthop via 10.9.0.3 weight 3",
+            "route add prohibit 192.0.2.128/26",
+            "rule add fwmark 0x7 table 100",
+            "rule add to 203.0.113.0/24 table 100 pref 99",
+        ] {
+            tests::network::ip(&format!("-n {pod} {line}"));
         }
+        let namespace = format!("network:{}", network.path());
+        let container = Container::new(node, "routes");
+        let options = ["--rm", "--with-ns", &namespace];
+        let script = "ls /sys/class/net; ip rule; ip route show table 100; \
+            for to in 192.0.2.1 192.0.2.65 203.0.113.1; do ip route get $to; done; \
+            ip route get 192.0.2.129 2>&1";
+        let mut command = container.run(&node.containerd, &options, &["sh", "-c", script]);
+        let ran = Ran::from(step("its network told", || command.output().unwrap()));
+        for said in [
+            "from all fwmark 0x7 lookup 100",
+            "99:\tfrom all to 203.0.113.0/24 lookup 100",
+            "default via 10.9.0.8 dev eth0",
+            "192.0.2.1 via 10.9.0.7 dev eth0",
+            "192.0.2.65 via 10.9.0.3 dev eth0",
+            "203.0.113.1 via 10.9.0.8 dev eth0",
+            "RTNETLINK answers: Permission denied",
+        ] {
+            assert!(ran.stdout.contains(said), "{said}: {ran:?}");
+        }
+        assert_eq!(ran.stdout.contains("gretap0"), !node.is_podvmm(), "{ran:?}");
     });
 }
 

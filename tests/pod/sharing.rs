@@ -70,7 +70,8 @@ pub(crate) fn network(agent: &Agent) {
         near,
     ];
     let request = UpdateRoutesRequest {
-        routes: Some(Routes { routes }),
+        routes: Some(Routes { routes, exact: 0 }),
+        exact: None,
     };
     for _ in 0..2 {
         let _: Routes = agent.ask("UpdateRoutes", &request).unwrap();
@@ -99,7 +100,7 @@ pub(crate) fn network(agent: &Agent) {
         assert!(pod0.addresses.contains(&wanted), "{pod0:?}");
     }
     assert!(interfaces.iter().any(|it| it.name == "lo"));
-    let Routes { routes } = agent.ask("ListRoutes", &ListRoutesRequest {}).unwrap();
+    let Routes { routes, .. } = agent.ask("ListRoutes", &ListRoutesRequest {}).unwrap();
     for (dest, gateway) in [
         ("", "10.77.0.1"),
         ("", "fd77::1"),

@@ -10,6 +10,8 @@ use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, 
 
 pub(super) const CREATE: u16 = 0x400;
 pub(super) const REPLACE: u16 = 0x100;
+/// What is there already is an error.
+pub(super) const EXCLUSIVE: u16 = 0x200;
 
 const REQUEST: u16 = 1;
 const ACK: u16 = 4;
@@ -45,7 +47,8 @@ impl Message {
     /// Adds an attribute.
     pub(super) fn with(mut self, kind: u16, value: &[u8]) -> Self {
         let len = u16::try_from(ATTRIBUTE_HEADER_LEN + value.len());
-        let len = len.expect("an attribute is a number, an address or a name that was checked");
+        let len =
+            len.expect("an attribute is a number, an address, a name that was checked, or was one");
         self.0.extend(len.to_ne_bytes());
         self.0.extend(kind.to_ne_bytes());
         self.0.extend(value);

@@ -333,6 +333,35 @@ pub struct Interfaces {
 pub struct Routes {
     #[prost(message, repeated, tag = "1")]
     pub routes: Vec<types::Route>,
+    /// podvmm's own: how many of the request's [`ExactRoutes`] were set. An agent that does not know
+    /// them says none.
+    #[prost(uint32, tag = "1000")]
+    pub exact: u32,
+}
+
+/// podvmm's own: routes and routing rules for which the Kata agent's protocol has no fields (metrics,
+/// tables, several gateways, blackholes), as the host's kernel lists them (rtnetlink(7)). The guest's
+/// kernel reads the same.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct ExactRoutes {
+    /// What the interfaces that they name by number are called.
+    #[prost(message, repeated, tag = "1")]
+    pub interfaces: Vec<NumberedInterface>,
+    /// The payload of an RTM_NEWROUTE each.
+    #[prost(bytes = "vec", repeated, tag = "2")]
+    pub routes: Vec<Vec<u8>>,
+    /// The payload of an RTM_NEWRULE each.
+    #[prost(bytes = "vec", repeated, tag = "3")]
+    pub rules: Vec<Vec<u8>>,
+}
+
+/// What an interface of the host's is called.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct NumberedInterface {
+    #[prost(uint32, tag = "1")]
+    pub index: u32,
+    #[prost(string, tag = "2")]
+    pub name: String,
 }
 
 /// Neighbours to be known.
@@ -354,6 +383,8 @@ pub struct UpdateInterfaceRequest {
 pub struct UpdateRoutesRequest {
     #[prost(message, optional, tag = "1")]
     pub routes: Option<Routes>,
+    #[prost(message, optional, tag = "1000")]
+    pub exact: Option<ExactRoutes>,
 }
 
 /// Asks for all interfaces.

@@ -7,8 +7,8 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 
 use agent::protocol::types::Route;
 use netlink_packet_core::{
-    DefaultNla, NLM_F_ACK, NLM_F_CREATE, NLM_F_DUMP, NLM_F_EXCL, NLM_F_REQUEST, NetlinkMessage,
-    NetlinkPayload,
+    DefaultNla, Emitable, NLM_F_ACK, NLM_F_CREATE, NLM_F_DUMP, NLM_F_EXCL, NLM_F_REQUEST,
+    NetlinkMessage, NetlinkPayload,
 };
 use netlink_packet_route::address::{AddressAttribute, AddressMessage, AddressScope};
 use netlink_packet_route::link::{LinkAttribute, LinkFlags, LinkLayerType, LinkMessage};
@@ -71,8 +71,8 @@ pub(super) struct FoundRoute {
     /// Of the link.
     pub(super) index: Option<u32>,
     pub(super) route: Route,
-    /// What it has that a [`Route`] cannot have.
-    pub(super) strange: Option<String>,
+    /// All of it as the kernel lists it, if it has something that a [`Route`] cannot have.
+    pub(super) exact: Option<Vec<u8>>,
 }
 
 /// A socket to ask by.
@@ -170,8 +170,9 @@ impl Netlink {
         Ok(routes.collect())
     }
 
-    /// The rules by which tables of routes are chosen, by name, without those that each kernel has.
-    pub(super) fn rules(&mut self) -> io::Result<Vec<String>> {
+    /// The rules by which tables of routes are chosen, as the kernel lists them, without those that each
+    /// kernel has.
+    pub(super) fn rules(&mut self) -> io::Result<Vec<Vec<u8>>> {
         let mut rules = Vec::new();
         for family in [AddressFamily::Inet, AddressFamily::Inet6] {
             let mut request = RuleMessage::default();
@@ -305,13 +306,9 @@ fn route(message: &RouteMessage) -> Option<FoundRoute> {
     };
     let mut index = None;
     let mut table = u32::from(header.table);
-    let mut strange = match header.kind {
-        RouteType::Unicast => None,
-        kind => Some(format!("of type {}", format!("{kind:?}").to_lowercase())),
-    };
-    if header.tos != 0 {
-        strange = Some("for a type of service".into());
-    }
+    let mut is_plain = header.kind == RouteType::Unicast && header.tos == 0;
+    // What IPv6 has where nobody said otherwise (linux/ipv6_route.h, IP6_RT_PRIO_USER).
+    let usual_metric = if route.family == 0 { 0 } else { 1024 };
     for attribute in &message.attributes {
         match attribute {
             RouteAttribute::Table(value) => table = *value,
@@ -322,32 +319,32 @@ fn route(message: &RouteMessage) -> Option<FoundRoute> {
             }
             RouteAttribute::Gateway(value) => route.gateway = ip(value)?.to_string(),
             RouteAttribute::PrefSource(value) => route.source = ip(value)?.to_string(),
-            RouteAttribute::Source(_) => strange = Some("for some sources alone".into()),
-            RouteAttribute::MultiPath(_) => strange = Some("by several gateways".into()),
-            RouteAttribute::Via(_) => strange = Some("by a gateway of another family".into()),
-            RouteAttribute::EncapType(_) => strange = Some("by a tunnel of its own".into()),
+            RouteAttribute::Priority(metric) => is_plain &= *metric == usual_metric,
+            RouteAttribute::Source(_)
+            | RouteAttribute::MultiPath(_)
+            | RouteAttribute::Via(_)
+            | RouteAttribute::EncapType(_) => is_plain = false,
             RouteAttribute::Metrics(metrics) => {
-                let mtu = metrics.iter().find_map(|metric| match metric {
-                    RouteMetric::Mtu(mtu) => Some(*mtu),
-                    _ => None,
-                });
-                route.mtu = mtu.unwrap_or(0);
+                for metric in metrics {
+                    match metric {
+                        RouteMetric::Mtu(mtu) => route.mtu = *mtu,
+                        _ => is_plain = false,
+                    }
+                }
             }
             _ => {}
         }
     }
-    if table != u32::from(RouteHeader::RT_TABLE_MAIN) {
-        strange = Some(format!("in table {table}"));
-    }
+    is_plain &= table == u32::from(RouteHeader::RT_TABLE_MAIN);
     Some(FoundRoute {
         index,
         route,
-        strange,
+        exact: (!is_plain).then(|| bytes(message)),
     })
 }
 
-/// The name of a rule, unless the kernel made it: to the tables local, main and default, in this order.
-fn rule(message: &RuleMessage) -> Option<String> {
+/// A rule, unless the kernel made it: to the tables local, main and default, in this order.
+fn rule(message: &RuleMessage) -> Option<Vec<u8>> {
     let header = &message.header;
     let (mut priority, mut table, mut is_plain) = (0, u32::from(header.table), true);
     for attribute in &message.attributes {
@@ -361,7 +358,14 @@ fn rule(message: &RuleMessage) -> Option<String> {
     let is_kernels = matches!((priority, table), (0, 255) | (32766, 254) | (32767, 253))
         && (header.action, header.tos) == (RuleAction::ToTable, 0)
         && is_plain;
-    (!is_kernels).then(|| format!("the routing rule {priority}"))
+    (!is_kernels).then(|| bytes(message))
+}
+
+/// A message's payload as it was received.
+fn bytes(message: &impl Emitable) -> Vec<u8> {
+    let mut bytes = vec![0; message.buffer_len()];
+    message.emit(&mut bytes);
+    bytes
 }
 
 fn ip(address: &RouteAddress) -> Option<IpAddr> {
