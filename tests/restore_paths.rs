@@ -273,7 +273,11 @@ fn a_process_gives_memory_that_is_compressed() {
     let file = fs::OpenOptions::new().write(true).open(&memory).unwrap();
     file.write_all_at(&[0x55; 4096], 100).unwrap();
     let handler = Handler::start(folder.path());
-    let guest = handler.restore(folder.path());
+    // Its console is there until it runs.
+    let paused = [handler.socket(), ("resume", false.into())];
+    let mut guest = Counter::restore(folder.path(), &paused);
+    // It may end before it answers.
+    let _ = put(&mut guest.client, "vm.resume", None);
     ends_without_memory(guest, Instant::now(), PROMPT);
     let said = handler.end();
     assert!(
