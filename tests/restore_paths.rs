@@ -383,7 +383,25 @@ fn a_vm_whose_snapshot_is_being_written_ends_with_that_process_too() {
     let mut client = guest.service.client();
     let body = json!({"destination_url": url(folder.path())});
     let writes = thread::spawn(move || put(&mut client, "vm.snapshot", Some(body)));
+    // Meanwhile others are answered: what was so then, or that they have to wait.
+    let mut other = guest.service.client();
     thread::sleep(Duration::from_millis(300));
+    get(&mut other, "vmm.ping");
+    assert_eq!(get(&mut other, "vm.info")["state"], "Paused");
+    assert!(get(&mut other, "vm.counters")["exits"].is_object());
+    let metrics = other.call("GET", "/metrics", None, &[]).unwrap();
+    let metrics = String::from_utf8(metrics).unwrap();
+    assert!(
+        metrics.contains("podvmm_vm_state{state=\"Paused\"} 1"),
+        "{metrics}"
+    );
+    for request in ["vm.resume", "vm.shutdown", "vm.delete", "vm.snapshot"] {
+        let body = (request == "vm.snapshot").then(|| json!({"destination_url": "file:///other"}));
+        let (status, why) = refusal(put(&mut other, request, body));
+        let expected =
+            format!("{request}: a snapshot of the VM is being written; wait for its answer");
+        assert_eq!((status, why), (409, expected));
+    }
     handler.running.signal(libc::SIGKILL);
     ends_without_memory(guest, Instant::now(), SOON);
     assert!(writes.join().unwrap().is_err());

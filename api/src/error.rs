@@ -32,6 +32,9 @@ pub enum ApiError {
         state: State,
         needed: &'static str,
     },
+    /// A snapshot takes the time it needs, and what would change the VM has to wait for it.
+    #[error("{request}: a snapshot of the VM is being written; wait for its answer")]
+    Busy { request: &'static str },
     /// A VM that cannot be, for a reason the client can do something about. Outermost cause first.
     #[error("{}", .0.join(": "))]
     Impossible(Vec<String>),
@@ -93,7 +96,7 @@ impl ApiError {
             Self::Body { .. } | Self::Impossible(_) => 400,
             Self::NoSuchEndpoint(_) | Self::NoSuchDevice(_) => 404,
             Self::Method { .. } => 405,
-            Self::State { .. } => 409,
+            Self::State { .. } | Self::Busy { .. } => 409,
             Self::Host(_) => 500,
             Self::Ending => 503,
         }

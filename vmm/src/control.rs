@@ -6,7 +6,8 @@
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SendError, Sender, channel};
 use std::time::{Duration, Instant};
 
-use api::{Answer, ApiError, Request};
+use api::http::{self, Next};
+use api::{Answer, ApiError, Request, route};
 use serde_json::Value;
 
 use crate::command::Status;
@@ -26,7 +27,41 @@ pub enum Event {
     /// A signal asks podvmm to end.
     Signal(i32),
     /// A client asks.
-    Call(Box<Request>, Sender<Result<Answer, ApiError>>),
+    Call(Box<Request>, Reply),
+    /// The snapshot that was asked for is written, or cannot be.
+    Saved,
+}
+
+/// The way to answer a client. Without an answer it learns that podvmm is ending.
+#[derive(Debug)]
+pub struct Reply(Option<http::Reply>);
+
+impl Reply {
+    /// Answers by HTTP.
+    pub fn new(reply: http::Reply) -> Self {
+        Self(Some(reply))
+    }
+
+    /// A client that left does not get its answer.
+    pub fn send(mut self, answer: &Result<Answer, ApiError>) {
+        self.give(answer);
+    }
+
+    fn give(&mut self, answer: &Result<Answer, ApiError>) {
+        if let Some(reply) = self.0.take() {
+            let response = route::response(answer);
+            reply.send(match answer {
+                Ok(Answer::Exiting) => Next::AnswerAndStop(response),
+                _ => Next::Answer(response),
+            });
+        }
+    }
+}
+
+impl Drop for Reply {
+    fn drop(&mut self) {
+        self.give(&Err(ApiError::Ending));
+    }
 }
 
 /// The way into the inbox for those who belong to one life of the VM. What they
@@ -90,19 +125,17 @@ pub fn serve(vm: &mut Vm, events: Receiver<(u32, Event)>) -> Outcome {
         }
         match events.recv_timeout(due.duration_since(now)) {
             Ok((_, Event::Signal(signal))) => break Outcome::Ended(Ending::Signal(signal)),
-            Ok((_, Event::Call(request, reply))) => {
-                let answer = vm.answer(*request);
-                let last = matches!(answer, Ok(Answer::Exiting));
-                if last {
+            Ok((_, Event::Call(request, reply))) => match *request {
+                Request::Exit => {
                     // The client is to hear it when it is so.
                     vm.stop();
-                }
-                // A client that left does not want its answer.
-                let _ = reply.send(answer);
-                if last {
+                    reply.send(&Ok(Answer::Exiting));
                     break Outcome::Dismissed;
                 }
-            }
+                Request::Snapshot(snapshot) => vm.snapshot(snapshot, reply),
+                request => reply.send(&vm.answer(request)),
+            },
+            Ok((_, Event::Saved)) => vm.saved(),
             Ok((life, _)) if life != vm.life() => {}
             Ok((_, Event::Ended(ending))) => break Outcome::Ended(ending),
             Ok((_, Event::Status(Status::Ready))) => {

@@ -12,8 +12,11 @@
 //! A snapshot is taken of a paused VM; a restored one is paused, too.
 //!
 //! Owned by `control`, which carries out one request at a time. None of them
-//! waits for the guest.
+//! waits for the guest, and writing a snapshot, which may take minutes, is left to a thread: meanwhile the VM
+//! is told of as it was, and stays so.
 
+use std::sync::mpsc::channel;
+use std::thread::{Builder, JoinHandle};
 use std::time::Duration;
 
 use api::{
@@ -24,7 +27,7 @@ use serde_json::{Value, json};
 
 use crate::builder::{BuildError, Origin, Surroundings, build};
 use crate::command::Command;
-use crate::control::Inbox;
+use crate::control::{Event, Inbox, Reply};
 use crate::events::Events;
 use crate::machine::Machine;
 use crate::metrics;
@@ -60,7 +63,23 @@ enum Phase {
     Created(Box<Definition>),
     Running(Box<Definition>, Box<Machine>),
     Paused(Box<Definition>, Box<Machine>),
+    /// Paused, and a thread has the machine while it writes a snapshot of it.
+    Saving(Box<Saving>),
     Shutdown(Box<Definition>),
+}
+
+/// A snapshot that is being written.
+#[derive(Debug)]
+struct Saving {
+    definition: Box<Definition>,
+    writer: JoinHandle<(Box<Machine>, Result<(), SaveError>)>,
+    /// Who waits for it.
+    reply: Reply,
+    folder: Value,
+    /// What is said of the machine meanwhile: it is paused.
+    info: VmInfo,
+    counters: Value,
+    metrics: String,
 }
 
 impl Phase {
@@ -69,7 +88,7 @@ impl Phase {
             Self::None => State::None,
             Self::Created(_) => State::Created,
             Self::Running(..) => State::Running,
-            Self::Paused(..) => State::Paused,
+            Self::Paused(..) | Self::Saving(_) => State::Paused,
             Self::Shutdown(_) => State::Shutdown,
         }
     }
@@ -81,13 +100,22 @@ impl Phase {
             | Self::Running(definition, _)
             | Self::Paused(definition, _)
             | Self::Shutdown(definition) => Some(definition),
+            Self::Saving(saving) => Some(&saving.definition),
         }
     }
 
     fn machine(&self) -> Option<&Machine> {
         match self {
             Self::Running(_, machine) | Self::Paused(_, machine) => Some(machine),
-            Self::None | Self::Created(_) | Self::Shutdown(_) => None,
+            Self::None | Self::Created(_) | Self::Saving(_) | Self::Shutdown(_) => None,
+        }
+    }
+
+    /// The snapshot of it that is being written.
+    fn saving(&self) -> Option<&Saving> {
+        match self {
+            Self::Saving(saving) => Some(saving),
+            _ => None,
         }
     }
 }
@@ -116,11 +144,11 @@ impl Vm {
         self.phase.definition()
     }
 
-    /// Carries out a request.
+    /// Carries out a request that is answered at once.
     pub fn answer(&mut self, request: Request) -> Result<Answer, ApiError> {
         match request {
             Request::Ping => Ok(Answer::Ping(ping())),
-            Request::Exit => Ok(Answer::Exiting),
+            Request::Exit | Request::Snapshot(_) => unreachable!("control sees to them itself"),
             Request::Create(definition) => self.create(definition).map(done),
             Request::Add(device, json) => self.add(device, json).map(done),
             Request::Boot => self.boot().map(done),
@@ -129,7 +157,6 @@ impl Vm {
             Request::Pause => self.pause().map(done),
             Request::Resume => self.resume().map(done),
             Request::Resize(sizes) => self.resize(sizes).map(done),
-            Request::Snapshot(snapshot) => self.snapshot(&snapshot).map(done),
             Request::RecordWorkingSet => self.record_working_set().map(done),
             Request::Restore(restore) => self.restore(*restore).map(done),
             Request::PowerButton => self.press_power_button().map(done),
@@ -140,10 +167,7 @@ impl Vm {
                 self.boot().map(done)
             }
             Request::Delete => self.delete().map(done),
-            Request::Metrics => Ok(Answer::Metrics(metrics::text(
-                self.phase.state(),
-                self.phase.machine(),
-            ))),
+            Request::Metrics => Ok(Answer::Metrics(self.metrics())),
         }
     }
 
@@ -244,17 +268,66 @@ impl Vm {
         }
     }
 
-    /// Writes the VM down.
-    fn snapshot(&mut self, snapshot: &Snapshot) -> Result<(), ApiError> {
-        let Phase::Paused(definition, machine) = &mut self.phase else {
-            return Err(self.wrong("vm.snapshot", "Paused"));
+    /// Has the VM written down, and whoever asked for it answered then.
+    pub(crate) fn snapshot(&mut self, snapshot: Snapshot, reply: Reply) {
+        let (metrics, info, counters) = (self.metrics(), self.info(), self.counters());
+        let (definition, machine) = match std::mem::replace(&mut self.phase, Phase::None) {
+            Phase::Paused(definition, machine) => (definition, machine),
+            other => {
+                self.phase = other;
+                return reply.send(&Err(self.wrong("vm.snapshot", "Paused")));
+            }
         };
         let folder = json!({ "folder": snapshot.folder });
+        let inbox = self.around.inbox.clone();
+        let written = definition.clone();
+        // The thread gets the machine once there is a thread.
+        let (give, take) = channel::<Box<Machine>>();
+        let writer = Builder::new().name("snapshot".into()).spawn(move || {
+            let mut machine = take.recv().expect("it is given below");
+            let Snapshot {
+                folder,
+                incremental,
+            } = &snapshot;
+            let saved = snapshot::save(&mut machine, &written, folder, *incremental);
+            // Without `control` podvmm is ending, and waits for this thread.
+            let _ = inbox.send(Event::Saved);
+            (machine, saved)
+        });
+        let writer = match writer {
+            Ok(writer) => writer,
+            Err(error) => {
+                self.phase = Phase::Paused(definition, machine);
+                let why = format!("start a thread: {error}");
+                return reply.send(&Err(ApiError::Host(vec![why])));
+            }
+        };
         self.around.events.vm("snapshotting", folder.clone());
-        snapshot::save(machine, definition, &snapshot.folder, snapshot.incremental)
-            .map_err(not_saved)?;
-        self.around.events.vm("snapshotted", folder);
-        Ok(())
+        give.send(machine).expect("the thread waits for it");
+        self.phase = Phase::Saving(Box::new(Saving {
+            definition,
+            writer,
+            reply,
+            folder,
+            info: info.expect("there is a VM"),
+            counters: counters.expect("there is a machine"),
+            metrics,
+        }));
+    }
+
+    /// Waits until a snapshot is written, if one is being written, and answers who asked for it.
+    pub(crate) fn saved(&mut self) {
+        match std::mem::replace(&mut self.phase, Phase::None) {
+            Phase::Saving(saving) => {
+                let (machine, saved) = saving.writer.join().expect("a panic ends the process");
+                self.phase = Phase::Paused(saving.definition, machine);
+                if saved.is_ok() {
+                    self.around.events.vm("snapshotted", saving.folder);
+                }
+                saving.reply.send(&saved.map(done).map_err(not_saved));
+            }
+            other => self.phase = other,
+        }
     }
 
     /// Notes beside the snapshot which of its RAM the VM has touched.
@@ -352,7 +425,7 @@ impl Vm {
     }
 
     fn delete(&mut self) -> Result<(), ApiError> {
-        if let Phase::None = self.phase {
+        if let Phase::None | Phase::Saving(_) = self.phase {
             return Err(self.wrong("vm.delete", "created"));
         }
         self.stop();
@@ -361,8 +434,9 @@ impl Vm {
         Ok(())
     }
 
-    /// Ends the guest if there is one.
+    /// Ends the guest if there is one, once a snapshot of it is written.
     pub fn stop(&mut self) {
+        self.saved();
         if self.phase.machine().is_some() {
             // It is running or paused, so it can be shut down.
             let _ = self.shutdown();
@@ -385,7 +459,7 @@ impl Vm {
     pub(crate) fn has_halted(&self) -> bool {
         match &self.phase {
             Phase::Running(_, machine) => machine.is_halted(),
-            Phase::None | Phase::Created(_) | Phase::Paused(..) | Phase::Shutdown(_) => false,
+            _ => false,
         }
     }
 
@@ -393,7 +467,7 @@ impl Vm {
     pub(crate) fn settle(&mut self) -> Option<Duration> {
         match &mut self.phase {
             Phase::Running(_, machine) => machine.settle_vcpus(),
-            Phase::None | Phase::Created(_) | Phase::Paused(..) | Phase::Shutdown(_) => None,
+            _ => None,
         }
     }
 
@@ -440,6 +514,9 @@ impl Vm {
     }
 
     fn info(&self) -> Result<VmInfo, ApiError> {
+        if let Some(saving) = self.phase.saving() {
+            return Ok(saving.info.clone());
+        }
         let definition = self
             .phase
             .definition()
@@ -457,6 +534,9 @@ impl Vm {
     }
 
     fn counters(&self) -> Result<Value, ApiError> {
+        if let Some(saving) = self.phase.saving() {
+            return Ok(saving.counters.clone());
+        }
         let machine = self
             .phase
             .machine()
@@ -464,7 +544,17 @@ impl Vm {
         Ok(metrics::counters(machine))
     }
 
+    fn metrics(&self) -> String {
+        match self.phase.saving() {
+            Some(saving) => saving.metrics.clone(),
+            None => metrics::text(self.phase.state(), self.phase.machine()),
+        }
+    }
+
     fn wrong(&self, request: &'static str, needed: &'static str) -> ApiError {
+        if self.phase.saving().is_some() {
+            return ApiError::Busy { request };
+        }
         ApiError::State {
             request,
             state: self.phase.state(),

@@ -1,20 +1,18 @@
 //! podvmm's API on its socket: the thread that joins clients to `control`.
 //!
-//! Waits for clients and, for each request, for `control`, which waits for
-//! nobody's guest.
+//! Waits for clients and for the answers of `control`, which waits for nobody's guest.
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
-use std::sync::mpsc::channel;
 use std::thread::{Builder, JoinHandle};
 
-use api::http::{Next, Server};
-use api::{Answer, ApiError, route};
+use api::http::{self, Request, Server};
+use api::route;
 use devices::host::{ListenError, Listener};
 use thiserror::Error;
 
-use crate::control::{Event, Inbox};
+use crate::control::{Event, Inbox, Reply};
 
 /// Why there is no API.
 #[derive(Debug, Error)]
@@ -30,8 +28,8 @@ pub enum ServiceError {
     Thread(#[source] io::Error),
 }
 
-/// The API while it is served. Dropping it ends that, after the answer that is
-/// being given, and removes the socket.
+/// The API while it is served. Dropping it ends that, after the answers that are
+/// given, and removes the socket.
 #[derive(Debug)]
 pub struct Service {
     stop: Option<OwnedFd>,
@@ -48,7 +46,9 @@ impl Service {
         let thread = Builder::new()
             .name("api".into())
             .spawn(move || {
-                let served = server.serve(stopped.as_fd(), |request| answer(&inbox, request));
+                let served = server.serve(stopped.as_fd(), |request, reply| {
+                    ask(&inbox, request, reply)
+                });
                 if let Err(error) = served {
                     log::error!("the API ended: {error}");
                 }
@@ -63,17 +63,14 @@ impl Service {
     }
 }
 
-fn answer(inbox: &Inbox, request: api::http::Request) -> Next {
-    let answer = route::request(request).and_then(|request| {
-        let (reply, answer) = channel();
-        // Without `control` there is no answer either.
-        let _ = inbox.send(Event::Call(Box::new(request), reply));
-        answer.recv().unwrap_or(Err(ApiError::Ending))
-    });
-    let response = route::response(&answer);
-    match answer {
-        Ok(Answer::Exiting) => Next::AnswerAndStop(response),
-        _ => Next::Answer(response),
+fn ask(inbox: &Inbox, request: Request, reply: http::Reply) {
+    let reply = Reply::new(reply);
+    match route::request(request) {
+        Err(error) => reply.send(&Err(error)),
+        Ok(request) => {
+            // Without `control` the event is dropped, and the reply with it.
+            let _ = inbox.send(Event::Call(Box::new(request), reply));
+        }
     }
 }
 

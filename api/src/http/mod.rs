@@ -11,4 +11,4 @@ mod server;
 
 pub use self::client::{Client, ClientError};
 pub use self::message::{Method, Request, Response};
-pub use self::server::{Next, Server};
+pub use self::server::{Next, Reply, Server};

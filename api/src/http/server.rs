@@ -1,17 +1,19 @@
 //! One thread that serves every client of a unix socket.
 //!
-//! It waits for all of them at once, so a slow one delays nobody, and reads from none whose last
-//! answer is not taken yet, so none makes it hold more than a request and an answer.
+//! It waits for all of them at once, so a slow one delays nobody, and for the answers that others give, so a
+//! request that takes long delays nobody either. It reads from no client whose last request has no answer, or
+//! whose last answer is not taken yet, so none makes it hold more than a request and an answer.
 
 use std::collections::HashMap;
 use std::io::{self, IoSliceMut, Write};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
+use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::Duration;
 
-use rustix::event::epoll;
+use rustix::event::{EventfdFlags, epoll, eventfd};
 use rustix::io::Errno;
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
 
@@ -20,11 +22,12 @@ use super::message::{Request, Response};
 
 /// Clients served at once; more wait to be accepted.
 const MAX_CLIENTS: usize = 1024;
-/// Answers to one client before others get their turn.
-const TURN: usize = 16;
 const READ_SIZE: usize = 16 << 10;
 const RETRY: Duration = Duration::from_millis(10);
+/// What is watched besides the clients.
 const LISTENER: u64 = 0;
+const ANSWERS: u64 = u64::MAX - 1;
+const STOP: u64 = u64::MAX;
 
 /// What the server is to do after an answer.
 #[derive(Debug)]
@@ -34,11 +37,49 @@ pub enum Next {
     AnswerAndStop(Response),
 }
 
+/// The way to answer one request, at any time and from any thread. Its client waits for it, so whoever has it
+/// is to use it.
+#[derive(Debug)]
+pub struct Reply {
+    client: u64,
+    answers: Arc<Answers>,
+}
+
+impl Reply {
+    /// Gives the answer. It goes nowhere if the client has left.
+    pub fn send(self, next: Next) {
+        let mut given = self.answers.given.lock().expect(NO_PANIC);
+        given.push((self.client, next));
+        // The counter is far from full: the server empties it.
+        let _ = rustix::io::write(&self.answers.wake, &1_u64.to_ne_bytes());
+    }
+}
+
+const NO_PANIC: &str = "a panic ends the process";
+
+/// Answers on their way to the server.
+#[derive(Debug)]
+struct Answers {
+    given: Mutex<Vec<(u64, Next)>>,
+    /// An eventfd.
+    wake: OwnedFd,
+}
+
+impl Answers {
+    fn take(&self) -> Vec<(u64, Next)> {
+        let mut given = self.given.lock().expect(NO_PANIC);
+        // Nothing to read: it was taken before.
+        let _ = rustix::io::read(&self.wake, &mut [0; 8]);
+        std::mem::take(&mut given)
+    }
+}
+
 /// A socket that is listened on, and its clients.
 #[derive(Debug)]
 pub struct Server {
     listener: UnixListener,
     epoll: OwnedFd,
+    answers: Arc<Answers>,
     clients: HashMap<u64, Client>,
     last_client: u64,
     accepting: bool,
@@ -48,10 +89,10 @@ pub struct Server {
 struct Client {
     stream: UnixStream,
     connection: Connection,
+    /// Its request has no answer yet, and is followed by others if this says so.
+    waiting: Option<bool>,
     /// Bytes of answers that the client has not taken yet.
     unsent: Vec<u8>,
-    /// Its turn was over before its requests were.
-    more: bool,
     /// No more requests are read; it is closed once all is sent.
     closing: bool,
     /// What it is watched for.
@@ -62,26 +103,30 @@ impl Server {
     /// A server of the clients that connect to `listener`.
     pub fn new(listener: UnixListener) -> io::Result<Self> {
         listener.set_nonblocking(true)?;
-        let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
+        let wake = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
         let server = Self {
             listener,
-            epoll,
+            epoll: epoll::create(epoll::CreateFlags::CLOEXEC)?,
+            answers: Arc::new(Answers {
+                given: Mutex::default(),
+                wake,
+            }),
             clients: HashMap::new(),
             last_client: LISTENER,
             accepting: true,
         };
         server.watch(LISTENER, server.listener.as_fd(), epoll::EventFlags::IN)?;
+        server.watch(ANSWERS, server.answers.wake.as_fd(), epoll::EventFlags::IN)?;
         Ok(server)
     }
 
-    /// Serves clients with what `answer` says, one request at a time in the order they come, until
-    /// it says stop or `stop` is readable.
+    /// Hands the requests of all clients to `ask`, which answers them when it can, until an answer says
+    /// stop or `stop` is readable. A client's requests come one after the other.
     pub fn serve(
         &mut self,
         stop: BorrowedFd<'_>,
-        mut answer: impl FnMut(Request) -> Next,
+        mut ask: impl FnMut(Request, Reply),
     ) -> io::Result<()> {
-        const STOP: u64 = u64::MAX;
         self.watch(STOP, stop, epoll::EventFlags::IN)?;
         let mut events = [MaybeUninit::<epoll::Event>::uninit(); 64];
         loop {
@@ -91,13 +136,29 @@ impl Server {
             };
             for event in events {
                 match event.data.u64() {
-                    STOP => return Ok(()),
-                    LISTENER => self.accept(),
-                    number => {
-                        if self.turn(number, &mut answer) {
+                    STOP => {
+                        for (number, next) in self.answers.take() {
+                            self.answer(number, next);
                             self.finish(number);
-                            return Ok(());
                         }
+                        return Ok(());
+                    }
+                    LISTENER => self.accept(),
+                    ANSWERS => {
+                        for (number, next) in self.answers.take() {
+                            if self.answer(number, next) {
+                                self.finish(number);
+                                return Ok(());
+                            }
+                            self.turn(number, &mut ask);
+                        }
+                    }
+                    number => {
+                        let flags = event.flags;
+                        if flags.intersects(epoll::EventFlags::HUP | epoll::EventFlags::ERR) {
+                            self.leave(number);
+                        }
+                        self.turn(number, &mut ask);
                     }
                 }
             }
@@ -157,29 +218,46 @@ impl Server {
         let client = Client {
             stream,
             connection: Connection::default(),
+            waiting: None,
             unsent: Vec::new(),
-            more: false,
             closing: false,
             interest,
         };
         self.clients.insert(number, client);
     }
 
-    /// Serves a client as far as it goes without waiting. True if the server is to stop.
-    fn turn(&mut self, number: u64, answer: &mut impl FnMut(Request) -> Next) -> bool {
+    /// Takes the answer to a client's request. True if the server is to stop.
+    fn answer(&mut self, number: u64, next: Next) -> bool {
+        let (response, stop) = match next {
+            Next::Answer(response) => (response, false),
+            Next::AnswerAndStop(response) => (response, true),
+        };
+        if let Some(client) = self.clients.get_mut(&number) {
+            let keep_alive = client.waiting.take().unwrap_or(false) && !stop;
+            client.closing |= !keep_alive;
+            client.unsent = response.encode(keep_alive);
+        }
+        stop
+    }
+
+    /// Serves a client as far as it goes without waiting.
+    fn turn(&mut self, number: u64, ask: &mut impl FnMut(Request, Reply)) {
         let Some(client) = self.clients.get_mut(&number) else {
-            return false;
+            return;
         };
-        let stop = match client.turn(answer) {
-            Ok(stop) => stop,
-            Err(error) => {
-                log::debug!("a client of the API is gone: {error}");
-                client.unsent.clear();
-                client.closing = true;
-                false
-            }
+        let answers = &self.answers;
+        let ask = |request: Request| {
+            let answers = answers.clone();
+            let client = number;
+            ask(request, Reply { client, answers });
         };
-        let done = client.closing && client.unsent.is_empty();
+        if let Err(error) = client.turn(ask) {
+            log::debug!("a client of the API is gone: {error}");
+            client.unsent.clear();
+            client.waiting = None;
+            client.closing = true;
+        }
+        let done = client.closing && client.waiting.is_none() && client.unsent.is_empty();
         let wanted = client.wanted();
         let unwatched = wanted != client.interest
             && epoll::modify(
@@ -190,11 +268,20 @@ impl Server {
             )
             .is_err();
         client.interest = wanted;
-        if (done || unwatched) && !stop {
+        if done || unwatched {
             self.clients.remove(&number);
             self.set_accepting(true);
         }
-        stop
+    }
+
+    /// Lets go of a client that has left before it was answered: that would be told again and again.
+    fn leave(&mut self, number: u64) {
+        let waits = |client: &Client| client.waiting.is_some();
+        if self.clients.get(&number).is_some_and(waits) {
+            log::debug!("a client of the API left before its answer");
+            self.clients.remove(&number);
+            self.set_accepting(true);
+        }
     }
 
     /// Gives a client what is left of its last answer, with patience but not for ever.
@@ -216,37 +303,24 @@ impl Server {
 
 impl Client {
     fn wanted(&self) -> epoll::EventFlags {
-        if self.unsent.is_empty() && !self.more {
-            epoll::EventFlags::IN
-        } else {
-            epoll::EventFlags::OUT
+        match self.waiting {
+            Some(_) => epoll::EventFlags::empty(),
+            None if self.unsent.is_empty() => epoll::EventFlags::IN,
+            None => epoll::EventFlags::OUT,
         }
     }
 
-    /// Sends, reads and answers until it would have to wait. True if the server is to stop.
-    fn turn(&mut self, answer: &mut impl FnMut(Request) -> Next) -> io::Result<bool> {
-        self.more = false;
-        let mut answers = 0;
+    /// Sends, reads and asks until it would have to wait.
+    fn turn(&mut self, mut ask: impl FnMut(Request)) -> io::Result<()> {
         loop {
             self.send()?;
-            if !self.unsent.is_empty() || self.closing {
-                return Ok(false);
-            }
-            if answers == TURN {
-                self.more = true;
-                return Ok(false);
+            if !self.unsent.is_empty() || self.closing || self.waiting.is_some() {
+                return Ok(());
             }
             match self.connection.next() {
                 Parsed::Request(request, keep_alive) => {
-                    answers += 1;
-                    self.closing = !keep_alive;
-                    match answer(request) {
-                        Next::Answer(response) => self.unsent = response.encode(keep_alive),
-                        Next::AnswerAndStop(response) => {
-                            self.unsent = response.encode(false);
-                            return Ok(true);
-                        }
-                    }
+                    self.waiting = Some(keep_alive);
+                    ask(request);
                 }
                 Parsed::Continue => self.unsent = b"HTTP/1.1 100 \r\n\r\n".to_vec(),
                 Parsed::Refuse(response) => {
@@ -255,7 +329,7 @@ impl Client {
                 }
                 Parsed::Incomplete => {
                     if !self.read()? {
-                        return Ok(false);
+                        return Ok(());
                     }
                 }
             }

@@ -59,17 +59,25 @@ impl Drop for Echo {
     }
 }
 
-fn answer(request: Request) -> Next {
-    match (&request.method, request.path.as_str()) {
-        (Method::Put, "/stop") => Next::AnswerAndStop(Response::done()),
-        (Method::Put, "/fds") => Next::Answer(Response::json(200, request.fds.len().to_string())),
-        (Method::Get, "/big") => Next::Answer(Response::json(200, "x".repeat(4 << 20))),
+fn answer(request: Request, reply: Reply) {
+    let response = match (&request.method, request.path.as_str()) {
+        (Method::Put, "/stop") => return reply.send(Next::AnswerAndStop(Response::done())),
+        (Method::Put, "/late") => {
+            thread::spawn(|| {
+                thread::sleep(Duration::from_millis(200));
+                reply.send(Next::Answer(Response::json(200, "late".into())));
+            });
+            return;
+        }
+        (Method::Put, "/fds") => Response::json(200, request.fds.len().to_string()),
+        (Method::Get, "/big") => Response::json(200, "x".repeat(4 << 20)),
         (Method::Put, "/echo") => {
             let body = String::from_utf8(request.body).unwrap();
-            Next::Answer(Response::json(200, body))
+            Response::json(200, body)
         }
-        _ => Next::Answer(Response::refusal(404, ["nothing is there", "really"])),
-    }
+        _ => Response::refusal(404, ["nothing is there", "really"]),
+    };
+    reply.send(Next::Answer(response));
 }
 
 fn all(mut stream: UnixStream) -> String {
@@ -118,6 +126,27 @@ fn a_slow_client_delays_nobody() {
     assert!(all(slow).ends_with("\r\n\r\nhi"));
     deaf.shutdown(Shutdown::Write).unwrap();
     assert_eq!(all(deaf).matches("HTTP/1.1 200").count(), 4);
+}
+
+/// Whoever has to wait for an answer does so alone, gets it before those to its later requests, and may leave.
+#[test]
+fn an_answer_may_come_late() {
+    let server = Echo::start();
+    let mut waiting = server.stream();
+    waiting
+        .write_all(b"PUT /late HTTP/1.1\r\n\r\nGET /none HTTP/1.1\r\n\r\n")
+        .unwrap();
+    waiting.shutdown(Shutdown::Write).unwrap();
+    let mut left = server.stream();
+    left.write_all(b"PUT /late HTTP/1.1\r\n\r\n").unwrap();
+    drop(left);
+    let mut client = server.client();
+    for _ in 0..100 {
+        assert_eq!(client.call("PUT", "/echo", Some("x"), &[]).unwrap(), b"x");
+    }
+    let answers = all(waiting);
+    let late = answers.find("late").expect("it is answered");
+    assert!(late < answers.find("HTTP/1.1 404").unwrap(), "{answers}");
 }
 
 #[test]
