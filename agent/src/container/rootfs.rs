@@ -379,6 +379,11 @@ fn make_node(
     ) {
         // A mount may have put another there, as /dev/urandom for /dev/random; runc leaves it too.
         Err(Errno::EXIST) => return Ok(()),
+        // It would be the host's.
+        Err(Errno::PERM) => {
+            let why = "its folder is on a share of the host's, which makes no devices; mount a tmpfs on /dev";
+            return Err(io::Error::new(io::ErrorKind::PermissionDenied, why));
+        }
         made => made?,
     }
     // Where containers share the folder, another may have put something else there since.
