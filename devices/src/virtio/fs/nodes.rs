@@ -84,7 +84,12 @@ struct Node {
     lookups: u64,
     /// Nodes whose parent it is.
     children: u64,
+    /// How the file was when the guest last opened it: its cache has nothing older.
+    opened: Option<Version>,
 }
+
+/// What changes with a file's content: its ctime, in seconds and nanoseconds.
+pub(super) type Version = (u64, u32);
 
 impl Node {
     /// Which file it is. `None` if that is gone.
@@ -134,6 +139,7 @@ impl Nodes {
             name: CString::default(),
             lookups: 1,
             children: 0,
+            opened: None,
         };
         Ok(Self {
             numbers: HashMap::from([(identity, ROOT)]),
@@ -218,6 +224,16 @@ impl Nodes {
             node.lookups = node.lookups.saturating_sub(lookups);
             self.drop_unused(nodeid);
         }
+    }
+
+    /// The guest opens a file of this version; None if another may have the same. Whether that is what it was
+    /// when it was opened before.
+    pub(super) fn opened(&mut self, nodeid: u64, version: Option<Version>) -> bool {
+        let Some(node) = self.nodes.get_mut(&nodeid) else {
+            return false;
+        };
+        let before = std::mem::replace(&mut node.opened, version);
+        version.is_some() && before == version
     }
 
     /// What the guest knows as `name` in `parent`, with its place open: its name is about to go.
@@ -327,6 +343,7 @@ impl Nodes {
             name,
             lookups,
             children: 0,
+            opened: None,
         };
         self.nodes.insert(nodeid, node);
         Ok(())
@@ -354,6 +371,7 @@ impl Nodes {
             name: name.into(),
             lookups: 0,
             children: 0,
+            opened: None,
         };
         self.nodes.insert(nodeid, node);
         Ok(nodeid)

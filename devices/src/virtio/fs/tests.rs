@@ -64,6 +64,28 @@ fn what_the_guest_writes_is_in_the_hosts_folder() {
     assert_eq!(client.guest.counters().bytes_in.get(), 8);
 }
 
+/// What is cached of a file is kept until somebody changes it: a program that starts again is not read again.
+#[test]
+fn what_is_cached_is_kept_while_the_file_stays_as_it_was() {
+    let mut client = Client::new();
+    let path = client.host("f");
+    fs::write(&path, "content").unwrap();
+    let file = client.lookup(ROOT, "f").unwrap().nodeid;
+    let mut keeps = || {
+        let asked = OpenIn::default();
+        let open: OpenOut = client.ask(Op::Open, file, asked.as_bytes()).unwrap();
+        open.open_flags & fopen::KEEP_CACHE != 0
+    };
+    let new = [keeps(), keeps()];
+    assert_eq!(new, [false; 2], "it may change and have the same time");
+    let settle = || std::thread::sleep(std::time::Duration::from_secs(4));
+    settle();
+    assert_eq!([keeps(), keeps(), keeps()], [false, true, true]);
+    fs::write(path, "changed").unwrap();
+    settle();
+    assert_eq!([keeps(), keeps()], [false, true]);
+}
+
 #[test]
 fn appending_writes_to_the_end_and_the_guests_cache_where_it_belongs() {
     let mut client = Client::new();

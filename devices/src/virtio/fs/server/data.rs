@@ -9,10 +9,13 @@ use rustix::io::Errno;
 
 use super::{Cache, MAX_TRANSFER, Request, Server};
 use crate::virtio::fs::abi::{
-    CopyFileRangeIn, FAllocateIn, FSYNC_FDATASYNC, FSyncIn, LSeekIn, LSeekOut, OPEN_KILL_SUIDGID,
-    OpenIn, OpenOut, ReleaseIn, TransferIn, WRITE_CACHE, WRITE_KILL_SUIDGID, WriteOut, fopen, init,
+    Attr, CopyFileRangeIn, FAllocateIn, FSYNC_FDATASYNC, FSyncIn, LSeekIn, LSeekOut,
+    OPEN_KILL_SUIDGID, OpenIn, OpenOut, ReleaseIn, TransferIn, WRITE_CACHE, WRITE_KILL_SUIDGID,
+    WriteOut, fopen, init,
 };
 use crate::virtio::fs::handles::Handle;
+use crate::virtio::fs::host;
+use crate::virtio::fs::nodes::Version;
 use crate::virtio::{Counters, vectored};
 
 /// Most bytes that are copied within the host at once: the thread is needed elsewhere.
@@ -21,6 +24,10 @@ const MAX_COPY: u64 = 64 << 20;
 const ALLOCATION_PIECE: u64 = 1 << 30;
 /// How long one request may allocate: less than a pause of the VM waits for it.
 const MAX_ALLOCATION: Duration = Duration::from_secs(2);
+
+/// Seconds after which a file that changes again has another ctime: file systems count them in steps of up
+/// to 2 s (FAT).
+const SETTLED: u64 = 3;
 
 impl Server {
     pub(super) fn open(&self, request: &mut Request<'_>) -> Result<usize, Errno> {
@@ -42,9 +49,16 @@ impl Server {
         nodeid: u64,
         flags: OFlags,
     ) -> Result<OpenOut, Errno> {
+        let is_folder = flags.contains(OFlags::DIRECTORY);
+        let version = match (self.cache, is_folder) {
+            (Cache::Auto, false) => version(&file)?,
+            _ => None,
+        };
         let fh = self.handles.insert(Handle::new(file, nodeid, flags))?;
-        let open_flags = match (self.cache, flags.contains(OFlags::DIRECTORY)) {
+        let open_flags = match (self.cache, is_folder) {
             (Cache::None, _) => fopen::DIRECT_IO,
+            // Programs and libraries, mostly: what is cached of them is good.
+            (Cache::Auto, false) if self.nodes().opened(nodeid, version) => fopen::KEEP_CACHE,
             (Cache::Auto, _) => 0,
             (Cache::Always, false) => fopen::KEEP_CACHE,
             (Cache::Always, true) => fopen::KEEP_CACHE | fopen::CACHE_DIR,
@@ -241,6 +255,16 @@ fn allocate(
         rustix::fs::fallocate(file, mode, last, end - last)?;
     }
     Ok(())
+}
+
+/// Which version of its content a file has, if a change of it would have another.
+fn version(file: &OwnedFd) -> Result<Option<Version>, Errno> {
+    let Attr {
+        ctime, ctimensec, ..
+    } = host::status(file)?.attr;
+    let now = rustix::time::clock_gettime(rustix::time::ClockId::Realtime);
+    let is_settled = now.tv_sec.cast_unsigned() >= ctime.saturating_add(SETTLED);
+    Ok(is_settled.then_some((ctime, ctimensec)))
 }
 
 fn errno(error: io::Error) -> Errno {
