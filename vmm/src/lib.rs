@@ -1,7 +1,7 @@
 //! podvmm: one microVM, from its configuration to its end.
 //!
 //! ```text
-//! main ─▶ cli ─▶ run ─▶ control ─▶ lifecycle ─▶ builder ─▶ Machine {vcpus, transports, io, ram}
+//! main ─▶ cli ─▶ run ─▶ control ─▶ lifecycle ─▶ build ─▶ Machine {vcpus, transports, io, ram}
 //!                          ▲ ▲                                │
 //!        clients ─▶ service┘ └──────────── events ────────────┘
 //! ```
@@ -10,7 +10,7 @@
 //! ended; the `io` loop serves devices and waits on nothing but epoll.
 
 pub mod attach;
-pub mod builder;
+pub mod build;
 pub mod check;
 pub mod cli;
 pub mod client;

@@ -15,24 +15,26 @@
 //! waits for the guest, and writing a snapshot, which may take minutes, is left to a thread: meanwhile the VM
 //! is told of as it was, and stays so.
 
+mod blame;
+
 use std::sync::mpsc::channel;
 use std::thread::{Builder, JoinHandle};
 use std::time::Duration;
 
 use api::{
-    Addition, Answer, ApiError, ConfigError, Definition, Ping, Request, Resize, Restore, Snapshot,
-    State, VmInfo, chain,
+    Addition, Answer, ApiError, Definition, Ping, Request, Resize, Restore, Snapshot, State,
+    VmInfo, chain,
 };
 use serde_json::{Value, json};
 
-use crate::builder::{BuildError, Origin, Surroundings, build};
+use self::blame::{contradiction, not_recorded, not_saved, refusal};
+use crate::build::{self, Surroundings};
 use crate::command::Command;
 use crate::control::{Event, Inbox, Reply};
 use crate::events::Events;
 use crate::machine::Machine;
 use crate::metrics;
-use crate::remote_ram::RemoteRamError;
-use crate::snapshot::{self, Loaded, RecordError, SaveError};
+use crate::snapshot::{self, Loaded, SaveError};
 use crate::transcript::Transcript;
 
 /// What outlives a machine.
@@ -183,14 +185,18 @@ impl Vm {
     }
 
     /// Has the VM run, where there is none yet.
-    pub fn start(&mut self, definition: Definition, origin: Origin) -> Result<(), ApiError> {
-        match origin {
-            Origin::Kernel => {
+    pub fn start(
+        &mut self,
+        definition: Definition,
+        snapshot: Option<Loaded>,
+    ) -> Result<(), ApiError> {
+        match snapshot {
+            None => {
                 self.create(Box::new(definition))?;
                 self.boot()
             }
-            Origin::Snapshot(loaded) => {
-                self.revive(Box::new(definition), *loaded)?;
+            Some(loaded) => {
+                self.revive(Box::new(definition), loaded)?;
                 self.resume()
             }
         }
@@ -248,7 +254,7 @@ impl Vm {
         let definition = definition.clone();
         self.around.events.vm("booting", Value::Null);
         let around = self.surroundings();
-        let mut machine = build(definition.config(), &around, Origin::Kernel).map_err(refusal)?;
+        let mut machine = build::boot(definition.config(), &around).map_err(refusal)?;
         log::info!("built; entering the guest");
         machine.start();
         let phases = machine.timeline.json();
@@ -357,8 +363,7 @@ impl Vm {
         definition.config().check().map_err(contradiction)?;
         self.around.events.vm("restoring", Value::Null);
         let around = self.surroundings();
-        let origin = Origin::Snapshot(Box::new(loaded));
-        let machine = build(definition.config(), &around, origin).map_err(refusal)?;
+        let machine = build::restore(definition.config(), &around, loaded).map_err(refusal)?;
         let phases = machine.timeline.json();
         self.phase = Phase::Paused(definition, Box::new(machine));
         let events = &mut self.around.events;
@@ -563,10 +568,6 @@ impl Vm {
     }
 }
 
-fn contradiction(error: ConfigError) -> ApiError {
-    ApiError::Impossible(chain(&error))
-}
-
 fn done((): ()) -> Answer {
     Answer::Done
 }
@@ -593,71 +594,4 @@ fn end(machine: Box<Machine>) {
         exits.kicks.get(),
     );
     drop(machine);
-}
-
-/// Whether the client or the host is to blame.
-fn refusal(error: BuildError) -> ApiError {
-    let chain = chain(&error);
-    match error {
-        BuildError::Kvm(..)
-        | BuildError::SnapshotRam(_)
-        | BuildError::Irqchip(_)
-        | BuildError::Bus(_)
-        | BuildError::RemoteRam(
-            RemoteRamError::Userfault(_)
-            | RemoteRamError::Register(_)
-            | RemoteRamError::Watch { .. },
-        )
-        | BuildError::ManyLeaves
-        | BuildError::CreateVcpu { .. }
-        | BuildError::ConfigureVcpu { .. }
-        | BuildError::Thread(..) => ApiError::Host(chain),
-        BuildError::TooManyCpus { .. }
-        | BuildError::Ram(_)
-        | BuildError::Load(_)
-        | BuildError::Boot(_)
-        | BuildError::Mptable(_)
-        | BuildError::Device { .. }
-        | BuildError::Attach { .. }
-        | BuildError::Snapshot(_)
-        | BuildError::RemoteRam(
-            RemoteRamError::NotPrivate
-            | RemoteRamError::Connect { .. }
-            | RemoteRamError::HandOver { .. },
-        )
-        | BuildError::DeviceState { .. }
-        | BuildError::VcpuState { .. }
-        | BuildError::BoardState(_)
-        | BuildError::Stream(_) => ApiError::Impossible(chain),
-    }
-}
-
-/// Whether the client or the host is to blame.
-fn not_saved(error: SaveError) -> ApiError {
-    let chain = chain(&error);
-    match error {
-        SaveError::Command | SaveError::Share(_) | SaveError::Busy(_) => {
-            ApiError::Impossible(chain)
-        }
-        SaveError::File { .. }
-        | SaveError::Board(_)
-        | SaveError::Vcpu { .. }
-        | SaveError::NoVcpu(_)
-        | SaveError::Kvm(_)
-        | SaveError::Encode(_) => ApiError::Host(chain),
-    }
-}
-
-/// Whether the client or the host is to blame.
-fn not_recorded(error: RecordError) -> ApiError {
-    let chain = chain(&error);
-    match error {
-        RecordError::Booted
-        | RecordError::Copied
-        | RecordError::Replaced(_)
-        | RecordError::Busy(_) => ApiError::Impossible(chain),
-        RecordError::Pages(_) | RecordError::File { .. } | RecordError::Encode(_) => {
-            ApiError::Host(chain)
-        }
-    }
 }

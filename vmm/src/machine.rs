@@ -13,7 +13,7 @@ use devices::virtio::{Busy, Counters, MmioTransport, TransportState};
 use kvm_ioctls::VmFd;
 use thiserror::Error;
 
-use crate::builder::BuildError;
+use crate::build::BuildError;
 use crate::events::Timeline;
 use crate::io::IoThreads;
 use crate::memory::Ram;

@@ -14,7 +14,6 @@ use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use serde_json::{Value, json};
 use thiserror::Error;
 
-use crate::builder::Origin;
 use crate::cli::{EventMonitor, RunOptions};
 use crate::command::Command;
 use crate::control::{self, Event, Inbox, Outcome};
@@ -112,9 +111,12 @@ pub fn run(options: &RunOptions) -> Result<u8, RunError> {
         return Ok(conclude(outcome, false, &mut vm, &transcript));
     }
 
-    let (definition, origin) = match &options.restore {
-        None => (Definition::of(config(options)?), Origin::Kernel),
-        Some(folder) => restored(options, folder)?,
+    let (definition, snapshot) = match &options.restore {
+        None => (Definition::of(config(options)?), None),
+        Some(folder) => {
+            let (definition, loaded) = restored(options, folder)?;
+            (definition, Some(loaded))
+        }
     };
     let command = command(options);
     let terminal = terminal(definition.config(), command.as_ref())?;
@@ -126,7 +128,7 @@ pub fn run(options: &RunOptions) -> Result<u8, RunError> {
         terminal: terminal.is_some(),
         events: monitor,
     });
-    vm.start(definition, origin).map_err(RunError::Build)?;
+    vm.start(definition, snapshot).map_err(RunError::Build)?;
     let outcome = control::serve(&mut vm, events);
     drop(service);
     drop(terminal);
@@ -240,7 +242,7 @@ fn config(options: &RunOptions) -> Result<VmConfig, RunError> {
 }
 
 /// The VM of a snapshot, with what the options say is to be different.
-fn restored(options: &RunOptions, folder: &Path) -> Result<(Definition, Origin), RunError> {
+fn restored(options: &RunOptions, folder: &Path) -> Result<(Definition, Loaded), RunError> {
     let mut restore = Restore::new(folder.into());
     restore.prefetch = options.prefetch;
     let differs = VmConfig {
@@ -286,7 +288,7 @@ fn restored(options: &RunOptions, folder: &Path) -> Result<(Definition, Origin),
         folder: folder.into(),
         source,
     })?;
-    Ok((definition, Origin::Snapshot(Box::new(loaded))))
+    Ok((definition, loaded))
 }
 
 /// The tag of the share that is the root file system.

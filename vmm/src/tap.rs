@@ -7,7 +7,7 @@ use api::{NetConfig, TapSource};
 use devices::virtio::net::{self, NetError, Offloads, Tap, TapError};
 use thiserror::Error;
 
-use crate::builder::rates;
+use crate::build::rates;
 
 /// Why there is no network.
 #[derive(Debug, Error)]

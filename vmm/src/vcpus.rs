@@ -17,7 +17,7 @@ use kvm_bindings::CpuId;
 use kvm_ioctls::{VcpuFd, VmFd};
 use vm_memory::GuestMemoryMmap;
 
-use crate::builder::BuildError;
+use crate::build::BuildError;
 use crate::control::{Event, Inbox};
 use crate::vcpu::{Buses, ExitCounters, Vcpu};
 

@@ -20,13 +20,14 @@ use devices::virtio::vsock::{self, Vsock};
 use devices::virtio::{Limits, Rate, VirtioDevice};
 use kvm_ioctls::VmFd;
 
-use super::{BuildError, Origin, Surroundings};
+use super::{BuildError, Surroundings};
 use crate::attach::{Attacher, irqfd};
 use crate::control::Event;
 use crate::ending::Ending;
 use crate::keyboard;
 use crate::resize::MemoryHandles;
 use crate::share;
+use crate::snapshot::Loaded;
 use crate::socket_console::SocketConsole;
 use crate::streams::{self, HostEnd, PowerButton};
 use crate::tap;
@@ -42,7 +43,7 @@ pub(super) fn port_devices(
     config: &VmConfig,
     around: &Surroundings,
     vm: &VmFd,
-    origin: &Origin,
+    loaded: Option<&Loaded>,
     sockets: &mut Vec<SocketConsole>,
 ) -> Result<Ports, BuildError> {
     let mut bus = Bus::new();
@@ -66,9 +67,9 @@ pub(super) fn port_devices(
         source,
     })?;
     let output = end.into_serial(&around.transcript);
-    let made = match origin {
-        Origin::Kernel => Serial::new(line, output),
-        Origin::Snapshot(loaded) => Serial::restored(loaded.serial()?, line, output),
+    let made = match loaded {
+        None => Serial::new(line, output),
+        Some(loaded) => Serial::restored(loaded.serial()?, line, output),
     };
     let serial = made.map_err(|source| BuildError::Device {
         device: device(),

@@ -1,0 +1,147 @@
+//! From a configuration to a machine, in the order in which the parts need one another. What fails drops
+//! what was made so far.
+//!
+//! [`boot`] and [`restore`] are the two ways; [`frame`] is what both have, [`parts`] its devices.
+
+mod boot;
+mod frame;
+mod parts;
+mod restore;
+
+use std::io;
+
+use arch::boot::BootError;
+use arch::irqchip::IrqchipError;
+use arch::mptable::MptableError;
+use arch::vcpu as arch_vcpu;
+use devices::bus::BusError;
+use thiserror::Error;
+
+pub(crate) use self::boot::boot;
+pub(crate) use self::parts::rates;
+pub(crate) use self::restore::restore;
+use crate::attach::AttachError;
+use crate::command::Command;
+use crate::control::Inbox;
+use crate::image::LoadError;
+use crate::memory::RamError;
+use crate::remote_ram::RemoteRamError;
+use crate::snapshot::RestoreError;
+use crate::streams::StreamError;
+use crate::transcript::Transcript;
+
+/// Why a machine could not be made.
+#[derive(Debug, Error)]
+pub enum BuildError {
+    /// `/dev/kvm` is missing, closed to us or too old.
+    #[error("{0}")]
+    Kvm(String, #[source] kvm_ioctls::Error),
+    /// More vCPUs than KVM allows.
+    #[error("{wanted} vCPUs: this host's KVM allows at most {max}")]
+    TooManyCpus {
+        /// Asked for.
+        wanted: u8,
+        /// Possible.
+        max: usize,
+    },
+    /// RAM.
+    #[error(transparent)]
+    Ram(#[from] RamError),
+    /// Interrupt controllers and timer.
+    #[error(transparent)]
+    Irqchip(#[from] IrqchipError),
+    /// Kernel or initramfs.
+    #[error(transparent)]
+    Load(#[from] LoadError),
+    /// Boot parameters.
+    #[error(transparent)]
+    Boot(#[from] BootError),
+    /// MP table.
+    #[error(transparent)]
+    Mptable(#[from] MptableError),
+    /// Port devices on one another.
+    #[error(transparent)]
+    Bus(#[from] BusError),
+    /// A device's host side.
+    #[error("{device}")]
+    Device {
+        /// Which one.
+        device: String,
+        /// Why.
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+    /// A device's guest side.
+    #[error("attach {device}")]
+    Attach {
+        /// Which one.
+        device: String,
+        /// Why.
+        source: AttachError,
+    },
+    /// A console or stream.
+    #[error(transparent)]
+    Stream(#[from] StreamError),
+    /// CPUID has no room for the VM's topology.
+    #[error("more CPUID leaves than KVM takes")]
+    ManyLeaves,
+    /// vCPU creation.
+    #[error("create vCPU {index}")]
+    CreateVcpu {
+        /// Which one.
+        index: u8,
+        /// Why.
+        source: kvm_ioctls::Error,
+    },
+    /// vCPU registers.
+    #[error("set up vCPU {index}")]
+    ConfigureVcpu {
+        /// Which one.
+        index: u8,
+        /// Why.
+        source: arch_vcpu::VcpuError,
+    },
+    /// A thread.
+    #[error("start the thread of {0}")]
+    Thread(String, #[source] io::Error),
+    /// The snapshot does not fit.
+    #[error(transparent)]
+    Snapshot(#[from] RestoreError),
+    /// The snapshot's RAM.
+    #[error("map the snapshot's RAM")]
+    SnapshotRam(#[source] io::Error),
+    /// The process that is to give its RAM.
+    #[error(transparent)]
+    RemoteRam(#[from] RemoteRamError),
+    /// A device's state in the snapshot.
+    #[error("the state of {device} in the snapshot")]
+    DeviceState {
+        /// Which one.
+        device: String,
+        /// Why.
+        source: devices::virtio::StateError,
+    },
+    /// A vCPU's state in the snapshot.
+    #[error("the state of vCPU {index} in the snapshot")]
+    VcpuState {
+        /// Which one.
+        index: u8,
+        /// Why.
+        source: arch_vcpu::VcpuError,
+    },
+    /// The interrupt controllers', timer's or clock's.
+    #[error("the state of the board in the snapshot")]
+    BoardState(#[source] arch::state::StateError),
+}
+
+/// What a VM is given besides its configuration.
+#[derive(Debug)]
+pub struct Surroundings {
+    /// What the agent is to run, if anything.
+    pub command: Option<Command>,
+    /// Where the machine reports.
+    pub inbox: Inbox,
+    /// Keeps the end of what consoles print.
+    pub transcript: Transcript,
+    /// Whether the terminal is in raw mode, so that escapes end the VM.
+    pub terminal: bool,
+}

@@ -1,0 +1,96 @@
+//! A machine that boots: a kernel is loaded, told what there is, and entered.
+
+use api::VmConfig;
+use arch::boot::{self, BootInfo, Entry, KernelImage};
+use arch::{cpuid, mptable, ram};
+use vm_memory::GuestAddress;
+
+use super::frame::{Frame, Host};
+use super::{BuildError, Surroundings};
+use crate::command::Command;
+use crate::host::KvmKind;
+use crate::image::{load_initramfs, load_kernel};
+use crate::machine::Machine;
+use crate::memory::Ram;
+use crate::vcpus::Vcpus;
+
+/// Builds a machine whose vCPUs are parked at the kernel's entry point.
+pub(crate) fn boot(config: &VmConfig, around: &Surroundings) -> Result<Machine, BuildError> {
+    let host = Host::open(config)?;
+    let possible = config.cpus.max().get();
+    let cpuid = cpuid::for_guest(&host.cpuid, possible).ok_or(BuildError::ManyLeaves)?;
+    let mut frame = Frame::new(host, config, cpuid)?;
+    let kernel = load(config, around, &mut frame.ram)?;
+    frame.timeline.mark("kernel");
+    let devices = frame.devices(config, around, None)?;
+    let entry = kernel.prepare(config, &devices.parameters, &frame.ram)?;
+    frame.timeline.mark("memory");
+    let common = frame.common(config, around, &devices);
+    let vcpus = Vcpus::boot(common, &frame.vm, config.cpus.boot().get(), entry)?;
+    Ok(frame.machine(config, devices, vcpus))
+}
+
+/// A kernel in RAM, and what it is to find.
+struct Kernel {
+    image: KernelImage,
+    initramfs: Option<(GuestAddress, u64)>,
+}
+
+fn load(config: &VmConfig, around: &Surroundings, ram: &mut Ram) -> Result<Kernel, BuildError> {
+    let image = load_kernel(ram, &config.kernel.path)?;
+    let initramfs = match &config.kernel.initramfs {
+        None => None,
+        Some(path) => {
+            let appended = around
+                .command
+                .as_ref()
+                .map(Command::archive)
+                .unwrap_or_default();
+            Some(load_initramfs(ram, path, &appended, image.end)?)
+        }
+    };
+    mptable::write(ram.memory(), config.cpus.max().get())?;
+    Ok(Kernel { image, initramfs })
+}
+
+impl Kernel {
+    /// Tells it what there is, and says where it is entered.
+    fn prepare(
+        &self,
+        config: &VmConfig,
+        parameters: &[String],
+        ram: &Ram,
+    ) -> Result<Entry, BuildError> {
+        let cmdline = cmdline(config, parameters);
+        log::debug!("kernel command line: {cmdline}");
+        let ranges = ram::ranges(config.memory.size.bytes());
+        let info = BootInfo {
+            ram: &ranges,
+            cmdline: &cmdline,
+            initramfs: self.initramfs,
+        };
+        boot::write(ram.memory(), &self.image, info)?;
+        Ok(self.image.entry)
+    }
+}
+
+/// The kernel's command line: ours first, so that the user has the last word.
+fn cmdline(config: &VmConfig, devices: &[String]) -> String {
+    let mut words: Vec<String> = KvmKind::of_this_host()
+        .kernel_parameters()
+        .map(String::from)
+        .collect();
+    let (boot, max) = (config.cpus.boot(), config.cpus.max());
+    if boot < max {
+        words.push(format!("maxcpus={boot}"));
+    }
+    if config.memory.hotplug_size.0 > 0 {
+        // Plugged memory is used at once, for what can be moved and so taken away again.
+        words.push("memhp_default_state=online_movable".into());
+    }
+    words.extend_from_slice(devices);
+    if !config.kernel.cmdline.is_empty() {
+        words.push(config.kernel.cmdline.clone());
+    }
+    words.join(" ")
+}
