@@ -245,11 +245,16 @@ fn main() {
     ));
     many.into_iter().for_each(|it| it.service.dismiss());
 
+    tell(&rows);
+}
+
+/// Prints what was measured, and puts it where it is kept.
+fn tell(rows: &[(String, String, &str)]) {
     let mut table = format!(
         "Measured on {}; medians of {RUNS}.\n\n| | | goal |\n|---|---|---|\n",
         machine()
     );
-    for (what, value, goal) in &rows {
+    for (what, value, goal) in rows {
         writeln!(table, "| {what} | {value} | {goal} |").expect("text can be written");
     }
     println!("{table}");

@@ -83,7 +83,7 @@ fn the_command_line_restores_too() {
 }
 
 #[test]
-fn what_does_not_fit_is_refused_with_the_reason() {
+fn a_snapshot_is_of_a_paused_vm_and_restored_where_there_is_none() {
     if !kvm_is_here() {
         return;
     }
@@ -101,6 +101,16 @@ fn what_does_not_fit_is_refused_with_the_reason() {
         Some(json!({"source_url": url(folder.path())})),
     ));
     assert_eq!(status, 409);
+    original.end();
+}
+
+#[test]
+fn what_does_not_fit_is_refused_with_the_reason() {
+    if !kvm_is_here() {
+        return;
+    }
+    let folder = TempDir::new().unwrap();
+    let mut original = Counter::boot();
     original.count();
     original.snapshot(folder.path(), false);
     original.end();

@@ -104,7 +104,37 @@ fn health(call: &Call<'_>) -> Result<Vec<u8>, Status> {
     }
 }
 
+/// Of the network.
+fn of_network(call: &Call<'_>) -> Result<Vec<u8>, Status> {
+    match call.method {
+        "UpdateInterface" => call.answer(|request: UpdateInterfaceRequest| {
+            let interface = request.interface.ok_or_else(|| missing("interface"))?;
+            Ok(network::update_interface(interface)?)
+        }),
+        "UpdateRoutes" => call.answer(|request: UpdateRoutesRequest| {
+            let routes = request.routes.unwrap_or_default().routes;
+            let routes = network::update_routes(routes)?;
+            let exact = network::set_exact(&request.exact.unwrap_or_default())?;
+            Ok(Routes { routes, exact })
+        }),
+        "AddARPNeighbors" => call.answer(|request: AddArpNeighborsRequest| {
+            network::add_neighbours(&request.neighbors.unwrap_or_default().neighbors)?;
+            Ok(Empty {})
+        }),
+        "ListInterfaces" => call.answer(|_: ListInterfacesRequest| {
+            let interfaces = network::list_interfaces()?;
+            Ok(Interfaces { interfaces })
+        }),
+        "ListRoutes" => call.answer(|_: ListRoutesRequest| {
+            let routes = network::list_routes()?;
+            Ok(Routes { routes, exact: 0 })
+        }),
+        _ => Err(call.unimplemented()),
+    }
+}
+
 impl Sandbox {
+    /// Of the sandbox and its containers, and of what others tell of.
     fn agent(&self, call: &Call<'_>) -> Result<Vec<u8>, Status> {
         match call.method {
             "CreateSandbox" => call.answer(|request| done(self.prepare(&request))),
@@ -120,6 +150,36 @@ impl Sandbox {
                 Ok(Empty {})
             }),
             "RemoveContainer" => call.answer(|request| done(self.remove(&request))),
+            "UpdateContainer" => call.answer(|request: UpdateContainerRequest| {
+                let container = self.container(&request.container_id)?;
+                let resources = request.resources.unwrap_or_default();
+                container.cgroup().limit(&resources).map_err(internal)?;
+                Ok(Empty {})
+            }),
+            "StatsContainer" => call.answer(|request: StatsContainerRequest| {
+                let container = self.container(&request.container_id)?;
+                Ok(StatsContainerResponse {
+                    cgroup_stats: Some(container.cgroup().stats()),
+                    network_stats: Vec::new(),
+                })
+            }),
+            "PauseContainer" => call
+                .answer(|request: PauseContainerRequest| self.freeze(&request.container_id, true)),
+            "ResumeContainer" => call.answer(|request: ResumeContainerRequest| {
+                self.freeze(&request.container_id, false)
+            }),
+            "GetOOMEvent" => call.answer(|_: GetOomEventRequest| {
+                let container_id = self.next_oom(call)?;
+                Ok(OomEvent { container_id })
+            }),
+            "UpdateEphemeralMounts" => call.answer(|request| done(self.update_mounts(&request))),
+            _ => self.of_processes(call),
+        }
+    }
+
+    /// Of processes in containers.
+    fn of_processes(&self, call: &Call<'_>) -> Result<Vec<u8>, Status> {
+        match call.method {
             "ExecProcess" => call.answer(|request: ExecProcessRequest| {
                 let container = self.container(&request.container_id)?;
                 let process = request.process.ok_or_else(|| missing("process"))?;
@@ -164,30 +224,14 @@ impl Sandbox {
                 resized.map_err(|error| Status::new(Code::FailedPrecondition, error))?;
                 Ok(Empty {})
             }),
-            "UpdateContainer" => call.answer(|request: UpdateContainerRequest| {
-                let container = self.container(&request.container_id)?;
-                let resources = request.resources.unwrap_or_default();
-                container.cgroup().limit(&resources).map_err(internal)?;
-                Ok(Empty {})
-            }),
-            "StatsContainer" => call.answer(|request: StatsContainerRequest| {
-                let container = self.container(&request.container_id)?;
-                Ok(StatsContainerResponse {
-                    cgroup_stats: Some(container.cgroup().stats()),
-                    network_stats: Vec::new(),
-                })
-            }),
-            "PauseContainer" => call
-                .answer(|request: PauseContainerRequest| self.freeze(&request.container_id, true)),
-            "ResumeContainer" => call.answer(|request: ResumeContainerRequest| {
-                self.freeze(&request.container_id, false)
-            }),
-            "GetOOMEvent" => call.answer(|_: GetOomEventRequest| {
-                let container_id = self.next_oom(call)?;
-                Ok(OomEvent { container_id })
-            }),
+            _ => self.of_guest(call),
+        }
+    }
+
+    /// Of the guest as a whole.
+    fn of_guest(&self, call: &Call<'_>) -> Result<Vec<u8>, Status> {
+        match call.method {
             "CopyFile" => call.answer(|request| Ok(copy::copy(&request).map(|()| Empty {})?)),
-            "UpdateEphemeralMounts" => call.answer(|request| done(self.update_mounts(&request))),
             "GetMetrics" => call.answer(|_: GetMetricsRequest| {
                 let metrics = figures::metrics(self.count()).map_err(internal)?;
                 Ok(Metrics { metrics })
@@ -201,28 +245,6 @@ impl Sandbox {
                     _ => Status::new(Code::Internal, format!("{path}: {error}")),
                 })
             }),
-            "UpdateInterface" => call.answer(|request: UpdateInterfaceRequest| {
-                let interface = request.interface.ok_or_else(|| missing("interface"))?;
-                Ok(network::update_interface(interface)?)
-            }),
-            "UpdateRoutes" => call.answer(|request: UpdateRoutesRequest| {
-                let routes = request.routes.unwrap_or_default().routes;
-                let routes = network::update_routes(routes)?;
-                let exact = network::set_exact(&request.exact.unwrap_or_default())?;
-                Ok(Routes { routes, exact })
-            }),
-            "AddARPNeighbors" => call.answer(|request: AddArpNeighborsRequest| {
-                network::add_neighbours(&request.neighbors.unwrap_or_default().neighbors)?;
-                Ok(Empty {})
-            }),
-            "ListInterfaces" => call.answer(|_: ListInterfacesRequest| {
-                let interfaces = network::list_interfaces()?;
-                Ok(Interfaces { interfaces })
-            }),
-            "ListRoutes" => call.answer(|_: ListRoutesRequest| {
-                let routes = network::list_routes()?;
-                Ok(Routes { routes, exact: 0 })
-            }),
             "OnlineCPUMem" => call.answer(|request: OnlineCpuMemRequest| {
                 cpus::online(Path::new(cpus::FOLDER), request.nb_cpus).map_err(internal)?;
                 Ok(Empty {})
@@ -235,7 +257,7 @@ impl Sandbox {
                 sys::add_entropy(&request.data).map_err(internal)?;
                 Ok(Empty {})
             }),
-            _ => Err(call.unimplemented()),
+            _ => of_network(call),
         }
     }
 

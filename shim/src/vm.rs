@@ -1,7 +1,10 @@
 //! The pod's VM: a podvmm process of the shim's, in the pod's network namespace, driven over HTTP.
 
-use std::io::{self, BufRead, BufReader, Read};
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+mod output;
+mod process;
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -12,11 +15,12 @@ use std::time::{Duration, Instant};
 
 use api::http::{Client, ClientError};
 use api::route::PREFIX;
-use rustix::process::{
-    Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal, set_parent_process_death_signal,
-};
+use rustix::process::{Signal, set_parent_process_death_signal};
 use serde_json::{Value, json};
 
+use self::output::log_lines;
+pub(crate) use self::process::Process;
+use self::process::cpu_usec;
 use crate::config::Config;
 use crate::network::{self, Link, Settings};
 use crate::place::Place;
@@ -342,39 +346,6 @@ impl Vm {
     }
 }
 
-/// A process, whoever has its number later.
-#[derive(Debug)]
-pub(crate) struct Process(OwnedFd);
-
-impl Process {
-    pub(crate) fn open(pid: u32) -> io::Result<Self> {
-        let pid = i32::try_from(pid).ok().and_then(Pid::from_raw);
-        let pid = pid.ok_or(io::ErrorKind::InvalidInput)?;
-        Ok(Self(pidfd_open(pid, PidfdFlags::empty())?))
-    }
-
-    pub(crate) fn kill(&self) {
-        // One that has ended needs no signal.
-        let _ = pidfd_send_signal(&self.0, Signal::KILL);
-    }
-
-    /// Waits for its end, which its parent need not have heard of.
-    pub(crate) fn await_end(&self, timeout: Duration) -> io::Result<()> {
-        use rustix::event::{PollFd, PollFlags, Timespec, poll};
-        let timeout = Timespec {
-            tv_sec: timeout.as_secs().try_into().unwrap_or(i64::MAX),
-            tv_nsec: timeout.subsec_nanos().into(),
-        };
-        match poll(&mut [PollFd::new(&self.0, PollFlags::IN)], Some(&timeout))? {
-            0 => Err(io::Error::new(
-                io::ErrorKind::TimedOut,
-                "podvmm does not end",
-            )),
-            _ => Ok(()),
-        }
-    }
-}
-
 fn put(
     client: &mut Client,
     act: &'static str,
@@ -509,130 +480,9 @@ fn watch(mut child: Child) -> End {
     end
 }
 
-/// How much of what others say is put into the log: a node's disk is not theirs to fill.
-struct Budget {
-    lines: f64,
-    last: Instant,
-}
-
-impl Budget {
-    /// At once.
-    const MOST: f64 = 500.0;
-    const PER_SECOND: f64 = 1.0;
-
-    fn new() -> Self {
-        Self {
-            lines: Self::MOST,
-            last: Instant::now(),
-        }
-    }
-
-    /// Whether there is room for one more line.
-    fn spend(&mut self) -> bool {
-        let more = self.last.elapsed().as_secs_f64() * Self::PER_SECOND;
-        self.last = Instant::now();
-        self.lines = (self.lines + more).min(Self::MOST);
-        if self.lines < 1.0 {
-            return false;
-        }
-        self.lines -= 1.0;
-        true
-    }
-}
-
-/// The longest line that is logged as one, in bytes.
-const MAX_LINE_LEN: usize = 1024;
-
-/// The next line, or as much of it as there may be in one; `None` at the end. A guest may print what it
-/// likes, as long as it likes, and its console gives it away a character at a time.
-fn next_line(reader: &mut impl BufRead) -> Option<Vec<u8>> {
-    let mut line = Vec::new();
-    let room = u64::try_from(MAX_LINE_LEN).expect("it is small");
-    match reader.by_ref().take(room).read_until(b'\n', &mut line) {
-        Ok(0) => None,
-        Err(_) if line.is_empty() => None,
-        _ => Some(line),
-    }
-}
-
-/// The processors' time in the text of /proc/PID/stat (proc_pid_stat(5)): utime and stime, in hundredths
-/// of a second. The name of the program before them may have any characters.
-fn cpu_usec(stat: &str) -> Option<u64> {
-    const TICK_USEC: u64 = 10_000;
-    let (_, rest) = stat.rsplit_once(')')?;
-    let mut fields = rest.split_whitespace().skip(11);
-    let mut ticks = || fields.next()?.parse::<u64>().ok();
-    // Each is rounded down.
-    let ticks = ticks()?.saturating_add(ticks()?).saturating_add(2);
-    Some(ticks.saturating_mul(TICK_USEC))
-}
-
-fn log_lines(
-    who: &'static str,
-    from: impl io::Read + Send + 'static,
-) -> Option<thread::JoinHandle<()>> {
-    let copy = move || {
-        let mut reader = BufReader::with_capacity(1024, from);
-        let mut budget = Budget::new();
-        while let Some(line) = next_line(&mut reader) {
-            let text = String::from_utf8_lossy(&line);
-            let text = text.trim_end();
-            if !text.is_empty() && budget.spend() {
-                log::info!("{who}: {}", text.escape_debug());
-            }
-        }
-    };
-    let thread = thread::Builder::new().name(who.into()).stack_size(64 << 10);
-    thread.spawn(copy).ok()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn what_a_guest_says_does_not_fill_the_log() {
-        let mut budget = Budget::new();
-        let said = (0..100_000).filter(|_| budget.spend()).count();
-        assert!((500..600).contains(&said), "{said}");
-    }
-
-    /// Gives a byte at a time, as a console does.
-    struct Slow<'a>(&'a [u8]);
-
-    impl io::Read for Slow<'_> {
-        fn read(&mut self, bytes: &mut [u8]) -> io::Result<usize> {
-            self.0.read(&mut bytes[..1])
-        }
-    }
-
-    #[test]
-    fn a_line_is_one_however_slowly_it_comes() {
-        let long = [b'x'; MAX_LINE_LEN + 3];
-        let said = [b"Oops: 0000\n\nRIP\n", &long[..], b"\nlast"].concat();
-        let mut reader = BufReader::new(Slow(&said));
-        let lines = std::iter::from_fn(|| next_line(&mut reader));
-        let lines: Vec<_> = lines.map(|line| (line.len(), line[0])).collect();
-        let long = (MAX_LINE_LEN, b'x');
-        let expected = [
-            (11, b'O'),
-            (1, b'\n'),
-            (4, b'R'),
-            long,
-            (4, b'x'),
-            (4, b'l'),
-        ];
-        assert_eq!(lines, expected);
-    }
-
-    #[test]
-    fn the_processors_time_is_found_behind_any_name() {
-        let stat = "1 (a) b) S 2 3 4 5 6 7 8 9 10 11 150 250 14 15 16";
-        assert_eq!(cpu_usec(stat), Some(4_020_000));
-        assert_eq!((cpu_usec("1 (a) S 2"), cpu_usec("")), (None, None));
-        let own = std::fs::read_to_string("/proc/self/stat").unwrap();
-        assert!(cpu_usec(&own).is_some());
-    }
 
     #[test]
     fn who_killed_a_vm_did_not_end_it_by_itself() {
@@ -645,17 +495,5 @@ mod tests {
             assert_eq!((life.has_ended(), life.was_killed()), (true, killed));
             assert!(life.ends_within(Duration::ZERO));
         }
-    }
-
-    #[test]
-    fn a_process_is_killed_and_its_end_awaited() {
-        let mut child = Command::new("sleep").arg("1000").spawn().unwrap();
-        let process = Process::open(child.id()).unwrap();
-        let late = process.await_end(Duration::from_millis(1)).unwrap_err();
-        assert_eq!(late.kind(), io::ErrorKind::TimedOut);
-        process.kill();
-        process.await_end(Duration::from_secs(10)).unwrap();
-        assert_eq!(child.wait().unwrap().signal(), Some(libc::SIGKILL));
-        process.kill();
     }
 }

@@ -200,17 +200,20 @@ pub(crate) fn shared(node: &Node, pod: &Pod) {
             sleep 0.2; done; grep told /tmp/shares";
         assert_eq!(node.sh(&one, script), "mapped: 2\ntold of made: true");
     });
-    step("access control lists", || {
-        for place in ["/listed", "/v/listed"] {
-            let said = node.sh(&one, &format!("/tools/guest_load lists {place}"));
-            assert_eq!(said, "1000: read\n1001: \nmode 100660", "{place}");
-        }
-    });
+    step("access control lists", || lists(node, &one));
     for id in [one, two] {
         node.cri.stop(&id, 30).unwrap();
         node.cri.remove(&id).unwrap();
     }
     command("umount", &[part.to_str().unwrap()]);
+}
+
+/// On the container's root and on a volume, who is on a folder's list may read what is made in it.
+fn lists(node: &Node, container: &str) {
+    for place in ["/listed", "/v/listed"] {
+        let said = node.sh(container, &format!("/tools/guest_load lists {place}"));
+        assert_eq!(said, "1000: read\n1001: \nmode 100660", "{place}");
+    }
 }
 
 /// A volume of memory as the kubelet makes it.
