@@ -5,34 +5,37 @@
 
 mod boot;
 mod frame;
+mod image;
 mod parts;
 mod restore;
+mod share;
+mod tap;
 
 use std::io;
 
 use arch::boot::BootError;
 use arch::irqchip::IrqchipError;
 use arch::mptable::MptableError;
-use arch::vcpu as arch_vcpu;
 use devices::bus::BusError;
 use thiserror::Error;
 
 pub(crate) use self::boot::boot;
 pub(crate) use self::parts::rates;
 pub(crate) use self::restore::restore;
-use crate::attach::AttachError;
-use crate::command::Command;
-use crate::control::Inbox;
-use crate::image::LoadError;
+use crate::build::image::LoadError;
+use crate::console::command::Command;
+use crate::console::streams::StreamError;
+use crate::console::transcript::Transcript;
+use crate::inbox::Inbox;
+use crate::machine::attach::AttachError;
+use crate::machine::vcpus::VcpuError;
 use crate::memory::RamError;
-use crate::remote_ram::RemoteRamError;
+use crate::memory::remote_ram::RemoteRamError;
 use crate::snapshot::RestoreError;
-use crate::streams::StreamError;
-use crate::transcript::Transcript;
 
 /// Why a machine could not be made.
 #[derive(Debug, Error)]
-pub enum BuildError {
+pub(crate) enum BuildError {
     /// `/dev/kvm` is missing, closed to us or too old.
     #[error("{0}")]
     Kvm(String, #[source] kvm_ioctls::Error),
@@ -84,22 +87,9 @@ pub enum BuildError {
     /// CPUID has no room for the VM's topology.
     #[error("more CPUID leaves than KVM takes")]
     ManyLeaves,
-    /// vCPU creation.
-    #[error("create vCPU {index}")]
-    CreateVcpu {
-        /// Which one.
-        index: u8,
-        /// Why.
-        source: kvm_ioctls::Error,
-    },
-    /// vCPU registers.
-    #[error("set up vCPU {index}")]
-    ConfigureVcpu {
-        /// Which one.
-        index: u8,
-        /// Why.
-        source: arch_vcpu::VcpuError,
-    },
+    /// A vCPU.
+    #[error(transparent)]
+    Vcpu(#[from] VcpuError),
     /// A thread.
     #[error("start the thread of {0}")]
     Thread(String, #[source] io::Error),
@@ -120,14 +110,6 @@ pub enum BuildError {
         /// Why.
         source: devices::virtio::StateError,
     },
-    /// A vCPU's state in the snapshot.
-    #[error("the state of vCPU {index} in the snapshot")]
-    VcpuState {
-        /// Which one.
-        index: u8,
-        /// Why.
-        source: arch_vcpu::VcpuError,
-    },
     /// The interrupt controllers', timer's or clock's.
     #[error("the state of the board in the snapshot")]
     BoardState(#[source] arch::state::StateError),
@@ -135,7 +117,7 @@ pub enum BuildError {
 
 /// What a VM is given besides its configuration.
 #[derive(Debug)]
-pub struct Surroundings {
+pub(crate) struct Surroundings {
     /// What the agent is to run, if anything.
     pub command: Option<Command>,
     /// Where the machine reports.

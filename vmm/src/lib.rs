@@ -1,50 +1,33 @@
 //! podvmm: one microVM, from its configuration to its end.
 //!
 //! ```text
-//! main ─▶ cli ─▶ run ─▶ control ─▶ lifecycle ─▶ build ─▶ Machine {vcpus, transports, io, ram}
-//!                          ▲ ▲                                │
-//!        clients ─▶ service┘ └──────────── events ────────────┘
+//! main ─▶ programs ─▶ vm::control ─▶ vm::lifecycle ─▶ build ─▶ Machine {vcpus, transports, io, ram}
+//!             │            ▲                                        │
+//!             └──▶ vm::service ─▶ inbox ◀───────────────────────────┘
 //! ```
 //!
-//! `control` alone decides; vCPU threads run the guest and tell it how that
-//! ended; the `io` loop serves devices and waits on nothing but epoll.
+//! `control` alone decides; vCPU threads run the guest and tell its inbox how that ended; the `io` loop serves
+//! devices and waits on nothing but epoll. Rooms use those below them alone:
+//!
+//! | room | what |
+//! |---|---|
+//! | `programs` | what `podvmm` does by its first words, and the command line |
+//! | `vm` | a VM's life, the one thread that decides over it, and its API |
+//! | `build` | from a configuration to a machine, booted or restored |
+//! | `snapshot` | a machine written down, and read again |
+//! | `machine` | what exists while a guest lives: vCPUs, devices on their loops |
+//! | `console` | what goes between the guest's consoles and the host |
+//! | `memory` | the guest's RAM, also as files, and from other processes |
+//! | `inbox`, `host` | what everybody tells `control`; what the host is and offers |
 
-pub mod attach;
-pub mod build;
-pub mod check;
-pub mod cli;
-pub mod client;
-pub mod command;
-mod console_client;
-pub mod control;
-mod ending;
-pub mod events;
-pub mod guest;
-mod handover;
-pub mod host;
-pub mod image;
-mod io;
-mod keyboard;
-pub mod lifecycle;
-pub mod machine;
-pub mod memory;
-mod metrics;
-pub mod page_server;
-pub mod remote_ram;
-mod resize;
-pub mod run;
-pub mod service;
-mod share;
-mod signals;
-pub mod snapshot;
-pub mod socket_console;
-pub mod streams;
-mod tap;
-mod terminal;
-mod top;
-mod transcript;
-mod userfault;
-pub mod vcpu;
-mod vcpus;
+mod build;
+mod console;
+mod host;
+mod inbox;
+mod machine;
+mod memory;
+pub mod programs;
+mod snapshot;
+mod vm;
 
-pub use ending::{EXIT_FAILURE, Ending};
+pub use inbox::{EXIT_FAILURE, Ending};

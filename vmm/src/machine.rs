@@ -1,7 +1,15 @@
 //! What exists while a guest lives. Dropping it ends the guest and gives
 //! everything back to the host.
 
+pub(crate) mod attach;
+pub(crate) mod io_threads;
+pub(crate) mod resize;
+mod timeline;
+pub(crate) mod vcpu;
+pub(crate) mod vcpus;
+
 use std::io;
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::thread::{self, Builder};
 use std::time::{Duration, Instant};
@@ -13,36 +21,41 @@ use devices::virtio::{Busy, Counters, MmioTransport, TransportState};
 use kvm_ioctls::VmFd;
 use thiserror::Error;
 
-use crate::build::BuildError;
-use crate::events::Timeline;
-use crate::io::IoThreads;
+use self::io_threads::IoThreads;
+use self::resize::MemoryHandles;
+pub(crate) use self::timeline::Timeline;
+use self::vcpu::{ExitCounters, Vcpu};
+use self::vcpus::{VcpuError, Vcpus};
+use crate::console::socket::SocketConsole;
+use crate::console::streams::PowerButton;
 use crate::memory::Ram;
-use crate::remote_ram::{Patience, RemoteRam};
-use crate::resize::MemoryHandles;
-use crate::snapshot::Source;
-use crate::socket_console::SocketConsole;
-use crate::streams::PowerButton;
-use crate::vcpu::{ExitCounters, Vcpu};
-use crate::vcpus::Vcpus;
+use crate::memory::remote_ram::{Patience, RemoteRam};
 
 /// A device could not be put back on its loop.
 #[derive(Debug, Error)]
 #[error("resume a device")]
-pub struct ResumeError(#[source] io::Error);
+pub(crate) struct ResumeError(#[source] io::Error);
 
 /// A device is busy with what the host does not finish.
 #[derive(Debug, Error)]
 #[error("pause {device}")]
-pub struct PauseError {
+pub(crate) struct PauseError {
     /// Its id in vm.counters.
     device: String,
     source: Busy,
 }
 
+/// Which snapshot the RAM of a machine is of.
+#[derive(Clone, Debug)]
+pub(crate) struct Source {
+    pub(crate) folder: PathBuf,
+    pub(crate) id: String,
+}
+
 /// A guest with its vCPUs, devices and RAM. Fields are dropped in this order:
 /// first nobody runs, then nobody serves, then KVM lets go of RAM, then RAM goes.
 #[derive(Debug)]
-pub struct Machine {
+pub(crate) struct Machine {
     pub(crate) vcpus: Vcpus,
     /// How many of them may run, and do unless they are parked.
     pub(crate) running: u8,
@@ -95,7 +108,7 @@ impl Shrinking {
 
 impl Machine {
     /// Lets the vCPUs into the guest.
-    pub fn start(&mut self) {
+    pub(crate) fn start(&mut self) {
         self.allowed().for_each(Vcpu::run);
         if let Some(shrinking) = &mut self.shrinking {
             shrinking.run = true;
@@ -104,7 +117,7 @@ impl Machine {
 
     /// Takes the vCPUs out of the guest and the devices off their loops. Nothing
     /// moves until [`Machine::resume`]. If a device cannot be stopped, all of them go on.
-    pub fn pause(&mut self) -> Result<(), PauseError> {
+    pub(crate) fn pause(&mut self) -> Result<(), PauseError> {
         self.vcpus.iter().for_each(Vcpu::park);
         let busy = self.transports.iter().find_map(|(id, transport)| {
             let source = lock(transport).pause().err()?;
@@ -119,7 +132,7 @@ impl Machine {
     }
 
     /// Puts the devices back on their loops and lets the vCPUs go on.
-    pub fn resume(&mut self) -> Result<(), ResumeError> {
+    pub(crate) fn resume(&mut self) -> Result<(), ResumeError> {
         for (_, transport) in &self.transports {
             lock(transport).resume().map_err(ResumeError)?;
         }
@@ -149,7 +162,7 @@ impl Machine {
     /// Ends the guest's life but keeps what is needed to talk about it. What the
     /// guest has queued for its devices is done first: its last words count. Devices do that at the
     /// same time, so that those the host does not answer are waited for once.
-    pub fn stop(&self) {
+    pub(crate) fn stop(&self) {
         self.vcpus.iter().for_each(Vcpu::park);
         thread::scope(|scope| {
             for (_, transport) in &self.transports {
@@ -163,13 +176,13 @@ impl Machine {
 
     /// Whether the guest can never do anything again: every vCPU that runs has
     /// halted with interrupts off.
-    pub fn is_halted(&self) -> bool {
+    pub(crate) fn is_halted(&self) -> bool {
         // One that is parked for now may go on.
         self.shrinking.is_none_or(|it| it.run) && self.allowed().all(Vcpu::is_halted)
     }
 
     /// Exits to user space so far.
-    pub fn exits(&self) -> &ExitCounters {
+    pub(crate) fn exits(&self) -> &ExitCounters {
         self.vcpus.exits()
     }
 
@@ -184,14 +197,14 @@ impl Machine {
     }
 
     /// Each device's id and what it has done.
-    pub fn devices(&self) -> impl Iterator<Item = (&str, Arc<Counters>)> {
+    pub(crate) fn devices(&self) -> impl Iterator<Item = (&str, Arc<Counters>)> {
         self.transports
             .iter()
             .map(|(id, transport)| (id.as_str(), lock(transport).counters()))
     }
 
     /// vCPUs that the host lets run.
-    pub fn vcpus_running(&self) -> u8 {
+    pub(crate) fn vcpus_running(&self) -> u8 {
         self.shrinking.as_ref().map_or(self.running, |it| it.from)
     }
 
@@ -199,7 +212,7 @@ impl Machine {
     /// resumed. More run at once, as far as the guest starts them. Those that are too many are parked
     /// when the guest has taken them offline, and are slow after [`Self::PATIENCE`]: the guest is asked
     /// first, by others. If one cannot be made, as many run as before.
-    pub fn resize_vcpus(&mut self, count: u8, paused: bool) -> Result<(), BuildError> {
+    pub(crate) fn resize_vcpus(&mut self, count: u8, paused: bool) -> Result<(), VcpuError> {
         self.vcpus.grow(&self.vm, count)?;
         let (before, old) = (self.vcpus_running(), self.running);
         self.running = count;
@@ -270,7 +283,7 @@ impl Machine {
     }
 
     /// How long a guest may use vCPUs that it should have given up as it likes.
-    pub const PATIENCE: Duration = Duration::from_secs(3);
+    pub(crate) const PATIENCE: Duration = Duration::from_secs(3);
     /// How much of how much time it may use them after that. Short enough for the guest not to take one
     /// that stands still for locked up.
     const SLICE: Duration = Duration::from_millis(5);

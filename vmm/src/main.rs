@@ -10,9 +10,10 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use env_logger::{Builder, Target, TimestampPrecision};
 use serde_json::json;
-use vmm::cli::{self, Action, HELP, LogFormat, RunOptions};
-use vmm::page_server::{self, Task};
-use vmm::{EXIT_FAILURE, check, client, run};
+use vmm::EXIT_FAILURE;
+use vmm::programs::cli::{self, Action, HELP, LogFormat, RunOptions};
+use vmm::programs::pages::{self, Task};
+use vmm::programs::{check, client, run};
 
 fn main() -> ExitCode {
     let mut arguments = std::env::args_os().skip(1).peekable();
@@ -54,12 +55,12 @@ fn call(arguments: impl Iterator<Item = OsString>) -> ExitCode {
 }
 
 fn give_pages(arguments: impl Iterator<Item = OsString>) -> ExitCode {
-    let given = page_server::parse(arguments).and_then(|task| match task {
+    let given = pages::parse(arguments).and_then(|task| match task {
         Task::Help => {
-            print!("{}", page_server::HELP);
+            print!("{}", pages::HELP);
             Ok(())
         }
-        Task::Compress { folder } => page_server::compress(&folder, &mut io::stdout()),
+        Task::Compress { folder } => pages::compress(&folder, &mut io::stdout()),
         Task::Serve {
             socket,
             folder,
@@ -71,7 +72,7 @@ fn give_pages(arguments: impl Iterator<Item = OsString>) -> ExitCode {
                 .format_timestamp(None)
                 .format_target(false)
                 .init();
-            page_server::serve(socket, folder)
+            pages::serve(socket, folder)
         }
     });
     match given {

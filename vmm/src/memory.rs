@@ -11,10 +11,13 @@
 //! host's page cache. The file must not be truncated while the VM lives; the
 //! guest dies if it is.
 
+pub(crate) mod handover;
 mod image;
 mod pages;
 mod placement;
 mod remote;
+pub(crate) mod remote_ram;
+pub(crate) mod userfault;
 mod written;
 
 use std::ffi::CString;
@@ -44,7 +47,7 @@ const HUGE_PAGE_BYTES: u64 = 2 << 20;
 
 /// Why RAM could not be had or filled.
 #[derive(Debug, Error)]
-pub enum RamError {
+pub(crate) enum RamError {
     /// mmap failed.
     #[error("map {size} of guest RAM")]
     Map {
@@ -110,7 +113,7 @@ pub enum RamError {
 
 /// The guest's RAM. Must outlive the KVM VM whose slots point into it.
 #[derive(Debug)]
-pub struct Ram {
+pub(crate) struct Ram {
     memory: GuestMemoryMmap,
     /// Files may be mapped over it.
     private: bool,
@@ -123,7 +126,7 @@ pub struct Ram {
 
 impl Ram {
     /// Reserves RAM as configured. Nothing is touched yet.
-    pub fn new(config: &MemoryConfig) -> Result<Self, RamError> {
+    pub(crate) fn new(config: &MemoryConfig) -> Result<Self, RamError> {
         let mut ranges = ram::ranges(config.size.bytes());
         if config.hotplug_size.0 > 0 {
             ranges.push(RamRange {
@@ -151,12 +154,12 @@ impl Ram {
     }
 
     /// The RAM as devices and loaders see it.
-    pub fn memory(&self) -> &GuestMemoryMmap {
+    pub(crate) fn memory(&self) -> &GuestMemoryMmap {
         &self.memory
     }
 
     /// Tells KVM where RAM lies: one slot a range.
-    pub fn register(&self, vm: &VmFd) -> Result<(), RamError> {
+    pub(crate) fn register(&self, vm: &VmFd) -> Result<(), RamError> {
         for (slot, region) in (0..).zip(self.memory.iter()) {
             let start = region.start_addr().raw_value();
             let (host, len) = (region.as_ptr(), region.len());
@@ -178,7 +181,7 @@ impl Ram {
 
     /// Puts `file_bytes` bytes of `file` from `file_offset` on at `start`,
     /// followed by zeros up to `memory_bytes`. RAM there must be untouched.
-    pub fn place(
+    pub(crate) fn place(
         &mut self,
         file: &File,
         file_offset: u64,

@@ -23,7 +23,6 @@ mod save;
 mod working_set;
 
 use std::ops::Range;
-use std::path::PathBuf;
 
 use arch::state::{BoardState, CpuFeatures, VcpuState};
 use devices::legacy::SerialState;
@@ -34,10 +33,10 @@ use serde_json::Value;
 use self::format::Document;
 use crate::memory::Extent;
 
-pub use self::format::FormatError;
-pub use self::load::{Loaded, RestoreError};
+pub(crate) use self::format::FormatError;
+pub(crate) use self::load::{Loaded, RestoreError};
 pub(crate) use self::load::{MemoryFile, Pages, memory_files, unusable};
-pub use self::save::SaveError;
+pub(crate) use self::save::SaveError;
 pub(crate) use self::save::{lock, save};
 pub(crate) use self::working_set::{RecordError, record};
 
@@ -49,13 +48,6 @@ const COMPRESSED: &str = ".lz4";
 const WORKING_SET: &str = "working-set-";
 /// The member of config.json that says which snapshot it belongs to.
 const ID: &str = "snapshot";
-
-/// Which snapshot the RAM of a machine is of.
-#[derive(Clone, Debug)]
-pub(crate) struct Source {
-    folder: PathBuf,
-    id: String,
-}
 
 /// What a snapshot keeps besides RAM.
 #[derive(Debug, Serialize, Deserialize)]

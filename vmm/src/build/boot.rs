@@ -7,12 +7,12 @@ use vm_memory::GuestAddress;
 
 use super::frame::{Frame, Host};
 use super::{BuildError, Surroundings};
-use crate::command::Command;
+use crate::build::image::{load_initramfs, load_kernel};
+use crate::console::command::Command;
 use crate::host::KvmKind;
-use crate::image::{load_initramfs, load_kernel};
 use crate::machine::Machine;
+use crate::machine::vcpus::Vcpus;
 use crate::memory::Ram;
-use crate::vcpus::Vcpus;
 
 /// Builds a machine whose vCPUs are parked at the kernel's entry point.
 pub(crate) fn boot(config: &VmConfig, around: &Surroundings) -> Result<Machine, BuildError> {

@@ -13,17 +13,17 @@ use kvm_ioctls::{Kvm, VmFd};
 
 use super::parts::{Ports, attach_devices, attach_memory, port_devices};
 use super::{BuildError, Surroundings};
-use crate::attach::Attacher;
-use crate::events::Timeline;
-use crate::io::IoThreads;
+use crate::console::socket::SocketConsole;
+use crate::console::streams::PowerButton;
 use crate::machine::Machine;
+use crate::machine::Timeline;
+use crate::machine::attach::Attacher;
+use crate::machine::io_threads::IoThreads;
+use crate::machine::resize::MemoryHandles;
+use crate::machine::vcpu::Buses;
+use crate::machine::vcpus::{Common, Vcpus};
 use crate::memory::Ram;
-use crate::resize::MemoryHandles;
 use crate::snapshot::Loaded;
-use crate::socket_console::SocketConsole;
-use crate::streams::PowerButton;
-use crate::vcpu::Buses;
-use crate::vcpus::{Common, Vcpus};
 
 /// What the host has for a VM.
 pub(super) struct Host {

@@ -21,16 +21,16 @@ use devices::virtio::{Limits, Rate, VirtioDevice};
 use kvm_ioctls::VmFd;
 
 use super::{BuildError, Surroundings};
-use crate::attach::{Attacher, irqfd};
-use crate::control::Event;
-use crate::ending::Ending;
-use crate::keyboard;
-use crate::resize::MemoryHandles;
-use crate::share;
+use crate::build::share;
+use crate::build::tap;
+use crate::console::keyboard;
+use crate::console::socket::SocketConsole;
+use crate::console::streams::{self, HostEnd, PowerButton};
+use crate::inbox::Ending;
+use crate::inbox::Event;
+use crate::machine::attach::{Attacher, irqfd};
+use crate::machine::resize::MemoryHandles;
 use crate::snapshot::Loaded;
-use crate::socket_console::SocketConsole;
-use crate::streams::{self, HostEnd, PowerButton};
-use crate::tap;
 
 /// What is reached by ports.
 pub(super) struct Ports {

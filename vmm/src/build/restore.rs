@@ -9,10 +9,10 @@ use devices::virtio::MmioTransport;
 use super::frame::{Frame, Host};
 use super::{BuildError, Surroundings};
 use crate::machine::Machine;
+use crate::machine::vcpus::Vcpus;
 use crate::memory::Ram;
-use crate::remote_ram::{RemoteRam, RemoteRamError};
+use crate::memory::remote_ram::{RemoteRam, RemoteRamError};
 use crate::snapshot::{Loaded, Pages};
-use crate::vcpus::Vcpus;
 
 /// Builds a machine whose vCPUs are parked where the snapshot was taken. Its devices rest, too, where they
 /// were at work.

@@ -4,8 +4,8 @@ use std::io;
 use std::ops::Range;
 
 use super::{Ram, pages};
-use crate::handover::Mapping;
-use crate::userfault::Userfault;
+use crate::memory::handover::Mapping;
+use crate::memory::userfault::Userfault;
 
 /// So many runs are made of RAM at most: each is a mapping of its own, to the host and to a handler.
 const MOST_RUNS: usize = 64;

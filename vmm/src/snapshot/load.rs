@@ -16,9 +16,10 @@ use kvm_bindings::CpuId;
 use kvm_ioctls::Kvm;
 use thiserror::Error;
 
-use super::{COMPRESSED, CONFIG, FormatError, LayerState, MEMORY, Memory, STATE, Source, State};
+use super::{COMPRESSED, CONFIG, FormatError, LayerState, MEMORY, Memory, STATE, State};
 use super::{allowed, format, working_set};
 use crate::host::KvmKind;
+use crate::machine::Source;
 use crate::memory::{Layer, check_extents, check_len, union};
 
 /// Far more than the largest VM's.
@@ -57,7 +58,7 @@ pub enum RestoreError {
 
 /// A snapshot that is whole. Its parts fit the configuration as far as it has been asked.
 #[derive(Debug)]
-pub struct Loaded {
+pub(crate) struct Loaded {
     source: Source,
     state: State,
     pages: Pages,
@@ -77,7 +78,7 @@ pub(crate) enum Pages {
 
 impl Loaded {
     /// Opens it, and says which VM it is to be.
-    pub fn open(restore: Restore) -> Result<(Self, Definition), RestoreError> {
+    pub(crate) fn open(restore: Restore) -> Result<(Self, Definition), RestoreError> {
         let Restore {
             folder,
             patch,

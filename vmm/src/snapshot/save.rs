@@ -14,12 +14,10 @@ use rustix::fs::{AtFlags, CWD, FlockOperation, flock, linkat};
 use serde_json::Value;
 use thiserror::Error;
 
-use super::{
-    COMPRESSED, CONFIG, ID, LayerState, MEMORY, Memory, STATE, Source, State, WORKING_SET,
-};
+use super::{COMPRESSED, CONFIG, ID, LayerState, MEMORY, Memory, STATE, State, WORKING_SET};
 use super::{allowed, format};
 use crate::host::KvmKind;
-use crate::machine::Machine;
+use crate::machine::{Machine, Source};
 use crate::memory::Layer;
 
 /// More files that lie over one another are not worth their mappings.
@@ -27,7 +25,7 @@ const MOST_LAYERS: usize = 8;
 
 /// Why there is no snapshot.
 #[derive(Debug, Error)]
-pub enum SaveError {
+pub(crate) enum SaveError {
     #[error("the streams of the agent's command cannot be taken along")]
     Command,
     #[error("share '{0}' is served by another process, which knows what its guest has open")]

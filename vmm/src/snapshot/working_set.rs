@@ -16,8 +16,8 @@ use thiserror::Error;
 use super::format::{self, Document};
 use super::load::read_file;
 use super::save::lock;
-use super::{STATE, Source, State, WORKING_SET};
-use crate::machine::Machine;
+use super::{STATE, State, WORKING_SET};
+use crate::machine::{Machine, Source};
 use crate::memory::are_pages;
 
 #[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]

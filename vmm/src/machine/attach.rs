@@ -1,0 +1,103 @@
+//! Joins a virtio device to the guest: a window on the MMIO bus, an interrupt
+//! through irqfd, its queues' notifications through ioeventfds, and the kernel
+//! parameter by which the guest finds it.
+
+use std::io;
+use std::sync::{Arc, Mutex};
+
+use arch::layout::{DEVICE_GSIS, MMIO_WINDOW_BYTES, MMIO_WINDOWS_START};
+use devices::bus::{Bus, BusError};
+use devices::virtio::mmio::{MmioTransport, QUEUE_NOTIFY};
+use devices::virtio::{Memory, Runner, VirtioDevice};
+use kvm_ioctls::{IoEventAddress, VmFd};
+use thiserror::Error;
+use vm_memory::Address;
+use vmm_sys_util::eventfd::EventFd;
+
+/// Why a device could not be attached.
+#[derive(Debug, Error)]
+pub(crate) enum AttachError {
+    /// All interrupt lines are taken.
+    #[error(
+        "no interrupt line is left: {max} virtio devices are possible",
+        max = DEVICE_GSIS.count()
+    )]
+    TooManyDevices,
+    /// eventfd failed.
+    #[error("create an event fd")]
+    EventFd(#[source] io::Error),
+    /// KVM_IRQFD failed.
+    #[error("connect interrupt line {gsi} to KVM")]
+    Irqfd {
+        /// IOAPIC pin.
+        gsi: u32,
+        /// Why.
+        source: kvm_ioctls::Error,
+    },
+    /// KVM_IOEVENTFD failed.
+    #[error("connect the notification of queue {queue} to KVM")]
+    Ioeventfd {
+        /// Queue index.
+        queue: u32,
+        /// Why.
+        source: kvm_ioctls::Error,
+    },
+    /// Two devices at one address.
+    #[error("put the device on the bus")]
+    Bus(#[from] BusError),
+}
+
+/// An event fd whose writes raise IOAPIC pin `gsi`.
+pub(crate) fn irqfd(vm: &VmFd, gsi: u32) -> Result<EventFd, AttachError> {
+    let irqfd =
+        EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(AttachError::EventFd)?;
+    vm.register_irqfd(&irqfd, gsi)
+        .map_err(|source| AttachError::Irqfd { gsi, source })?;
+    Ok(irqfd)
+}
+
+/// Hands out windows and interrupt lines in the order devices come.
+pub(crate) struct Attacher<'a> {
+    pub(crate) vm: &'a VmFd,
+    pub(crate) memory: Memory,
+    pub(crate) runner: Arc<dyn Runner>,
+    /// The bus being filled.
+    pub(crate) mmio: Bus,
+    /// What was attached so far, by id.
+    pub(crate) transports: Vec<(String, Arc<Mutex<MmioTransport>>)>,
+    /// Kernel parameters that name it.
+    pub(crate) parameters: Vec<String>,
+}
+
+impl Attacher<'_> {
+    pub(crate) fn attach(
+        &mut self,
+        id: String,
+        device: Box<dyn VirtioDevice>,
+    ) -> Result<(), AttachError> {
+        let index = self.transports.len();
+        let gsi = DEVICE_GSIS
+            .clone()
+            .nth(index)
+            .ok_or(AttachError::TooManyDevices)?;
+        let window = MMIO_WINDOWS_START.raw_value() + index as u64 * MMIO_WINDOW_BYTES;
+
+        let irqfd = irqfd(self.vm, gsi)?;
+        let transport = MmioTransport::new(self.memory.clone(), device, irqfd, self.runner.clone())
+            .map_err(AttachError::EventFd)?;
+        for (queue, kick) in (0_u32..).zip(transport.kicks()) {
+            let address = IoEventAddress::Mmio(window + QUEUE_NOTIFY);
+            self.vm
+                .register_ioevent(kick, &address, queue)
+                .map_err(|source| AttachError::Ioeventfd { queue, source })?;
+        }
+        let transport = Arc::new(Mutex::new(transport));
+        self.mmio
+            .insert(window, MMIO_WINDOW_BYTES, transport.clone())?;
+        self.transports.push((id, transport));
+        // Linux, virtio_mmio.c: <size>@<base address>:<interrupt>
+        self.parameters
+            .push(format!("virtio_mmio.device=4K@{window:#x}:{gsi}"));
+        Ok(())
+    }
+}

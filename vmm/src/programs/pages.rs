@@ -1,0 +1,196 @@
+//! `podvmm pages`: gives VMs that are restored with a memory_socket the RAM of one snapshot.
+//!
+//! A thread accepts; each VM has a thread of its own, which waits for its faults and for its end, and
+//! for nobody else. RAM may have been compressed before.
+
+mod compressed;
+mod connection;
+mod removed;
+mod source;
+
+use std::ffi::OsString;
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+use std::process;
+use std::sync::Arc;
+use std::thread::Builder;
+
+use api::chain;
+use devices::host::{ListenError, Listener};
+use lexopt::{Arg, Parser};
+use thiserror::Error;
+
+use self::source::Source;
+use crate::host::signals;
+use crate::snapshot::{self, RestoreError};
+
+/// What `podvmm pages --help` prints.
+pub const HELP: &str = include_str!("pages.txt");
+
+/// What it is to do.
+#[derive(Debug)]
+pub enum Task {
+    /// Print [`HELP`].
+    Help,
+    /// Give VMs pages.
+    Serve {
+        /// Where they come to.
+        socket: PathBuf,
+        /// The snapshot they are of.
+        folder: PathBuf,
+        /// `-v`, counted.
+        verbosity: u8,
+    },
+    /// Compress RAM.
+    Compress {
+        /// The snapshot it is of.
+        folder: PathBuf,
+    },
+}
+
+/// Why no pages are given.
+#[derive(Debug, Error)]
+pub enum PagesError {
+    /// Unknown, incomplete or superfluous arguments.
+    #[error(transparent)]
+    Arguments(#[from] lexopt::Error),
+    /// Something is missing.
+    #[error("{0} is missing; see podvmm pages --help")]
+    Missing(&'static str),
+    /// Two things that cannot both be.
+    #[error("--compress goes with nothing else; see podvmm pages --help")]
+    Contradiction,
+    /// No such snapshot.
+    #[error("the snapshot in {}", .folder.display())]
+    Snapshot {
+        /// Where.
+        folder: PathBuf,
+        /// Why.
+        source: RestoreError,
+    },
+    /// Somebody else is at work there.
+    #[error("a podvmm writes to {}", .0.display())]
+    Busy(PathBuf),
+    /// RAM is not compressed.
+    #[error("compress to {}", .path.display())]
+    Compress {
+        /// Where.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// The socket.
+    #[error("--socket")]
+    Listen(#[from] ListenError),
+    /// Signals, or who comes to the socket.
+    #[error("{0}")]
+    Wait(&'static str, #[source] io::Error),
+}
+
+/// Parses the arguments after `pages`.
+pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Task, PagesError> {
+    let mut parser = Parser::from_args(arguments);
+    let (mut socket, mut folder, mut verbosity) = (None, None, 0_u8);
+    let mut compress = None;
+    while let Some(argument) = parser.next()? {
+        match argument {
+            Arg::Long("help") | Arg::Short('h') => return Ok(Task::Help),
+            Arg::Long("socket") => socket = Some(PathBuf::from(parser.value()?)),
+            Arg::Long("snapshot") => folder = Some(PathBuf::from(parser.value()?)),
+            Arg::Long("compress") => compress = Some(PathBuf::from(parser.value()?)),
+            Arg::Short('v') => verbosity = verbosity.saturating_add(1),
+            unexpected => return Err(unexpected.unexpected().into()),
+        }
+    }
+    if let Some(compressed) = compress {
+        return match (socket, folder) {
+            (None, None) => Ok(Task::Compress { folder: compressed }),
+            _ => Err(PagesError::Contradiction),
+        };
+    }
+    Ok(Task::Serve {
+        socket: socket.ok_or(PagesError::Missing("--socket"))?,
+        folder: folder.ok_or(PagesError::Missing("--snapshot"))?,
+        verbosity,
+    })
+}
+
+/// Gives pages until a signal ends the process.
+pub fn serve(socket: PathBuf, folder: PathBuf) -> Result<(), PagesError> {
+    let source = Source::open(&folder).map_err(|source| PagesError::Snapshot { folder, source })?;
+    let source = Arc::new(source);
+    let listener = Listener::bind(&socket)?;
+    let accepting = |source| PagesError::Wait("accept a VM", source);
+    let vms = listener.socket().map_err(accepting)?;
+    vms.set_nonblocking(false).map_err(accepting)?;
+    signals::watch(move |_| {
+        // The next page server finds the path free.
+        listener.remove();
+        process::exit(0);
+    })
+    .map_err(|source| PagesError::Wait("watch for signals", source))?;
+    for number in 0_u64.. {
+        let (stream, _) = vms.accept().map_err(accepting)?;
+        let source = Arc::clone(&source);
+        let serves = move || match connection::serve(&stream, &source) {
+            Ok(served) => log::info!("VM {number} is gone: {served}"),
+            Err(error) => log::error!("VM {number} is left: {}", chain(&error).join(": ")),
+        };
+        if let Err(error) = Builder::new().name(format!("vm{number}")).spawn(serves) {
+            log::error!("VM {number} is left: {error}");
+        }
+    }
+    Ok(())
+}
+
+/// Writes a compressed file beside each that is RAM in a snapshot, and a line about it to `out`.
+pub fn compress(folder: &Path, out: &mut impl Write) -> Result<(), PagesError> {
+    let failed = |path: &Path| {
+        let path = path.to_path_buf();
+        move |source| PagesError::Compress { path, source }
+    };
+    let unusable = |source| PagesError::Snapshot {
+        folder: folder.into(),
+        source,
+    };
+    signals::survive_file_size_limit().map_err(failed(folder))?;
+    // Whoever writes a snapshot there removes what is of none.
+    let lock = snapshot::lock(folder)
+        .map_err(failed(folder))?
+        .ok_or_else(|| PagesError::Busy(folder.into()))?;
+    let (ram_len, files) = snapshot::memory_files(folder).map_err(unusable)?;
+    for file in &files {
+        let plain = file.open().map_err(unusable)?;
+        let path = file.compressed();
+        let len = compressed::compress(&plain, &file.ranges, ram_len, &path);
+        let len = len.map_err(failed(&path))?;
+        let from: u64 = file
+            .ranges
+            .iter()
+            .map(|range| range.end - range.start)
+            .sum();
+        writeln!(out, "{}: {len} bytes of {from}", path.display()).map_err(failed(&path))?;
+    }
+    lock.sync_all().map_err(failed(folder))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_missing_is_named() {
+        let parse = |arguments: &[&str]| parse(arguments.iter().map(OsString::from));
+        let task = parse(&["--socket", "/s", "--snapshot", "/f"]).unwrap();
+        assert!(matches!(task, Task::Serve { .. }));
+        let refusal = |arguments: &[&str]| parse(arguments).unwrap_err().to_string();
+        assert!(refusal(&["--socket", "/s"]).starts_with("--snapshot is missing"));
+        assert!(refusal(&["--snapshot", "/f"]).starts_with("--socket is missing"));
+        let task = parse(&["--compress", "/f"]).unwrap();
+        assert!(matches!(task, Task::Compress { .. }));
+        let refused = refusal(&["--compress", "/f", "--socket", "/s"]);
+        assert!(refused.starts_with("--compress goes with nothing else"));
+        assert!(refusal(&["serve"]).starts_with("unexpected argument"));
+        assert!(matches!(parse(&["--help"]), Ok(Task::Help)));
+    }
+}

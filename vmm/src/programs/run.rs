@@ -1,0 +1,390 @@
+//! The life of one VM that the command line describes, from options to exit
+//! code.
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+
+use api::{
+    ApiError, Definition, DiskConfig, FolderConfig, FsCache, FsConfig, FsSource, KernelConfig,
+    Output, Restore, TapSource, VmConfig,
+};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use serde_json::{Value, json};
+use thiserror::Error;
+
+use crate::console::command::Command;
+use crate::console::transcript::Transcript;
+use crate::host::terminal::{self, RawTerminal};
+use crate::host::{inherited, signals};
+use crate::inbox::{Ending, Event, Inbox};
+use crate::programs::cli::{EventMonitor, RunOptions};
+use crate::programs::guest::{GuestFolder, MissingPart};
+use crate::snapshot::{Loaded, RestoreError};
+use crate::vm::control::{self, Outcome};
+use crate::vm::events::Events;
+use crate::vm::lifecycle::{Surround, Vm};
+use crate::vm::service::{Service, ServiceError};
+
+/// Lines of its console shown when a guest ends badly.
+const LAST_LINES: usize = 12;
+
+/// Why there was no VM to run.
+#[derive(Debug, Error)]
+pub enum RunError {
+    /// A default part is missing.
+    #[error(transparent)]
+    Guest(#[from] MissingPart),
+    /// The root file system is not there.
+    #[error("root file system {}", .path.display())]
+    Rootfs {
+        /// Folder or image.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// It could not be built.
+    #[error("{0}")]
+    Build(ApiError),
+    /// There is no such snapshot.
+    #[error("--restore {}", .folder.display())]
+    Restore {
+        /// Where.
+        folder: PathBuf,
+        /// Why.
+        source: RestoreError,
+    },
+    /// A descriptor that should be a tap.
+    #[error("--net fd={fd}")]
+    Tap {
+        /// Its number.
+        fd: i32,
+        /// Why.
+        source: io::Error,
+    },
+    /// There is no API.
+    #[error(transparent)]
+    Service(#[from] ServiceError),
+    /// Events cannot go there.
+    #[error("--event-monitor {monitor}")]
+    EventMonitor {
+        /// Where.
+        monitor: String,
+        /// Why.
+        source: io::Error,
+    },
+    /// Signals could not be watched.
+    #[error("watch for signals")]
+    Signals(#[source] io::Error),
+    /// The terminal could not be made raw.
+    #[error("set up the terminal")]
+    Terminal(#[source] io::Error),
+}
+
+/// Runs podvmm to its end and returns its exit code: with `--api-socket` and
+/// nothing to boot it serves clients, otherwise it runs the VM of the options.
+pub fn run(options: &RunOptions) -> Result<u8, RunError> {
+    allow_many_descriptors();
+    signals::survive_file_size_limit().map_err(RunError::Signals)?;
+    let (inbox, events) = Inbox::new();
+    watch_signals(inbox.clone())?;
+    let transcript = Transcript::default();
+    let mut monitor = Events::new(event_monitor(options)?);
+    monitor.vmm("started");
+    let has_command = !options.command.is_empty();
+    let service = |inbox: &Inbox| match &options.api_socket {
+        None => Ok(None),
+        Some(socket) => Service::start(socket, inbox.clone()).map(Some),
+    };
+    if options.only_serves() {
+        let service = service(&inbox)?;
+        let mut vm = Vm::new(Surround {
+            inbox,
+            command: None,
+            transcript: transcript.clone(),
+            terminal: false,
+            events: monitor,
+        });
+        let outcome = control::serve(&mut vm, events);
+        drop(service);
+        return Ok(conclude(outcome, false, &mut vm, &transcript));
+    }
+
+    let (definition, snapshot) = match &options.restore {
+        None => (Definition::of(config(options)?), None),
+        Some(folder) => {
+            let (definition, loaded) = restored(options, folder)?;
+            (definition, Some(loaded))
+        }
+    };
+    let command = command(options);
+    let terminal = terminal(definition.config(), command.as_ref())?;
+    let service = service(&inbox)?;
+    let mut vm = Vm::new(Surround {
+        inbox,
+        command,
+        transcript: transcript.clone(),
+        terminal: terminal.is_some(),
+        events: monitor,
+    });
+    vm.start(definition, snapshot).map_err(RunError::Build)?;
+    let outcome = control::serve(&mut vm, events);
+    drop(service);
+    drop(terminal);
+    Ok(conclude(outcome, has_command, &mut vm, &transcript))
+}
+
+/// Where events are to go.
+fn event_monitor(options: &RunOptions) -> Result<Option<File>, RunError> {
+    let Some(monitor) = &options.event_monitor else {
+        return Ok(None);
+    };
+    let open = match monitor {
+        EventMonitor::Path(path) => OpenOptions::new()
+            .append(true)
+            .create(true)
+            // A FIFO that nobody reads is an error, and not waited for.
+            .custom_flags(libc::O_NONBLOCK)
+            .open(path),
+        EventMonitor::Fd(fd) => inherited::duplicate(*fd).map(File::from),
+    };
+    open.map(Some).map_err(|source| RunError::EventMonitor {
+        monitor: monitor.to_string(),
+        source,
+    })
+}
+
+/// Connections of vsock and of the API each take one. What a shell allows is
+/// made for programs that use select.
+fn allow_many_descriptors() {
+    let limit = getrlimit(Resource::Nofile);
+    let all = Rlimit {
+        current: limit.maximum,
+        ..limit
+    };
+    if let Err(error) = setrlimit(Resource::Nofile, all) {
+        log::debug!("keep the limit of {:?} descriptors: {error}", limit.current);
+    }
+}
+
+/// Says how it ended, if that needs to be said, and gives the exit code.
+fn conclude(outcome: Outcome, has_command: bool, vm: &mut Vm, transcript: &Transcript) -> u8 {
+    let (code, reason, detail) = match outcome {
+        Outcome::Dismissed => (0, "api", Value::Null),
+        Outcome::Ended(ending) => {
+            let ending = with_panic(ending, transcript);
+            let config = vm.definition().map(Definition::config);
+            report(&ending, has_command, config, transcript);
+            let code = ending.exit_code(has_command);
+            (code, ending.reason(), ending.to_string().into())
+        }
+    };
+    let properties = json!({ "reason": reason, "detail": detail, "code": code });
+    vm.events().vm("exited", properties);
+    code
+}
+
+/// The VM that `options` describe.
+fn config(options: &RunOptions) -> Result<VmConfig, RunError> {
+    let folder = GuestFolder::of_this_user();
+    let given = |path: &Option<PathBuf>| path.clone().map(Ok);
+    let has_command = !options.command.is_empty();
+    // Somebody who names just a kernel gets just that kernel.
+    let wants_agent = has_command
+        || options.rootfs.is_some()
+        || (options.kernel.is_none() && options.initramfs.is_none());
+
+    let kernel = given(&options.kernel).unwrap_or_else(|| folder.kernel())?;
+    let initramfs = given(&options.initramfs)
+        .or_else(|| wants_agent.then(|| folder.initramfs()))
+        .transpose()?;
+    let mut disks = Vec::with_capacity(options.disks.len() + 1);
+    let mut shares = Vec::with_capacity(options.shares.len() + 1);
+    let mut cmdline = consoles(options, wants_agent);
+    if wants_agent {
+        let path = given(&options.rootfs).unwrap_or_else(|| folder.rootfs())?;
+        let metadata = std::fs::metadata(&path).map_err(|source| RunError::Rootfs {
+            path: path.clone(),
+            source,
+        })?;
+        if metadata.is_dir() {
+            cmdline.push_str(&format!(" root={ROOT_TAG} rootfstype=virtiofs"));
+            shares.push(root_share(path));
+        } else {
+            cmdline.push_str(" root=/dev/vda");
+            disks.push(DiskConfig::new(path, true));
+        }
+        cmdline.push_str(" ro podvmm.overlay");
+    }
+    disks.extend_from_slice(&options.disks);
+    shares.extend_from_slice(&options.shares);
+    if !options.cmdline.is_empty() {
+        cmdline.push(' ');
+        cmdline.push_str(&options.cmdline);
+    }
+    Ok(VmConfig {
+        kernel: KernelConfig {
+            path: kernel,
+            initramfs,
+            cmdline,
+        },
+        cpus: options.cpus,
+        memory: options.memory,
+        balloon: options.balloon,
+        disks,
+        nets: options.nets.clone(),
+        shares,
+        vsock: options.vsock.clone(),
+        serial: serial(options),
+        console: options.console.clone().unwrap_or(Output::Off),
+    })
+}
+
+/// The VM of a snapshot, with what the options say is to be different.
+fn restored(options: &RunOptions, folder: &Path) -> Result<(Definition, Loaded), RunError> {
+    let mut restore = Restore::new(folder.into());
+    restore.prefetch = options.prefetch;
+    let differs = VmConfig {
+        kernel: KernelConfig {
+            path: PathBuf::new(),
+            initramfs: None,
+            cmdline: String::new(),
+        },
+        cpus: options.cpus,
+        memory: options.memory,
+        balloon: None,
+        disks: options.disks.clone(),
+        nets: options.nets.clone(),
+        shares: options.shares.clone(),
+        vsock: options.vsock.clone(),
+        serial: options.serial.clone().unwrap_or(Output::Off),
+        console: options.console.clone().unwrap_or(Output::Off),
+    };
+    let given = [
+        ("disks", !options.disks.is_empty()),
+        ("net", !options.nets.is_empty()),
+        ("fs", !options.shares.is_empty()),
+        ("vsock", options.vsock.is_some()),
+        ("serial", options.serial.is_some()),
+        ("console", options.console.is_some()),
+    ];
+    let mut json = Definition::of(differs).json().clone();
+    for (part, _) in given.iter().filter(|(_, given)| *given) {
+        restore.patch[part] = json[part].take();
+    }
+    for net in &options.nets {
+        if let TapSource::Numbers(numbers) = &net.tap {
+            for fd in numbers {
+                let tap = inherited::duplicate(*fd);
+                restore
+                    .fds
+                    .push(tap.map_err(|source| RunError::Tap { fd: *fd, source })?);
+            }
+        }
+    }
+    let opened = Loaded::open(restore);
+    let (loaded, definition) = opened.map_err(|source| RunError::Restore {
+        folder: folder.into(),
+        source,
+    })?;
+    Ok((definition, loaded))
+}
+
+/// The tag of the share that is the root file system.
+const ROOT_TAG: &str = "podvmm.root";
+
+/// A folder as root file system: what lies over it must be able to rely on it.
+fn root_share(path: PathBuf) -> FsConfig {
+    let folder = FolderConfig {
+        readonly: true,
+        cache: FsCache::Always,
+        ..FolderConfig::new(path)
+    };
+    FsConfig::new(ROOT_TAG.into(), FsSource::Folder(folder))
+}
+
+fn serial(options: &RunOptions) -> Output {
+    match (
+        &options.serial,
+        options.command.is_empty(),
+        &options.console,
+    ) {
+        (Some(serial), _, _) => serial.clone(),
+        (None, false, _) | (None, true, Some(Output::Tty)) => Output::Null,
+        (None, true, _) => Output::Tty,
+    }
+}
+
+/// Parameters that say where the kernel prints, and how much: each byte to a
+/// serial port is an exit. With the agent only what is worth an alarm is
+/// printed, from the first moment on.
+fn consoles(options: &RunOptions, wants_agent: bool) -> String {
+    let mut words = Vec::new();
+    if wants_agent {
+        words.push("quiet loglevel=1");
+    }
+    if serial(options) != Output::Off {
+        words.push("earlycon=uart8250,io,0x3f8 console=ttyS0");
+    }
+    if options
+        .console
+        .as_ref()
+        .is_some_and(|console| *console != Output::Off)
+    {
+        words.push("console=hvc0");
+    }
+    words.join(" ")
+}
+
+fn watch_signals(inbox: Inbox) -> Result<(), RunError> {
+    signals::watch(move |signal| {
+        // After the end of the VM nobody listens, and nobody need.
+        let _ = inbox.send(Event::Signal(signal));
+    })
+    .map_err(RunError::Signals)
+}
+
+/// The command for the agent, which gets a terminal where podvmm has one.
+fn command(options: &RunOptions) -> Option<Command> {
+    let argv = options.command.clone();
+    (!argv.is_empty()).then(|| Command {
+        argv,
+        terminal: terminal::size(),
+    })
+}
+
+fn terminal(config: &VmConfig, command: Option<&Command>) -> Result<Option<RawTerminal>, RunError> {
+    let console = config.serial == Output::Tty || config.console == Output::Tty;
+    if console || command.is_some_and(|command| command.terminal.is_some()) {
+        RawTerminal::enter().map_err(RunError::Terminal)
+    } else {
+        Ok(None)
+    }
+}
+
+/// A panicked Linux resets itself; what it printed tells the two apart.
+fn with_panic(ending: Ending, transcript: &Transcript) -> Ending {
+    match ending {
+        Ending::Reset | Ending::Halted | Ending::TripleFault(_) => {
+            transcript.panic().map_or(ending, Ending::Panic)
+        }
+        other => other,
+    }
+}
+
+fn report(ending: &Ending, has_command: bool, config: Option<&VmConfig>, transcript: &Transcript) {
+    if ending.is_orderly(has_command) {
+        log::info!("{ending}");
+        return;
+    }
+    log::error!("{ending}");
+    // Whoever has the console on the terminal has seen it.
+    let unseen =
+        |config: &VmConfig| config.serial == Output::Null || config.console == Output::Null;
+    if config.is_some_and(unseen) {
+        for line in transcript.last_lines(LAST_LINES) {
+            log::error!("guest: {line}");
+        }
+    }
+}

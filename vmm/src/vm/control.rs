@@ -1,0 +1,83 @@
+//! The one thread that decides what happens to the VM.
+//!
+//! Everybody else reports to its inbox or asks: vCPUs and devices, the agent, signals, and clients of the API,
+//! who each get an answer of their own.
+
+use std::sync::mpsc::{Receiver, RecvTimeoutError};
+use std::time::{Duration, Instant};
+
+use api::{Answer, Request};
+use serde_json::Value;
+
+use crate::inbox::{Ending, Event, Status};
+use crate::vm::lifecycle::Vm;
+
+/// How often to look at what nobody reports: KVM keeps a halted vCPU to itself.
+const TICK: Duration = Duration::from_secs(1);
+
+/// Why podvmm is done.
+#[derive(Debug)]
+pub(crate) enum Outcome {
+    /// The guest ended, or podvmm was told to end by a signal.
+    Ended(Ending),
+    /// A client told podvmm to end.
+    Dismissed,
+}
+
+/// Serves the inbox until podvmm is done. The VM is stopped by then, if it can be, and who
+/// still waits for an answer learns that there will be none.
+pub(crate) fn serve(vm: &mut Vm, events: Receiver<(u32, Event)>) -> Outcome {
+    let mut looked = Instant::now();
+    let mut due = looked + TICK;
+    let outcome = loop {
+        // By the clock, not by silence: whoever asks or says much is not to keep it away.
+        let now = Instant::now();
+        if now >= due {
+            // First, as it says which vCPUs of the guest are parked for a moment and which for good.
+            let sooner = vm.settle();
+            if now >= looked + TICK {
+                looked = now;
+                if vm.has_halted() {
+                    break Outcome::Ended(Ending::Halted);
+                }
+            }
+            due = now + sooner.map_or(TICK, |sooner| sooner.min(TICK));
+        }
+        match events.recv_timeout(due.duration_since(now)) {
+            Ok((_, Event::Signal(signal))) => break Outcome::Ended(Ending::Signal(signal)),
+            Ok((_, Event::Call(request, reply))) => match *request {
+                Request::Exit => {
+                    // The client is to hear it when it is so.
+                    vm.stop();
+                    reply.send(&Ok(Answer::Exiting));
+                    break Outcome::Dismissed;
+                }
+                Request::Snapshot(snapshot) => vm.snapshot(snapshot, reply),
+                request => reply.send(&vm.answer(request)),
+            },
+            Ok((_, Event::Saved)) => vm.saved(),
+            Ok((life, _)) if life != vm.life() => {}
+            Ok((_, Event::Ended(ending))) => break Outcome::Ended(ending),
+            Ok((_, Event::Status(Status::Ready))) => {
+                log::info!("the agent starts the command");
+                vm.events().vm("agent-ready", Value::Null);
+            }
+            Ok((_, Event::Status(Status::Exit(status)))) => {
+                break Outcome::Ended(Ending::Command(status));
+            }
+            Ok((_, Event::Status(Status::Error(why)))) => {
+                break Outcome::Ended(Ending::Agent(why));
+            }
+            Err(RecvTimeoutError::Timeout) => {}
+            Err(RecvTimeoutError::Disconnected) => {
+                unreachable!("the VM holds a way into its inbox")
+            }
+        }
+    };
+    drop(events);
+    match outcome {
+        Outcome::Ended(Ending::Memory(_)) => vm.abandon(),
+        _ => vm.stop(),
+    }
+    outcome
+}
