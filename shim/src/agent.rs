@@ -1,6 +1,9 @@
 //! The agent in the guest, asked over vsock. Nothing here depends on which agent it is, beyond the
 //! protocol.
 
+pub(crate) mod stdio;
+
+use std::fmt;
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::unix::net::UnixStream;
@@ -15,9 +18,7 @@ use agent::protocol::{AGENT_SERVICE, FOLLOWS_THE_CLOCK, HEALTH_SERVICE, PIDS_OF_
 use agent::ttrpc::{CallError, Client, Code, Status};
 use prost::Message;
 
-use crate::error::{Error, asked};
-use crate::network::Settings;
-use crate::stdio::Target;
+use crate::host::network::Settings;
 
 /// How long an ordinary call may take: guests can be slow, and one that hangs is found out here.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -43,6 +44,22 @@ pub(crate) enum ReachError {
     Late(Duration),
     #[error("talk to the guest's agent")]
     Io(#[source] io::Error),
+}
+
+/// A process in the guest.
+#[derive(Clone, Debug)]
+pub(crate) struct Target {
+    pub(crate) container: String,
+    pub(crate) exec: String,
+}
+
+impl fmt::Display for Target {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.exec.as_str() {
+            "" => write!(f, "the first process of {}", self.container),
+            exec => write!(f, "process {exec} of {}", self.container),
+        }
+    }
 }
 
 /// One of a process's outputs.
@@ -106,13 +123,11 @@ impl Agent {
     }
 
     /// Makes the guest, which was written down and goes on, one of its own: its randomness, which
-    /// others went on from as well, and the time of day, which it slept over.
-    pub(crate) fn renew(&self) -> Result<(), Error> {
-        let failed = asked("become another guest");
-        let data = random(SEED_BYTES).map_err(Error::Random)?;
-        let reseed = messages::ReseedRandomDevRequest { data };
-        self.tell("ReseedRandomDev", &reseed).map_err(&failed)?;
-        self.tell_time(PATIENCE).map_err(failed)
+    /// others went on from as well, becomes that of `seed`, and the time of day, which it slept over, the host's.
+    pub(crate) fn renew(&self, seed: Vec<u8>) -> Result<(), CallError> {
+        let reseed = messages::ReseedRandomDevRequest { data: seed };
+        self.tell("ReseedRandomDev", &reseed)?;
+        self.tell_time(PATIENCE)
     }
 
     /// Tells the guest the time of day. A word that was long under way is said again, for the guest takes
@@ -393,8 +408,9 @@ fn date_time() -> messages::SetGuestDateTimeRequest {
     }
 }
 
-fn random(len: usize) -> io::Result<Vec<u8>> {
-    let mut bytes = vec![0; len];
+/// Random numbers for a guest.
+pub(crate) fn seed() -> io::Result<Vec<u8>> {
+    let mut bytes = vec![0; SEED_BYTES];
     File::open("/dev/urandom")?.read_exact(&mut bytes)?;
     Ok(bytes)
 }

@@ -1,6 +1,8 @@
 //! The configuration file: TOML, `/etc/podvmm/config.toml` unless containerd's runtime options name
 //! another. What may be asked for by a pod's annotations is listed there too.
 
+mod size;
+
 use std::collections::BTreeMap;
 use std::fs;
 use std::io;
@@ -9,7 +11,7 @@ use std::time::Duration;
 
 use serde::Deserialize;
 
-use crate::size::Size;
+pub(crate) use self::size::Size;
 
 /// Where it is unless somebody says otherwise.
 pub(crate) const DEFAULT_PATH: &str = "/etc/podvmm/config.toml";

@@ -3,39 +3,12 @@
 //! serves containerd's Task service.
 
 mod agent;
-mod arguments;
-mod cgroup;
 mod config;
-mod cpus;
-mod error;
-mod figures;
-mod guest;
-mod hooks;
-mod info;
-mod logging;
-mod mounts;
-mod network;
-mod orders;
-mod phases;
-mod place;
+mod containerd;
+mod host;
 mod pod;
-mod pool;
 mod protocol;
-mod publish;
-mod record;
-mod runtime_class;
-mod service;
-mod size;
-mod spec;
-mod start;
-mod stdio;
-mod systemd;
-mod task;
-mod teardown;
-mod template;
-mod turn;
 mod vm;
-mod waiting;
 
 use std::error::Error;
 use std::io::{self, Write};
@@ -51,17 +24,17 @@ use std::time::{Duration, SystemTime};
 use ::agent::ttrpc::{self, Service, Workers};
 use prost::Message;
 
-use arguments::{Action, Arguments};
 use config::Config;
-use hooks::Hooks;
-use orders::Orders;
-use phases::Phases;
-use place::Place;
+use containerd::arguments::{Action, Arguments};
+use containerd::orders::Orders;
+use containerd::service::Tasks;
+use host::phases::Phases;
+use host::place::Place;
 use pod::Pod;
+use pod::publish::Publisher;
+use pod::spec::hooks::Hooks;
+use pod::waiting::Waiting;
 use protocol::task::DeleteResponse;
-use publish::Publisher;
-use service::Tasks;
-use waiting::Waiting;
 
 const HELP: &str = "\
 containerd-shim-podvmm-v2: runs pods in VMs for containerd, which starts it by itself
@@ -105,7 +78,7 @@ fn main() -> ExitCode {
 
 fn run(arguments: &Arguments) -> Result<(), Box<dyn Error>> {
     // containerd may be held to some of the host's CPUs; pods are not.
-    cpus::unpin();
+    host::cpus::unpin();
     let path = arguments.config_path();
     let config = || Config::read(&path);
     match arguments.action {
@@ -113,37 +86,37 @@ fn run(arguments: &Arguments) -> Result<(), Box<dyn Error>> {
         Action::Version => println!("containerd-shim-podvmm-v2 {}", env!("CARGO_PKG_VERSION")),
         Action::Check => println!("{:#?}", config()?),
         Action::Template => {
-            logging::start(None, "template", level(arguments.debug));
-            println!("{}", waiting::template(&config()?)?.folder().display());
+            host::logging::start(None, "template", level(arguments.debug));
+            println!("{}", pod::waiting::template(&config()?)?.folder().display());
         }
         Action::Pool => {
-            logging::start(None, "pool", level(arguments.debug));
-            println!("{}", pool::adjust(&path, &config()?)?);
+            host::logging::start(None, "pool", level(arguments.debug));
+            println!("{}", containerd::pool::adjust(&path, &config()?)?);
         }
         Action::Wait => {
-            logging::start(None, "pool", level(arguments.debug));
+            host::logging::start(None, "pool", level(arguments.debug));
             rustix::process::setsid()?;
-            stdio::reserve()?;
-            if let Some(called) = pool::wait(&path, arguments.memory_mib)? {
+            agent::stdio::reserve()?;
+            if let Some(called) = containerd::pool::wait(&path, arguments.memory_mib)? {
                 serve(&called.orders, called.listener, Some(called.waiting))?;
             }
         }
-        Action::RuntimeClass => print!("{}", runtime_class::yaml(&config()?)),
+        Action::RuntimeClass => print!("{}", containerd::runtime_class::yaml(&config()?)),
         Action::Start => {
-            let answer = start::start(arguments, &bundle(arguments)?)?;
+            let answer = containerd::start::start(arguments, &bundle(arguments)?)?;
             io::stdout().write_all(&answer)?;
         }
         Action::Info => {
-            let info = info::info(start::Asked::read(arguments).options);
+            let info = containerd::info::info(containerd::start::Asked::read(arguments).options);
             io::stdout().write_all(&info.encode_to_vec())?;
         }
         Action::Delete => delete(arguments)?,
         Action::Serve => {
             rustix::process::setsid()?;
-            let asked = std::env::var(start::ASKED).unwrap_or_default();
+            let asked = std::env::var(containerd::start::ASKED).unwrap_or_default();
             let orders = Orders::new(arguments, Path::new("."), asked);
             let listener = listener()?;
-            stdio::reserve()?;
+            agent::stdio::reserve()?;
             serve(&orders, listener, None)?;
         }
     }
@@ -160,24 +133,26 @@ fn bundle(arguments: &Arguments) -> io::Result<PathBuf> {
 
 /// Cleans up after a shim that is gone, or one that has no such container.
 fn delete(arguments: &Arguments) -> Result<(), Box<dyn Error>> {
-    logging::start(None, &arguments.id, level(arguments.debug));
+    host::logging::start(None, &arguments.id, level(arguments.debug));
     let bundle = bundle(arguments)?;
-    let spec = spec::read(&bundle).unwrap_or_default();
-    let pod = spec::pod_of(&arguments.id, &spec.annotations);
-    if !arguments::is_id(pod) {
+    let spec = pod::spec::read(&bundle).unwrap_or_default();
+    let pod = pod::spec::pod_of(&arguments.id, &spec.annotations);
+    if !containerd::arguments::is_id(pod) {
         return Err(format!("{pod:?} is no pod's name").into());
     }
     let place = Place::new(&arguments.address, &arguments.namespace, pod);
-    let pid = record::Record::read(&place).vmm.map_or(0, |(pid, _)| pid);
+    let pid = host::record::Record::read(&place)
+        .vmm
+        .map_or(0, |(pid, _)| pid);
     if pod == arguments.id {
-        teardown::pod(&place);
+        pod::teardown::pod(&place);
     } else {
-        teardown::container(&place, &arguments.id);
+        pod::teardown::container(&place, &arguments.id);
     }
     Hooks::of(&spec, &arguments.id, &bundle).stopped();
     let gone = DeleteResponse {
         pid,
-        exit_status: task::KILLED,
+        exit_status: pod::task::KILLED,
         exited_at: Some(protocol::timestamp(SystemTime::now())),
     };
     io::stdout().write_all(&gone.encode_to_vec())?;
@@ -198,9 +173,9 @@ fn serve(
     listener: UnixListener,
     mut waiting: Option<Waiting>,
 ) -> Result<(), Box<dyn Error>> {
-    logging::start(Some(&orders.bundle), &orders.id, level(orders.debug));
+    host::logging::start(Some(&orders.bundle), &orders.id, level(orders.debug));
     std::panic::set_hook(Box::new(|panic| log::error!("{panic}")));
-    let asked = phases::from_text(&orders.asked);
+    let asked = host::phases::from_text(&orders.asked);
     let phases = Phases::since(asked.unwrap_or_else(SystemTime::now));
     let events = Publisher::start(orders.events.clone(), orders.namespace.clone())?;
     let place = orders.place();
@@ -220,7 +195,7 @@ fn serve(
 }
 
 fn listener() -> Result<UnixListener, Box<dyn Error>> {
-    let number = std::env::var(start::LISTENER);
+    let number = std::env::var(containerd::start::LISTENER);
     let number = number.map_err(|_| "containerd starts the shim by itself; see -help")?;
     // SAFETY: whoever started this process opened it for this process, and nobody else has it.
     let fd = unsafe { OwnedFd::from_raw_fd(number.parse()?) };

@@ -1,7 +1,18 @@
 //! A pod: its VM, and the containers in it.
 
+pub(crate) mod cgroup;
+pub(crate) mod error;
+pub(crate) mod figures;
+pub(crate) mod guest;
 mod kill;
+pub(crate) mod mounts;
+pub(crate) mod publish;
 mod resources;
+pub(crate) mod size;
+pub(crate) mod spec;
+pub(crate) mod task;
+pub(crate) mod teardown;
+pub(crate) mod waiting;
 mod watch;
 
 use std::collections::HashMap;
@@ -12,20 +23,21 @@ use std::thread;
 
 use agent::protocol::oci::{Process as OciProcess, Spec};
 
+use crate::agent::Target;
+use crate::agent::stdio::{Paths, Stdio};
 use crate::config::Config;
-use crate::error::{Error, asked, expect, state};
-use crate::guest::{Birth, Guest, leave};
-use crate::hooks::Hooks;
-use crate::phases::Phases;
-use crate::place::Place;
+use crate::host::phases::Phases;
+use crate::host::place::Place;
+use crate::pod::error::{Error, asked, expect, state};
+use crate::pod::guest::{Birth, Guest, leave};
+use crate::pod::publish::Publisher;
+use crate::pod::size::Limits;
+use crate::pod::spec::hooks::Hooks;
+use crate::pod::task::{Container, Exit, NOT_STARTED, Process, State};
+use crate::pod::waiting::Waiting;
 use crate::protocol::events::{Event, TaskExecStarted, TaskExit, TaskOnly, TaskStart};
-use crate::protocol::{task, timestamp};
-use crate::publish::Publisher;
-use crate::size::Limits;
-use crate::spec;
-use crate::stdio::{Paths, Stdio, Target};
-use crate::task::{Container, Exit, NOT_STARTED, Process, State};
-use crate::waiting::Waiting;
+use crate::protocol::task::Mount;
+use crate::protocol::timestamp;
 
 const SIGKILL: u32 = libc::SIGKILL.unsigned_abs();
 
@@ -34,7 +46,7 @@ const SIGKILL: u32 = libc::SIGKILL.unsigned_abs();
 pub(crate) struct Creation {
     pub(crate) id: String,
     pub(crate) bundle: PathBuf,
-    pub(crate) rootfs: Vec<task::Mount>,
+    pub(crate) rootfs: Vec<Mount>,
     pub(crate) paths: Paths,
     /// Of the configuration.
     pub(crate) config: PathBuf,
@@ -439,7 +451,7 @@ impl Pod {
             self.end_guest(&guest);
             guest.cgroup.iter().for_each(leave);
         }
-        crate::teardown::pod(&self.place);
+        crate::pod::teardown::pod(&self.place);
     }
 
     /// Waits until what was published is told.

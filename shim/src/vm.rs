@@ -1,7 +1,7 @@
 //! The pod's VM: a podvmm process of the shim's, in the pod's network namespace, driven over HTTP.
 
 mod output;
-mod process;
+pub(crate) mod template;
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -19,14 +19,13 @@ use rustix::process::{Signal, set_parent_process_death_signal};
 use serde_json::{Value, json};
 
 use self::output::log_lines;
-pub(crate) use self::process::Process;
-use self::process::cpu_usec;
 use crate::config::Config;
-use crate::network::{self, Link, Settings};
-use crate::place::Place;
-use crate::record::{Record, start_of};
-use crate::size::Size;
-use crate::template::{Claim, Stamp, Template, Way};
+use crate::config::Size;
+use crate::host::network::{self, Link, Settings};
+use crate::host::place::Place;
+use crate::host::process::{Process, cpu_usec};
+use crate::host::record::{Record, start_of};
+use crate::vm::template::{Claim, Stamp, Template, Way};
 
 const MIB: u64 = 1 << 20;
 /// How long podvmm may take to open its socket.

@@ -17,6 +17,7 @@
 //! a copy of it. Whoever writes them decides what podvmm opens, so they are read only if no other user than
 //! podvmm's own and root can have written them.
 
+mod files;
 mod format;
 mod load;
 mod save;

@@ -8,9 +8,9 @@ use std::time::Duration;
 use agent::ttrpc::{CallError, Code};
 
 use super::{Pod, SIGKILL, first_of};
-use crate::error::{Error, asked};
-use crate::guest::Guest;
-use crate::task::{Container, Exit, KILLED, Process, State};
+use crate::pod::error::{Error, asked};
+use crate::pod::guest::Guest;
+use crate::pod::task::{Container, Exit, KILLED, Process, State};
 
 /// How long a guest that did not do as told may take to say that it lives.
 const SIGN_OF_LIFE: Duration = Duration::from_secs(2);

@@ -6,11 +6,11 @@ use std::sync::Arc;
 use agent::protocol::oci::LinuxResources;
 
 use super::Pod;
-use crate::error::{Error, asked};
+use crate::pod::error::{Error, asked};
+use crate::pod::size;
+use crate::pod::spec;
+use crate::pod::task::Container;
 use crate::protocol::figures;
-use crate::size;
-use crate::spec;
-use crate::task::Container;
 
 impl Pod {
     /// What a container has used, in the guest; of the pod's sandbox, what all of it has, on the
@@ -25,7 +25,7 @@ impl Pod {
                     .agent
                     .stats(id)
                     .map_err(asked("tell what it has used"))?;
-                Ok(crate::figures::of_guest(&stats, guest.bounds()))
+                Ok(crate::pod::figures::of_guest(&stats, guest.bounds()))
             }
         }
     }

@@ -7,10 +7,10 @@ use std::time::Duration;
 use agent::ttrpc::CallError;
 
 use super::Pod;
-use crate::error::Error;
-use crate::guest::Guest;
+use crate::pod::error::Error;
+use crate::pod::guest::Guest;
+use crate::pod::task::{Exit, KILLED};
 use crate::protocol::events::{Event, TaskOnly};
-use crate::task::{Exit, KILLED};
 
 /// Between looks at whether the guest's agent answers, by which its clock follows the host's.
 const HEARTBEAT: Duration = Duration::from_secs(10);

@@ -1,7 +1,7 @@
 //! Opens a snapshot and gives a machine what it keeps.
 
-use std::fs::{self, File};
-use std::io::{self, Read};
+use std::fs::File;
+use std::io;
 use std::ops::Range;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -16,14 +16,13 @@ use kvm_bindings::CpuId;
 use kvm_ioctls::Kvm;
 use thiserror::Error;
 
+use super::files::{open, read_rest};
 use super::{COMPRESSED, CONFIG, FormatError, LayerState, MEMORY, Memory, STATE, State};
 use super::{allowed, format, working_set};
 use crate::host::KvmKind;
 use crate::machine::Source;
 use crate::memory::{Layer, check_extents, check_len, union};
 
-/// Far more than the largest VM's.
-const MOST_STATE_BYTES: u64 = 256 << 20;
 const MOST_LAYERS: usize = 64;
 
 /// Why a snapshot cannot be restored.
@@ -241,7 +240,7 @@ fn read(path: &Path) -> Result<Vec<u8>, RestoreError> {
         let path = path.into();
         return Err(RestoreError::Untrusted { path, why });
     }
-    read_some(file).map_err(failed)
+    read_rest(file).map_err(failed)
 }
 
 /// Why a file of user `owner` and with this mode may be of another than user `own` or root, if so.
@@ -259,27 +258,6 @@ fn distrust(owner: u32, mode: u32, own: u32) -> Option<String> {
     } else {
         None
     }
-}
-
-pub(super) fn read_file(path: &Path) -> io::Result<Vec<u8>> {
-    read_some(open(path)?)
-}
-
-fn read_some(file: File) -> io::Result<Vec<u8>> {
-    let mut bytes = Vec::new();
-    file.take(MOST_STATE_BYTES).read_to_end(&mut bytes)?;
-    Ok(bytes)
-}
-
-/// A regular file: another one might keep whoever reads it waiting.
-fn open(path: &Path) -> io::Result<File> {
-    if !fs::metadata(path)?.is_file() {
-        return Err(io::Error::new(
-            io::ErrorKind::InvalidInput,
-            "not a regular file",
-        ));
-    }
-    File::open(path)
 }
 
 /// What config.json says, if it is of this snapshot.

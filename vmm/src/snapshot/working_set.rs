@@ -13,8 +13,8 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
+use super::files;
 use super::format::{self, Document};
-use super::load::read_file;
 use super::save::lock;
 use super::{STATE, State, WORKING_SET};
 use crate::machine::{Machine, Source};
@@ -76,7 +76,7 @@ fn write(source: &Source, runs: Vec<Range<u64>>) -> Result<(), RecordError> {
         .map_err(failed("open", folder))?
         .ok_or_else(|| RecordError::Busy(folder.clone()))?;
     let state = folder.join(STATE);
-    let there = read_file(&state).map_err(failed("read", &state))?;
+    let there = files::read(&state).map_err(failed("read", &state))?;
     match format::decode::<State>(&there) {
         Ok(state) if state.id == *id => {}
         Ok(_) | Err(_) => return Err(RecordError::Replaced(folder.clone())),
@@ -105,7 +105,7 @@ fn write(source: &Source, runs: Vec<Range<u64>>) -> Result<(), RecordError> {
 /// that can be used.
 pub(super) fn read(source: &Source, ram_len: u64) -> Option<Vec<Range<u64>>> {
     let path = source.folder.join(format!("{WORKING_SET}{}", source.id));
-    let bytes = match read_file(&path) {
+    let bytes = match files::read(&path) {
         Ok(bytes) => bytes,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return None,
         Err(error) => {

@@ -8,10 +8,11 @@ use std::time::{Duration, SystemTime};
 
 use agent::protocol::oci;
 
-use crate::hooks::Hooks;
+use crate::agent::Target;
+use crate::agent::stdio::{Close, Logger, Owner, Paths};
+use crate::pod::size::Limits;
+use crate::pod::spec::hooks::Hooks;
 use crate::protocol::task::status;
-use crate::size::Limits;
-use crate::stdio::{Close, Logger, Owner, Paths, Target};
 
 /// What a process that ended with its VM is said to have ended by: SIGKILL.
 pub(crate) const KILLED: u32 = 128 + 9;

@@ -4,18 +4,20 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use crate::agent::Agent;
+use crate::agent::{self, Agent, ReachError};
 use crate::config::Config;
-use crate::error::Error;
-use crate::guest::meet;
-use crate::mounts::Shared;
-use crate::place::{Place, make_private};
-use crate::record::Record;
-use crate::size;
-use crate::teardown;
-use crate::template::Template;
-use crate::turn::Turn;
+use crate::host::place::{Place, make_private};
+use crate::host::record::Record;
+use crate::host::turn::Turn;
+use crate::pod::error::{Error, asked};
+use crate::pod::mounts::Shared;
+use crate::pod::size;
+use crate::pod::teardown;
+use crate::vm::template::Template;
 use crate::vm::{self, Plan, Start, Vm};
+
+/// How long a guest that goes on from a template may take to answer.
+pub(crate) const CLONE_PATIENCE: Duration = Duration::from_secs(20);
 
 /// How long a guest that no pod waits for is left to itself before it is written down.
 const SETTLING: Duration = Duration::from_secs(5);
@@ -109,7 +111,22 @@ fn ready(vm: &Vm, place: &Place, config: &Config) -> Result<Agent, Error> {
     }
     // Not for its randomness, which is renewed for the pod: what that takes of the template's
     // memory is the guest's own then.
-    agent.renew()?;
+    renew(&agent)?;
     vm.pause()?;
     Ok(agent)
+}
+
+/// Waits for the agent of a VM in the folder `place`.
+pub(crate) fn meet(vm: &Vm, place: &Place, config: &Config) -> Result<Agent, ReachError> {
+    let patience = match vm.start {
+        Start::Clone(_) => config.agent_timeout().min(CLONE_PATIENCE),
+        Start::Booted | Start::Model(_) => config.agent_timeout(),
+    };
+    Agent::reach(&place.vsock(), patience, &|| !vm.life.has_ended())
+}
+
+/// Makes the guest of a VM that went on from a template, or was written down to be one, another than all others.
+pub(crate) fn renew(agent: &Agent) -> Result<(), Error> {
+    let seed = agent::seed().map_err(Error::Random)?;
+    agent.renew(seed).map_err(asked("become another guest"))
 }

@@ -10,8 +10,8 @@
 use agent::protocol::oci::{LinuxResources, Spec};
 
 use crate::config::Config;
-use crate::spec;
-use crate::systemd::{Property, Value};
+use crate::host::systemd::{Property, Value};
+use crate::pod::spec;
 
 const MIB: u64 = 1 << 20;
 /// What the kernel takes for a second of a processor, in microseconds.

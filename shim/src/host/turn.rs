@@ -17,8 +17,8 @@ use std::time::{Duration, Instant};
 
 use rustix::fs::{FlockOperation, flock};
 
-use crate::cpus;
-use crate::place::make_private;
+use crate::host::cpus;
+use crate::host::place::make_private;
 
 /// The module of a KVM that emulates.
 const EMULATING: &str = "/sys/module/kvm_pvm";

@@ -41,7 +41,7 @@ impl Process {
 
 /// The processors' time in the text of /proc/PID/stat (proc_pid_stat(5)): utime and stime, in hundredths
 /// of a second. The name of the program before them may have any characters.
-pub(super) fn cpu_usec(stat: &str) -> Option<u64> {
+pub(crate) fn cpu_usec(stat: &str) -> Option<u64> {
     const TICK_USEC: u64 = 10_000;
     let (_, rest) = stat.rsplit_once(')')?;
     let mut fields = rest.split_whitespace().skip(11);

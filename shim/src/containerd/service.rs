@@ -9,7 +9,11 @@ use agent::protocol::oci::{LinuxResources, Process};
 use agent::ttrpc::{Call, Code, Service, Status};
 use prost::Message;
 
+use crate::agent::stdio::Paths;
 use crate::config::DEFAULT_PATH;
+use crate::host::turn::Turn;
+use crate::pod::spec;
+use crate::pod::task::State;
 use crate::pod::{Creation, Pod};
 use crate::protocol::events::{Event, TaskCreate, TaskDelete, TaskExecAdded, TaskIo};
 use crate::protocol::figures;
@@ -19,10 +23,6 @@ use crate::protocol::task::{
     SERVICES, ShutdownRequest, StateResponse, StatsResponse, UpdateTaskRequest, WaitResponse,
 };
 use crate::protocol::{any, timestamp};
-use crate::spec;
-use crate::stdio::Paths;
-use crate::task::State;
-use crate::turn::Turn;
 
 /// Between looks at whether a caller that waits for a process is still there.
 const ORPHAN_PERIOD: Duration = Duration::from_secs(20);
@@ -275,7 +275,7 @@ fn no_checkpoint() -> Status {
 }
 
 fn invalid(error: spec::Error) -> Status {
-    Status::from(crate::error::Error::from(error))
+    Status::from(crate::pod::error::Error::from(error))
 }
 
 /// Whether it is the options of a runtime that containerd does not know itself.

@@ -5,9 +5,12 @@ use std::fs;
 use std::path::Path;
 use std::time::Duration;
 
-use crate::place::{self, Place};
-use crate::record::Record;
-use crate::{cgroup, mounts, network, vm};
+use crate::host::network;
+use crate::host::place::{self, Place};
+use crate::host::process::Process;
+use crate::host::record::Record;
+use crate::pod::cgroup;
+use crate::pod::mounts;
 
 /// How long a VMM that was killed may take to be gone.
 const PATIENCE: Duration = Duration::from_secs(2);
@@ -47,7 +50,7 @@ fn kill(record: &Record) -> std::io::Result<()> {
     let Some(pid) = record.living_vmm() else {
         return Ok(());
     };
-    let process = vm::Process::open(pid)?;
+    let process = Process::open(pid)?;
     // It may have ended, and its number gone to another, before it was opened.
     if record.living_vmm() == Some(pid) {
         process.kill();

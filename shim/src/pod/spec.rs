@@ -1,6 +1,8 @@
 //! From containerd's description of a container to the one the guest's agent is given: what cannot
 //! be in a VM of its own is refused, what is the host's business is taken out.
 
+pub(crate) mod hooks;
+
 use std::collections::BTreeMap;
 use std::fs;
 use std::io;
@@ -9,8 +11,6 @@ use std::path::{Path, PathBuf};
 use agent::protocol::oci::{LinuxDevice, LinuxNamespace, LinuxResources, Process, Spec};
 use serde::de::DeserializeOwned;
 use serde_json::Value;
-
-use crate::hooks;
 
 /// Where the guest has what the host shares with it.
 pub(crate) const GUEST_SHARED: &str = "/run/kata-containers/shared/containers";
@@ -182,7 +182,7 @@ pub(crate) fn cpus(resources: &LinuxResources) -> String {
 
 /// An error if it is no list of CPUs.
 pub(crate) fn check_cpus(text: &str) -> Result<(), Error> {
-    match crate::cpus::list(text) {
+    match crate::host::cpus::list(text) {
         Some(_) => Ok(()),
         None => Err(Error::Impossible {
             what: format!("the set of CPUs {text:?}"),

@@ -8,7 +8,8 @@ use std::sync::RwLock;
 
 use log::{LevelFilter, Log, Metadata, Record};
 
-use crate::error::LONGEST;
+/// Of a line or a reason, in characters: a guest may have said it, at any length.
+pub(crate) const LONGEST: usize = 4096;
 
 static LOGGER: Logger = Logger(RwLock::new(Lines {
     fifo: None,

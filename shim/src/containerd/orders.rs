@@ -4,8 +4,8 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use crate::arguments::Arguments;
-use crate::place::Place;
+use crate::containerd::arguments::Arguments;
+use crate::host::place::Place;
 
 /// By it containerd says where events go.
 pub(crate) const EVENTS: &str = "TTRPC_ADDRESS";
@@ -22,7 +22,7 @@ pub(crate) struct Orders {
     pub(crate) id: String,
     pub(crate) debug: bool,
     pub(crate) bundle: PathBuf,
-    /// When it was asked for, as [`crate::phases::to_text`] writes it.
+    /// When it was asked for, as [`crate::host::phases::to_text`] writes it.
     pub(crate) asked: String,
 }
 

@@ -16,8 +16,8 @@ use agent::protocol::oci::{self, Hook, Spec};
 use rustix::fs::MemfdFlags;
 use serde::Serialize;
 
-use crate::spec;
-use crate::vm::Process;
+use crate::host::process::Process;
+use crate::pod::spec;
 
 /// What of a program's words is told, in bytes.
 const MAX_WORDS: u64 = 2048;

@@ -18,13 +18,13 @@ use rustix::fs::{FlockOperation, flock};
 use rustix::io::retry_on_intr;
 
 use crate::config::Config;
-use crate::error::Error;
-use crate::orders::Orders;
-use crate::place::{self, Place, fnv1a, make_private};
-use crate::size::Size;
-use crate::teardown;
-use crate::template::{Stamp, Template};
-use crate::waiting::{self, Waiting};
+use crate::config::Size;
+use crate::containerd::orders::Orders;
+use crate::host::place::{self, Place, fnv1a, make_private};
+use crate::pod::error::Error;
+use crate::pod::teardown;
+use crate::pod::waiting::{self, Waiting};
+use crate::vm::template::{Stamp, Template};
 
 /// How long the processors are left to the pod that made room in the pool.
 const HOLD_OFF: Duration = Duration::from_secs(5);
@@ -399,7 +399,7 @@ mod tests {
         let listener = UnixListener::bind(place.shim()).unwrap();
         let words = "-namespace default -address /a.sock -id demo start";
         let words = words.split(' ').map(Into::into);
-        let arguments = crate::arguments::Arguments::parse(words).unwrap();
+        let arguments = crate::containerd::arguments::Arguments::parse(words).unwrap();
         let orders = Orders::new(&arguments, Path::new("/bundle"), "7".into());
         let told = thread::scope(|scope| {
             let heard = scope.spawn(|| answer(&listener).unwrap());

@@ -39,7 +39,7 @@ mod tests {
     fn the_manifest_has_the_figures_of_this_version() {
         let config = "kernel = \"vmlinux\"\ninitramfs = \"initramfs.cpio\"";
         let config: Config = toml::from_str(config).unwrap();
-        let manifest = include_str!("../../resources/kubernetes/runtimeclass.yaml");
+        let manifest = include_str!("../../../resources/kubernetes/runtimeclass.yaml");
         let lines = manifest.lines().filter(|line| !line.starts_with('#'));
         let lines: Vec<_> = lines.collect();
         assert_eq!(yaml(&config).lines().collect::<Vec<_>>(), lines);

@@ -1,7 +1,7 @@
 //! The pod's cgroup on the host: the shim and the VM are in it. Hosts have cgroups of version 2, or a
 //! hierarchy for each controller (kernel, admin-guide/cgroup-v1).
 //!
-//! Of version 2 under systemd it is a scope of systemd's ([`crate::systemd`]), if its path is of
+//! Of version 2 under systemd it is a scope of systemd's ([`crate::host::systemd`]), if its path is of
 //! systemd's form. Others are made by hand, as folders.
 
 mod figures;
@@ -13,8 +13,8 @@ use std::os::unix::fs::FileTypeExt;
 use std::path::{Component, Path, PathBuf};
 use std::sync::Mutex;
 
+use crate::host::systemd::{self, Property, Value};
 use crate::protocol::figures::Metrics;
-use crate::systemd::{self, Property, Value};
 
 pub(crate) use limits::Limits;
 

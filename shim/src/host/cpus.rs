@@ -95,7 +95,7 @@ mod tests {
             pin(None, &[first]).unwrap();
             let one = sched_getaffinity(None).unwrap().count();
             let counted = online();
-            let host = crate::size::Size::of_host().vcpus;
+            let host = crate::config::Size::of_host().vcpus;
             unpin();
             let after = sched_getaffinity(None).unwrap().count();
             (one, before.count() <= after, counted, usize::from(host))

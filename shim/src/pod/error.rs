@@ -5,8 +5,16 @@ use std::path::PathBuf;
 use agent::ttrpc::{CallError, Code, Status};
 
 use crate::agent::ReachError;
-use crate::task::{Process, State};
-use crate::{cgroup, config, hooks, mounts, network, spec, stdio, vm};
+use crate::agent::stdio;
+use crate::config;
+use crate::host::logging::LONGEST;
+use crate::host::network;
+use crate::pod::cgroup;
+use crate::pod::mounts;
+use crate::pod::spec;
+use crate::pod::spec::hooks;
+use crate::pod::task::{Process, State};
+use crate::vm;
 
 /// Why something cannot be done.
 #[derive(Debug, thiserror::Error)]
@@ -86,9 +94,6 @@ impl From<Error> for Status {
 pub(crate) fn asked(act: &'static str) -> impl Fn(CallError) -> Error {
     move |source| Error::Agent { act, source }
 }
-
-/// Of a reason, in characters.
-pub(crate) const LONGEST: usize = 4096;
 
 /// An error unless the process is in that state.
 pub(crate) fn expect(process: &Process, what: &str, wanted: State) -> Result<(), Error> {

@@ -21,8 +21,8 @@ use rustix::fs::{Mode, OFlags};
 use rustix::mount::{MountFlags, MountPropagationFlags, UnmountFlags};
 use rustix::thread::UnshareFlags;
 
+use crate::pod::spec::{self, GUEST_SANDBOX, GUEST_SHARED};
 use crate::protocol::task;
-use crate::spec::{self, GUEST_SANDBOX, GUEST_SHARED};
 use attributes::{Depth, change_readonly, make_readonly, refuse_devices};
 use mountinfo::mounted_below;
 use volumes::{Key, Memory, Volumes};

@@ -16,17 +16,17 @@ use ::agent::protocol::oci::Spec;
 use prost::Message;
 use prost_types::Any;
 
-use crate::arguments::Arguments;
 use crate::config::Config;
-use crate::guest;
-use crate::orders::{EVENTS, Orders};
-use crate::phases;
-use crate::place::{Place, make_private};
-use crate::pool::{self, Pool};
+use crate::containerd::arguments::Arguments;
+use crate::containerd::orders::{EVENTS, Orders};
+use crate::containerd::pool::{self, Pool};
+use crate::containerd::service::{config_path, is_options};
+use crate::host::phases;
+use crate::host::place::{Place, make_private};
+use crate::pod::guest;
+use crate::pod::spec;
+use crate::pod::teardown;
 use crate::protocol::bootstrap::{BootstrapParams, BootstrapResult, LOG_LEVEL_DEBUG};
-use crate::service::{config_path, is_options};
-use crate::spec;
-use crate::teardown;
 
 /// Tells the shim that is to serve which descriptor it listens on.
 pub(crate) const LISTENER: &str = "PODVMM_SHIM_LISTENER";

@@ -23,8 +23,8 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::config::Config;
-use crate::place::{fnv1a, make_private};
-use crate::size::Size;
+use crate::config::Size;
+use crate::host::place::{fnv1a, make_private};
 use crate::vm::{self, Vm};
 use failures::{Failures, MAX_FAILURES};
 

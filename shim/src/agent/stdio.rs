@@ -4,7 +4,6 @@
 mod logger;
 mod uri;
 
-use std::fmt;
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
@@ -17,7 +16,7 @@ use rustix::event::{PollFd, PollFlags, Timespec};
 
 pub(crate) use self::logger::{Logger, Owner, reserve};
 use self::uri::Output;
-use crate::agent::{Agent, Stream};
+use crate::agent::{Agent, Stream, Target};
 
 /// What is asked of the agent at once: no more than a FIFO holds.
 const CHUNK: u32 = 32 << 10;
@@ -45,22 +44,6 @@ pub(crate) enum Error {
     Event(#[source] io::Error),
     #[error("start a stream's thread")]
     Thread(#[source] io::Error),
-}
-
-/// A process in the guest.
-#[derive(Clone, Debug)]
-pub(crate) struct Target {
-    pub(crate) container: String,
-    pub(crate) exec: String,
-}
-
-impl fmt::Display for Target {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self.exec.as_str() {
-            "" => write!(f, "the first process of {}", self.container),
-            exec => write!(f, "process {exec} of {}", self.container),
-        }
-    }
 }
 
 /// The open streams of a process.

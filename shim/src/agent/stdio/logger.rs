@@ -12,7 +12,7 @@ use std::time::Duration;
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::fs::OFlags;
 
-use crate::vm::Process;
+use crate::host::process::Process;
 
 /// The program's descriptors.
 const DESCRIPTORS: [RawFd; 3] = [3, 4, 5];

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use crate::place::Place;
+use crate::host::place::Place;
 
 /// Written anew with each thing that is made.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]

@@ -9,27 +9,26 @@ use agent::protocol::agent::{CreateContainerRequest, CreateSandboxRequest, Stora
 use agent::protocol::oci::Spec;
 use agent::ttrpc::{CallError, Code};
 
-use crate::agent::{Abilities, Agent, ReachError};
-use crate::cgroup::{self, Cgroup};
+use crate::agent::{Abilities, Agent};
 use crate::config::Config;
-use crate::cpus;
-use crate::error::{Error, asked};
-use crate::figures::Bounds;
-use crate::mounts::Shared;
-use crate::network::{self, Settings};
-use crate::phases::Phases;
-use crate::place::Place;
+use crate::config::Size;
+use crate::host::cpus;
+use crate::host::network::{self, Settings};
+use crate::host::phases::Phases;
+use crate::host::place::Place;
+use crate::host::record::Record;
+use crate::pod::cgroup::{self, Cgroup};
+use crate::pod::error::{Error, asked};
+use crate::pod::figures::Bounds;
+use crate::pod::mounts::Shared;
+use crate::pod::size::{self, Limits};
+use crate::pod::spec::{self, GUEST_SANDBOX, GUEST_SHARED};
+use crate::pod::teardown;
+use crate::pod::waiting::{self, CLONE_PATIENCE, Waiting, meet};
 use crate::protocol::task;
-use crate::record::Record;
-use crate::size::{self, Limits, Size};
-use crate::spec::{self, GUEST_SANDBOX, GUEST_SHARED};
-use crate::teardown;
-use crate::template::{Stamp, Template};
+use crate::vm::template::{Stamp, Template};
 use crate::vm::{self, Plan, Start, Vm};
-use crate::waiting::Waiting;
 
-/// How long a guest that goes on from a template may take to answer.
-const CLONE_PATIENCE: Duration = Duration::from_secs(20);
 /// How long the news of a VM's end may take behind that of its connections'.
 const LAST_NEWS: Duration = Duration::from_secs(1);
 /// Which part of its boot's time a guest is left to itself before it becomes a template, while its pod
@@ -464,18 +463,9 @@ fn start(
     }
 }
 
-/// Waits for the agent of a VM in the folder `place`.
-pub(crate) fn meet(vm: &Vm, place: &Place, config: &Config) -> Result<Agent, ReachError> {
-    let patience = match vm.start {
-        Start::Clone(_) => config.agent_timeout().min(CLONE_PATIENCE),
-        Start::Booted | Start::Model(_) => config.agent_timeout(),
-    };
-    Agent::reach(&place.vsock(), patience, &|| !vm.life.has_ended())
-}
-
 /// Makes the guest, which went on from a template, another than all that did.
 fn renew(birth: &Birth<'_>, agent: &Agent) -> Result<(), Error> {
-    agent.renew()?;
+    waiting::renew(agent)?;
     birth.note("renewal");
     Ok(())
 }

@@ -2,30 +2,11 @@
 
 use agent::protocol::oci::{LinuxResources, Spec};
 
-use crate::config::Config;
-use crate::cpus;
+use crate::config::{Config, Size};
 
 const MIB: u64 = 1 << 20;
 /// Memory is plugged in blocks of this size, so VMs have whole ones.
 const BLOCK_MIB: u64 = 2;
-
-/// A VM's size.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Size {
-    pub(crate) vcpus: u8,
-    pub(crate) memory_mib: u64,
-}
-
-impl Size {
-    /// What the host has.
-    pub(crate) fn of_host() -> Self {
-        let system = rustix::system::sysinfo();
-        Self {
-            vcpus: u8::try_from(cpus::online()).unwrap_or(u8::MAX),
-            memory_mib: system.totalram * u64::from(system.mem_unit) / MIB,
-        }
-    }
-}
 
 /// What a container may use; none is no limit.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

@@ -1,0 +1,31 @@
+//! A snapshot's files as they are read: regular ones, of a size that can be believed.
+
+use std::fs::{self, File};
+use std::io::{self, Read};
+use std::path::Path;
+
+/// Far more than the largest VM's.
+const MOST_STATE_BYTES: u64 = 256 << 20;
+
+/// All of a file.
+pub(super) fn read(path: &Path) -> io::Result<Vec<u8>> {
+    read_rest(open(path)?)
+}
+
+/// All that is left of a file.
+pub(super) fn read_rest(file: File) -> io::Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    file.take(MOST_STATE_BYTES).read_to_end(&mut bytes)?;
+    Ok(bytes)
+}
+
+/// A regular file: another one might keep whoever reads it waiting.
+pub(super) fn open(path: &Path) -> io::Result<File> {
+    if !fs::metadata(path)?.is_file() {
+        return Err(io::Error::new(
+            io::ErrorKind::InvalidInput,
+            "not a regular file",
+        ));
+    }
+    File::open(path)
+}
