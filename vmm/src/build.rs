@@ -1,7 +1,7 @@
 //! From a configuration to a machine, in the order in which the parts need one another. What fails drops
 //! what was made so far.
 //!
-//! [`boot`] and [`restore`] are the two ways; [`frame`] is what both have, [`parts`] its devices.
+//! [`boot()`] and [`restore()`] are the two ways; [`frame`] is what both have, [`parts`] its devices.
 
 mod boot;
 mod frame;

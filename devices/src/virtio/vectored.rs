@@ -166,7 +166,7 @@ pub fn write(
     })
 }
 
-/// Like [`write`] to a socket, failing with WouldBlock instead of blocking, whatever its flags.
+/// Like [`write()`] to a socket, failing with WouldBlock instead of blocking, whatever its flags.
 pub fn send(
     socket: impl AsFd,
     ram: &GuestRam,

@@ -1,8 +1,8 @@
-//! working-set-<id>: which pages of RAM a VM has touched since it went on from the snapshot of that
+//! `working-set-ID`: which pages of RAM a VM has touched since it went on from the snapshot of that
 //! id, so that the next one has them before it runs.
 //!
 //! Only a hint: a VM restored without it, or with another one, is the same. The file says of itself
-//! whether it is whole ([`format`]); what it says of RAM is checked, too.
+//! whether it is whole ([`mod@format`]); what it says of RAM is checked, too.
 
 use std::fs::{self, OpenOptions};
 use std::io::{self, Write};
