@@ -222,3 +222,49 @@ fn circle(uses: &Uses) -> Option<String> {
         way.push(next);
     }
 }
+
+/// What is named as a dependency is used, and each package is there in one version: of those of rust-vmm another
+/// one would have types of its own.
+#[test]
+fn dependencies_are_used_and_there_once() {
+    let workspace = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap();
+    let read = |path: &str| -> toml::Table {
+        fs::read_to_string(workspace.join(path))
+            .unwrap()
+            .parse()
+            .unwrap()
+    };
+    let members = &read("Cargo.toml")["workspace"]["members"];
+    for member in members.as_array().unwrap() {
+        let member = member.as_str().unwrap();
+        let manifest = read(&format!("{member}/Cargo.toml"));
+        let texts = files(&workspace.join(member))
+            .into_iter()
+            .map(|path| fs::read_to_string(path).unwrap());
+        let source: String = texts.collect();
+        let words: BTreeSet<_> = source.split(|c: char| !is_of_word(c)).collect();
+        let kinds = ["dependencies", "dev-dependencies", "build-dependencies"];
+        let tables = kinds
+            .iter()
+            .filter_map(|kind| manifest.get(*kind)?.as_table());
+        for name in tables.flat_map(toml::Table::keys) {
+            assert!(
+                words.contains(name.replace('-', "_").as_str()),
+                "{member} does not use {name}"
+            );
+        }
+    }
+    let mut versions: BTreeMap<String, Vec<String>> = BTreeMap::new();
+    for package in read("Cargo.lock")["package"].as_array().unwrap() {
+        let text = |key: &str| package[key].as_str().unwrap().to_owned();
+        versions
+            .entry(text("name"))
+            .or_default()
+            .push(text("version"));
+    }
+    // What others bring: vmm-sys-util's flags, and two ages of what derives code.
+    versions.retain(|name, versions| {
+        versions.len() > 1 && !matches!(name.as_str(), "bitflags" | "syn")
+    });
+    assert!(versions.is_empty(), "{versions:?}");
+}
