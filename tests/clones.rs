@@ -17,7 +17,7 @@ use std::fs;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use agent::protocol::agent::{GuestDetailsRequest, GuestDetailsResponse};
+use protocol::agent::messages::{GuestDetailsRequest, GuestDetailsResponse};
 use tests::guest;
 use tests::network::{alone, links};
 use tests::podvmm::kvm_is_here;

@@ -15,20 +15,20 @@ mod sharing;
 use std::fs;
 use std::path::Path;
 
-use agent::protocol::agent::{
+use protocol::agent::messages::{
     CgroupStats, CheckRequest, CreateContainerRequest, CreateSandboxRequest, DestroySandboxRequest,
     Device, Empty, GetOomEventRequest, GuestDetailsRequest, GuestDetailsResponse,
     HealthCheckResponse, OnlineCpuMemRequest, OomEvent, ReadStreamRequest, ReadStreamResponse,
     StatsContainerRequest, StatsContainerResponse, Storage, TtyWinResizeRequest,
     WriteStreamRequest, WriteStreamResponse,
 };
-use agent::protocol::oci::{
+use protocol::agent::oci::{
     Hook, Hooks, LinuxBlockIo, LinuxCpu, LinuxHugepageLimit, LinuxMemory, LinuxNamespace,
     LinuxPids, LinuxResources, LinuxSeccomp, LinuxSyscall, LinuxThrottleDevice, Mount, PosixRlimit,
     User,
 };
-use agent::protocol::{FOLLOWS_THE_CLOCK, HEALTH_SERVICE, PIDS_OF_ANOTHER};
-use agent::ttrpc::Code;
+use protocol::agent::{FOLLOWS_THE_CLOCK, HEALTH_SERVICE, PIDS_OF_ANOTHER};
+use protocol::ttrpc::Code;
 use serde_json::json;
 use tempfile::TempDir;
 use tests::guest;

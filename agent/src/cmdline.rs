@@ -1,5 +1,7 @@
 //! The kernel command line, as far as it concerns the agent.
 
+use protocol::contract::POD_PARAMETER;
+
 /// What the command line asks of the agent.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(crate) struct BootArgs {
@@ -40,7 +42,7 @@ impl BootArgs {
                     "ro" => root.writable = false,
                     "rw" => root.writable = true,
                     "podvmm.overlay" => root.overlay = true,
-                    "podvmm.pod" => pod = true,
+                    POD_PARAMETER => pod = true,
                     _ => (),
                 },
             }

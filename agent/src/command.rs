@@ -54,7 +54,7 @@ pub(crate) enum Streams {
 impl Command {
     /// The command the monitor left, if it left one.
     pub(crate) fn read() -> Result<Option<Self>, Error> {
-        Ok(read_if_there(agent::ARGV_PATH)?.and_then(|bytes| Self::parse(&bytes)))
+        Ok(read_if_there(protocol::contract::ARGV_PATH)?.and_then(|bytes| Self::parse(&bytes)))
     }
 
     /// Arguments each ended by NUL; for the last one the end will do.
@@ -149,7 +149,7 @@ impl Command {
 impl Size {
     /// The size of the terminal the monitor wants, if it wants one.
     pub(crate) fn read() -> Result<Option<Self>, Error> {
-        let path = agent::TTY_PATH;
+        let path = protocol::contract::TTY_PATH;
         let Some(bytes) = read_if_there(path)? else {
             return Ok(None);
         };

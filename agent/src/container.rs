@@ -14,7 +14,7 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Mutex, MutexGuard};
 
-use agent::protocol::oci;
+use protocol::agent::oci;
 use rustix::net::{AddressFamily, SocketFlags, SocketType};
 
 use crate::reaper::Reaper;

@@ -8,8 +8,8 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::FileExt;
 use std::path::{Component, Path};
 
-use agent::protocol::agent::CopyFileRequest;
-use agent::ttrpc::{Code, Status};
+use protocol::agent::messages::CopyFileRequest;
+use protocol::ttrpc::{Code, Status};
 use rustix::fs::{AtFlags, CWD, FileType, Gid, Mode, OFlags, ResolveFlags, Uid};
 
 const BASE: &str = "/run/kata-containers";

@@ -4,9 +4,9 @@ use std::fs;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::time::Duration;
 
-use agent::protocol::agent::Device;
-use agent::protocol::oci::{Linux, LinuxDevice};
-use agent::ttrpc::{Code, Status};
+use protocol::agent::messages::Device;
+use protocol::agent::oci::{Linux, LinuxDevice};
+use protocol::ttrpc::{Code, Status};
 
 use crate::wait;
 

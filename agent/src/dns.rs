@@ -4,7 +4,7 @@ use std::fs;
 use std::io;
 use std::path::Path;
 
-const FOLDER: &str = "/run/kata-containers/sandbox";
+const FOLDER: &str = protocol::contract::SANDBOX;
 const GUESTS: &str = "/etc/resolv.conf";
 
 /// Writes the lines of a resolv.conf(5), and puts them where the guest looks if it looks anywhere.

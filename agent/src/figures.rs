@@ -3,7 +3,7 @@
 use std::fmt::Write;
 use std::io;
 
-use agent::protocol::agent::{VolumeStatsResponse, VolumeUsage, VolumeUsageUnit};
+use protocol::agent::messages::{VolumeStatsResponse, VolumeUsage, VolumeUsageUnit};
 
 /// In the text format of Prometheus.
 pub(crate) fn metrics(containers: usize) -> io::Result<String> {

@@ -32,12 +32,12 @@ use std::error::Error;
 use std::io::{self, Write};
 use std::time::Duration;
 
-use agent::Status;
 use cmdline::BootArgs;
 use command::{Command, Size, Streams};
 use container::launch::{NAMESPACES, STAGE};
 use container::stage;
 use ports::{Ports, StatusPort};
+use protocol::contract::Status;
 use relay::{Children, Pump};
 
 /// How long the host has to end the VM once it has been told the status.

@@ -11,9 +11,9 @@ use std::collections::HashMap;
 use std::io;
 use std::path::Path;
 
-use agent::protocol::agent::ExactRoutes;
-use agent::protocol::types::{ArpNeighbor, Interface, IpAddress, IpFamily, Route};
-use agent::ttrpc::{Code, Status};
+use protocol::agent::messages::ExactRoutes;
+use protocol::agent::types::{ArpNeighbor, Interface, IpAddress, IpFamily, Route};
+use protocol::ttrpc::{Code, Status};
 
 use address::{NoAddress, Prefix};
 use link::{Change, Link};

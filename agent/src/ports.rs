@@ -7,7 +7,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::time::Duration;
 
-use agent::{Status, port};
+use protocol::contract::{Status, port};
 
 use crate::sys;
 use crate::wait;

@@ -10,11 +10,11 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use std::thread;
 use std::time::Duration;
 
-use agent::protocol::agent::{
+use protocol::agent::messages::{
     CreateContainerRequest, CreateSandboxRequest, RemoveContainerRequest, SignalProcessRequest,
     UpdateEphemeralMountsRequest,
 };
-use agent::ttrpc::{Call, Code, Status};
+use protocol::ttrpc::{Call, Code, Status};
 use rustix::fs::inotify;
 
 use crate::container::{Container, Process};

@@ -8,7 +8,7 @@ use std::path::Path;
 use std::thread;
 use std::time::Duration;
 
-use agent::protocol::agent::{
+use protocol::agent::messages::{
     AddArpNeighborsRequest, AgentDetails, CheckRequest, CloseStdinRequest, DestroySandboxRequest,
     Empty, ExecProcessRequest, GetMetricsRequest, GetOomEventRequest, GuestDetailsRequest,
     GuestDetailsResponse, HealthCheckResponse, Interfaces, ListInterfacesRequest,
@@ -19,8 +19,8 @@ use agent::protocol::agent::{
     UpdateRoutesRequest, VersionCheckResponse, VolumeStatsRequest, WaitProcessRequest,
     WaitProcessResponse, WriteStreamRequest, WriteStreamResponse,
 };
-use agent::protocol::{AGENT_SERVICE, FOLLOWS_THE_CLOCK, HEALTH_SERVICE, PIDS_OF_ANOTHER, PORT};
-use agent::ttrpc::{self, Call, Code, Service, Status};
+use protocol::agent::{AGENT_SERVICE, FOLLOWS_THE_CLOCK, HEALTH_SERVICE, PIDS_OF_ANOTHER, PORT};
+use protocol::ttrpc::{self, Call, Code, Service, Status};
 use vsock::{VMADDR_CID_ANY, VMADDR_CID_HOST, VsockListener};
 
 use crate::sandbox::{Sandbox, internal, missing};

@@ -9,8 +9,8 @@ use std::os::unix::fs::{PermissionsExt, chown};
 use std::path::{Component, Path};
 use std::sync::{Mutex, MutexGuard};
 
-use agent::protocol::agent::Storage;
-use agent::ttrpc::{Code, Status};
+use protocol::agent::messages::Storage;
+use protocol::ttrpc::{Code, Status};
 use rustix::fs::{Mode, OFlags, ResolveFlags};
 use rustix::io::Errno;
 use rustix::mount::{MountFlags, UnmountFlags};

@@ -11,12 +11,12 @@ use std::path::Path;
 use std::thread;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use agent::protocol::agent as messages;
-use agent::protocol::agent::Empty;
-use agent::protocol::oci;
-use agent::protocol::{AGENT_SERVICE, FOLLOWS_THE_CLOCK, HEALTH_SERVICE, PIDS_OF_ANOTHER, PORT};
-use agent::ttrpc::{CallError, Client, Code, Status};
 use prost::Message;
+use protocol::agent::messages;
+use protocol::agent::messages::Empty;
+use protocol::agent::oci;
+use protocol::agent::{AGENT_SERVICE, FOLLOWS_THE_CLOCK, HEALTH_SERVICE, PIDS_OF_ANOTHER, PORT};
+use protocol::ttrpc::{CallError, Client, Code, Status};
 
 use crate::host::network::Settings;
 
@@ -164,7 +164,7 @@ impl Agent {
             let request = messages::UpdateInterfaceRequest {
                 interface: Some(interface),
             };
-            let _: agent::protocol::types::Interface = self.ask("UpdateInterface", &request)?;
+            let _: protocol::agent::types::Interface = self.ask("UpdateInterface", &request)?;
         }
         let exact = settings.exact.routes.len() + settings.exact.rules.len();
         if exact + settings.routes.len() > 0 {

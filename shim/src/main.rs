@@ -7,7 +7,6 @@ mod config;
 mod containerd;
 mod host;
 mod pod;
-mod protocol;
 mod vm;
 
 use std::error::Error;
@@ -21,8 +20,8 @@ use std::sync::mpsc::channel;
 use std::thread;
 use std::time::{Duration, SystemTime};
 
-use ::agent::ttrpc::{self, Service, Workers};
 use prost::Message;
+use protocol::ttrpc::{self, Service, Workers};
 
 use config::Config;
 use containerd::arguments::{Action, Arguments};
@@ -34,7 +33,7 @@ use pod::Pod;
 use pod::publish::Publisher;
 use pod::spec::hooks::Hooks;
 use pod::waiting::Waiting;
-use protocol::task::DeleteResponse;
+use protocol::containerd::task::DeleteResponse;
 
 const HELP: &str = "\
 containerd-shim-podvmm-v2: runs pods in VMs for containerd, which starts it by itself
@@ -153,7 +152,7 @@ fn delete(arguments: &Arguments) -> Result<(), Box<dyn Error>> {
     let gone = DeleteResponse {
         pid,
         exit_status: pod::task::KILLED,
-        exited_at: Some(protocol::timestamp(SystemTime::now())),
+        exited_at: Some(protocol::containerd::timestamp(SystemTime::now())),
     };
     io::stdout().write_all(&gone.encode_to_vec())?;
     Ok(())

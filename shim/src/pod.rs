@@ -21,7 +21,7 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, mpsc};
 use std::thread;
 
-use agent::protocol::oci::{Process as OciProcess, Spec};
+use protocol::agent::oci::{Process as OciProcess, Spec};
 
 use crate::agent::Target;
 use crate::agent::stdio::{Paths, Stdio};
@@ -35,9 +35,9 @@ use crate::pod::size::Limits;
 use crate::pod::spec::hooks::Hooks;
 use crate::pod::task::{Container, Exit, NOT_STARTED, Process, State};
 use crate::pod::waiting::Waiting;
-use crate::protocol::events::{Event, TaskExecStarted, TaskExit, TaskOnly, TaskStart};
-use crate::protocol::task::Mount;
-use crate::protocol::timestamp;
+use protocol::containerd::events::{Event, TaskExecStarted, TaskExit, TaskOnly, TaskStart};
+use protocol::containerd::task::Mount;
+use protocol::containerd::timestamp;
 
 const SIGKILL: u32 = libc::SIGKILL.unsigned_abs();
 

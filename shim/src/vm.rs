@@ -15,6 +15,7 @@ use std::time::{Duration, Instant};
 
 use api::http::{Client, ClientError};
 use api::route::PREFIX;
+use protocol::contract::{POD_PARAMETER, SHARE_TAG};
 use rustix::process::{Signal, set_parent_process_death_signal};
 use serde_json::{Value, json};
 
@@ -33,8 +34,7 @@ const PATIENCE: Duration = Duration::from_secs(10);
 /// How long the news of podvmm's end may take behind that of its socket's.
 const NEWS: Duration = Duration::from_millis(100);
 const STACK: usize = 256 << 10;
-/// The share's tag, and the vsock address of the guest, as the agent's protocol has them.
-const TAG: &str = "kataShared";
+/// The vsock address of the guest.
 const CID: u32 = 3;
 
 /// Why there is no VM.
@@ -384,7 +384,7 @@ fn net(link: &Link) -> Value {
 /// What of a VM is one pod's.
 fn pods_part(place: &Place) -> Value {
     json!({
-        "fs": [{ "tag": TAG, "shared_dir": place.shared() }],
+        "fs": [{ "tag": SHARE_TAG, "shared_dir": place.shared() }],
         "vsock": { "cid": CID, "socket": place.vsock() },
     })
 }
@@ -393,7 +393,7 @@ fn pods_part(place: &Place) -> Value {
 pub(crate) fn definition(config: &Config, size: Size) -> Value {
     let most = config.most();
     // A kernel that has failed may hold what all of the pod waits for, so it is not to go on.
-    let mut cmdline = "podvmm.pod quiet oops=panic panic=1 reboot=k console=ttyS0".to_owned();
+    let mut cmdline = format!("{POD_PARAMETER} quiet oops=panic panic=1 reboot=k console=ttyS0");
     let mut disks = Vec::new();
     if let Some(image) = &config.image {
         disks.push(json!({ "path": image, "readonly": true }));

@@ -13,9 +13,9 @@ use std::sync::mpsc::{Receiver, channel};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use agent::protocol::agent::{ReadStreamRequest, ReadStreamResponse};
-use agent::protocol::oci::Mount;
-use agent::ttrpc::CallError;
+use protocol::agent::messages::{ReadStreamRequest, ReadStreamResponse};
+use protocol::agent::oci::Mount;
+use protocol::ttrpc::CallError;
 use serde_json::json;
 use tempfile::TempDir;
 use tests::network::{set_up, tap};

@@ -4,12 +4,12 @@ use std::fs::{self, File};
 use std::io::Read;
 use std::time::Duration;
 
-use agent::protocol::HEALTH_SERVICE;
-use agent::protocol::agent::{
+use protocol::agent::HEALTH_SERVICE;
+use protocol::agent::messages::{
     CheckRequest, CreateSandboxRequest, Empty, HealthCheckResponse, ReseedRandomDevRequest,
     SetGuestDateTimeRequest, Storage, UpdateInterfaceRequest,
 };
-use agent::protocol::types::{Interface, IpAddress, IpFamily};
+use protocol::agent::types::{Interface, IpAddress, IpFamily};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 use tests::guest;

@@ -2,8 +2,10 @@
 
 use std::collections::BTreeMap;
 
-use agent::protocol::agent::{GetOomEventRequest, OomEvent, ReadStreamRequest, ReadStreamResponse};
-use agent::protocol::oci::{LinuxMemory, LinuxResources, Spec};
+use protocol::agent::messages::{
+    GetOomEventRequest, OomEvent, ReadStreamRequest, ReadStreamResponse,
+};
+use protocol::agent::oci::{LinuxMemory, LinuxResources, Spec};
 use tests::pod::{Agent, refusal, spec};
 
 /// One that may change its cgroup.

@@ -4,7 +4,7 @@ use std::fs;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
 use std::path::Path;
 
-use agent::protocol::oci::{Mount, User};
+use protocol::agent::oci::{Mount, User};
 use tests::pod::{Agent, SHARED, refusal, shell, spec, strings};
 
 fn bind(source: &str, destination: &str) -> Mount {

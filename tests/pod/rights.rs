@@ -1,9 +1,9 @@
 //! What a container's processes may open, use and be: as runc has it on a node.
 
-use agent::protocol::agent::{
+use protocol::agent::messages::{
     CreateContainerRequest, Device, WriteStreamRequest, WriteStreamResponse,
 };
-use agent::protocol::oci::{LinuxDeviceCgroup, LinuxResources, PosixRlimit, Process, User};
+use protocol::agent::oci::{LinuxDeviceCgroup, LinuxResources, PosixRlimit, Process, User};
 use tests::pod::{Agent, shell, spec, strings};
 
 fn by_user(uid: u32, mut process: Process) -> Process {

@@ -2,15 +2,15 @@
 
 use std::process::Command;
 
-use agent::protocol::agent::{
+use protocol::agent::messages::{
     AddArpNeighborsRequest, ArpNeighbors, CopyFileRequest, CreateContainerRequest, Empty,
     Interfaces, ListInterfacesRequest, ListRoutesRequest, Routes, Storage,
     UpdateEphemeralMountsRequest, UpdateInterfaceRequest, UpdateRoutesRequest, VolumeStatsRequest,
     VolumeStatsResponse,
 };
-use agent::protocol::oci::Mount;
-use agent::protocol::types::{ArpNeighbor, Interface, IpAddress, IpFamily, Route};
-use agent::ttrpc::Code;
+use protocol::agent::oci::Mount;
+use protocol::agent::types::{ArpNeighbor, Interface, IpAddress, IpFamily, Route};
+use protocol::ttrpc::Code;
 use tests::node::eventually;
 use tests::pod::{Agent, refusal, spec, strings};
 

@@ -7,18 +7,18 @@ use std::path::Path;
 use std::thread;
 use std::time::Duration;
 
-use agent::protocol::agent::{
+use prost::Message;
+use protocol::agent::messages::{
     CheckRequest, CreateContainerRequest, Empty, ExecProcessRequest, GetMetricsRequest,
     HealthCheckResponse, Metrics, ReadStreamRequest, ReadStreamResponse, RemoveContainerRequest,
     SignalProcessRequest, StartContainerRequest, UpdateContainerRequest, WaitProcessRequest,
     WaitProcessResponse,
 };
-use agent::protocol::oci::{
+use protocol::agent::oci::{
     Linux, LinuxCapabilities, LinuxNamespace, LinuxResources, Mount, Process, Root, Spec,
 };
-use agent::protocol::{AGENT_SERVICE, HEALTH_SERVICE, PORT};
-use agent::ttrpc::{CallError, Client, Code};
-use prost::Message;
+use protocol::agent::{AGENT_SERVICE, HEALTH_SERVICE, PORT};
+use protocol::ttrpc::{CallError, Client, Code};
 
 /// Where the guest has what the host shares.
 pub const SHARED: &str = "/run/kata-containers/shared/containers";

@@ -7,6 +7,7 @@ use std::sync::mpsc::{Receiver, SendError, Sender, channel};
 
 use api::http::{self, Next};
 use api::{Answer, ApiError, Request, route};
+use protocol::contract::Status;
 
 pub use self::ending::{EXIT_FAILURE, Ending};
 pub(crate) use self::site::Site;
@@ -87,15 +88,4 @@ impl Inbox {
     pub(crate) fn life(&self) -> u32 {
         self.life
     }
-}
-
-/// What the agent says on the status port.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) enum Status {
-    /// It is about to start the command.
-    Ready,
-    /// The command has ended.
-    Exit(u8),
-    /// It could not run the command.
-    Error(String),
 }

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::io;
 
-use agent::protocol::oci::{LinuxCapabilities, PosixRlimit, Process};
+use protocol::agent::oci::{LinuxCapabilities, PosixRlimit, Process};
 use rustix::process::{Resource, Rlimit};
 use rustix::thread::{self as threads, CapabilitySet, CapabilitySets};
 

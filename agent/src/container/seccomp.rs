@@ -9,8 +9,8 @@ use std::collections::BTreeMap;
 use std::io;
 use std::str::FromStr;
 
-use agent::protocol::oci::{LinuxSeccomp, LinuxSeccompArg, LinuxSyscall};
 use prost::Message;
+use protocol::agent::oci::{LinuxSeccomp, LinuxSeccompArg, LinuxSyscall};
 
 use crate::sys;
 

@@ -10,7 +10,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::process::CommandExt;
 use std::process::Command;
 
-use agent::protocol::oci::{Process, Spec};
+use protocol::agent::oci::{Process, Spec};
 use rustix::io::Errno;
 use rustix::process::DumpableBehavior;
 use rustix::pty::OpenptFlags;

@@ -100,9 +100,9 @@ mod tests {
     use super::*;
     use crate::network::netlink::Netlink;
     use crate::network::set_exact;
-    use agent::protocol::agent::{ExactRoutes, NumberedInterface};
     use proptest::collection::vec;
     use proptest::prelude::*;
+    use protocol::agent::messages::{ExactRoutes, NumberedInterface};
     use std::process::Command;
 
     const GET_ROUTE: u16 = 26;

@@ -5,7 +5,7 @@
 use prost_types::Any;
 use serde_json::{Value, json};
 
-use crate::protocol::bootstrap::{RuntimeInfo, RuntimeVersion};
+use protocol::containerd::bootstrap::{RuntimeInfo, RuntimeVersion};
 
 const NAME: &str = "io.containerd.podvmm.v2";
 /// By this name containerd knows the document, which is JSON then.

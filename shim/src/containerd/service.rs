@@ -5,9 +5,9 @@ use std::sync::Arc;
 use std::sync::mpsc::Sender;
 use std::time::Duration;
 
-use agent::protocol::oci::{LinuxResources, Process};
-use agent::ttrpc::{Call, Code, Service, Status};
 use prost::Message;
+use protocol::agent::oci::{LinuxResources, Process};
+use protocol::ttrpc::{Call, Code, Service, Status};
 
 use crate::agent::stdio::Paths;
 use crate::config::DEFAULT_PATH;
@@ -15,14 +15,14 @@ use crate::host::turn::Turn;
 use crate::pod::spec;
 use crate::pod::task::State;
 use crate::pod::{Creation, Pod};
-use crate::protocol::events::{Event, TaskCreate, TaskDelete, TaskExecAdded, TaskIo};
-use crate::protocol::figures;
-use crate::protocol::task::{
+use protocol::containerd::events::{Event, TaskCreate, TaskDelete, TaskExecAdded, TaskIo};
+use protocol::containerd::figures;
+use protocol::containerd::task::{
     CloseIoRequest, ConnectResponse, CreateTaskRequest, DeleteResponse, Empty, ExecProcessRequest,
     KillRequest, Options, PidResponse, PidsResponse, ProcessInfo, ProcessRequest, ResizePtyRequest,
     SERVICES, ShutdownRequest, StateResponse, StatsResponse, UpdateTaskRequest, WaitResponse,
 };
-use crate::protocol::{any, timestamp};
+use protocol::containerd::{any, timestamp};
 
 /// Between looks at whether a caller that waits for a process is still there.
 const ORPHAN_PERIOD: Duration = Duration::from_secs(20);

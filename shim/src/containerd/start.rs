@@ -12,9 +12,9 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::SystemTime;
 
-use ::agent::protocol::oci::Spec;
 use prost::Message;
 use prost_types::Any;
+use protocol::agent::oci::Spec;
 
 use crate::config::Config;
 use crate::containerd::arguments::Arguments;
@@ -26,7 +26,7 @@ use crate::host::place::{Place, make_private};
 use crate::pod::guest;
 use crate::pod::spec;
 use crate::pod::teardown;
-use crate::protocol::bootstrap::{BootstrapParams, BootstrapResult, LOG_LEVEL_DEBUG};
+use protocol::containerd::bootstrap::{BootstrapParams, BootstrapResult, LOG_LEVEL_DEBUG};
 
 /// Tells the shim that is to serve which descriptor it listens on.
 pub(crate) const LISTENER: &str = "PODVMM_SHIM_LISTENER";
@@ -252,9 +252,9 @@ fn spawn(arguments: &Arguments, bundle: &Path, place: &Place, asked: &str) -> Re
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::protocol::any;
-    use crate::protocol::bootstrap::Extension;
-    use crate::protocol::task::Options;
+    use protocol::containerd::any;
+    use protocol::containerd::bootstrap::Extension;
+    use protocol::containerd::task::Options;
 
     fn arguments() -> Arguments {
         let line = "-namespace k8s.io -id pod -publish-binary /b start";

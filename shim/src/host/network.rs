@@ -11,8 +11,8 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::thread;
 
-use agent::protocol::agent::{ExactRoutes, NumberedInterface};
-use agent::protocol::types::{ArpNeighbor, Interface, IpAddress, IpFamily, Route};
+use protocol::agent::messages::{ExactRoutes, NumberedInterface};
+use protocol::agent::types::{ArpNeighbor, Interface, IpAddress, IpFamily, Route};
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 use rustix::thread::{LinkNameSpaceType, UnshareFlags};

@@ -14,7 +14,7 @@ use std::path::{Component, Path, PathBuf};
 use std::sync::Mutex;
 
 use crate::host::systemd::{self, Property, Value};
-use crate::protocol::figures::Metrics;
+use protocol::containerd::figures::Metrics;
 
 pub(crate) use limits::Limits;
 

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use agent::ttrpc::{CallError, Code, Status};
+use protocol::ttrpc::{CallError, Code, Status};
 
 use crate::agent::ReachError;
 use crate::agent::stdio;

@@ -2,9 +2,11 @@
 
 use std::collections::BTreeMap;
 
-use agent::protocol::agent::{BlkioStats, CgroupStats};
+use protocol::agent::messages::{BlkioStats, CgroupStats};
 
-use crate::protocol::figures::{Cpu, Hugetlb, Io, IoEntry, Memory, MemoryEvents, Metrics, Pids};
+use protocol::containerd::figures::{
+    Cpu, Hugetlb, Io, IoEntry, Memory, MemoryEvents, Metrics, Pids,
+};
 
 /// What a container cannot have used more than, whatever its guest says.
 #[derive(Clone, Copy, Debug)]
@@ -174,7 +176,9 @@ fn io(stats: &BlkioStats) -> Io {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use agent::protocol::agent::{BlkioStatsEntry, CpuStats, HugetlbStats, MemoryStats, PidsStats};
+    use protocol::agent::messages::{
+        BlkioStatsEntry, CpuStats, HugetlbStats, MemoryStats, PidsStats,
+    };
 
     #[test]
     fn operations_of_one_disk_are_one_entry() {

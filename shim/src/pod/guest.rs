@@ -5,9 +5,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use agent::protocol::agent::{CreateContainerRequest, CreateSandboxRequest, Storage};
-use agent::protocol::oci::Spec;
-use agent::ttrpc::{CallError, Code};
+use protocol::agent::messages::{CreateContainerRequest, CreateSandboxRequest, Storage};
+use protocol::agent::oci::Spec;
+use protocol::ttrpc::{CallError, Code};
 
 use crate::agent::{Abilities, Agent};
 use crate::config::Config;
@@ -22,12 +22,13 @@ use crate::pod::error::{Error, asked};
 use crate::pod::figures::Bounds;
 use crate::pod::mounts::Shared;
 use crate::pod::size::{self, Limits};
-use crate::pod::spec::{self, GUEST_SANDBOX, GUEST_SHARED};
+use crate::pod::spec;
 use crate::pod::teardown;
 use crate::pod::waiting::{self, CLONE_PATIENCE, Waiting, meet};
-use crate::protocol::task;
 use crate::vm::template::{Stamp, Template};
 use crate::vm::{self, Plan, Start, Vm};
+use protocol::containerd::task;
+use protocol::contract::{SANDBOX, SHARE_TAG, SHARED};
 
 /// How long the news of a VM's end may take behind that of its connections'.
 const LAST_NEWS: Duration = Duration::from_secs(1);
@@ -551,14 +552,14 @@ fn sandbox(id: &str, spec: &Spec) -> CreateSandboxRequest {
         options: ["noexec", "nosuid", "nodev", "mode=1777", "size=67108864"]
             .map(String::from)
             .to_vec(),
-        mount_point: format!("{GUEST_SANDBOX}/shm"),
+        mount_point: format!("{SANDBOX}/shm"),
         ..Storage::default()
     };
     let shared = Storage {
         driver: "virtio-fs".into(),
-        source: "kataShared".into(),
+        source: SHARE_TAG.into(),
         fstype: "virtiofs".into(),
-        mount_point: format!("{GUEST_SHARED}/"),
+        mount_point: format!("{SHARED}/"),
         ..Storage::default()
     };
     CreateSandboxRequest {

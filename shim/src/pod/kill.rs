@@ -5,7 +5,7 @@ use std::sync::atomic::Ordering;
 use std::thread;
 use std::time::Duration;
 
-use agent::ttrpc::{CallError, Code};
+use protocol::ttrpc::{CallError, Code};
 
 use super::{Pod, SIGKILL, first_of};
 use crate::pod::error::{Error, asked};

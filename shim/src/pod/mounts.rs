@@ -15,16 +15,17 @@ use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard};
 use std::thread;
 
-use agent::protocol::agent::Storage;
-use agent::protocol::oci::{Mount, Spec};
+use protocol::agent::messages::Storage;
+use protocol::agent::oci::{Mount, Spec};
 use rustix::fs::{Mode, OFlags};
 use rustix::mount::{MountFlags, MountPropagationFlags, UnmountFlags};
 use rustix::thread::UnshareFlags;
 
-use crate::pod::spec::{self, GUEST_SANDBOX, GUEST_SHARED};
-use crate::protocol::task;
+use crate::pod::spec;
 use attributes::{Depth, change_readonly, make_readonly, refuse_devices};
 use mountinfo::mounted_below;
+use protocol::containerd::task;
+use protocol::contract::{SANDBOX, SHARED};
 use volumes::{Key, Memory, Volumes};
 
 /// Where the volumes of all containers are mounted. No container has such a name.
@@ -139,7 +140,7 @@ impl Shared {
             match volume(mount, &pod) {
                 Volume::Guests => {}
                 Volume::Shm => {
-                    mount.source = format!("{GUEST_SANDBOX}/shm");
+                    mount.source = format!("{SANDBOX}/shm");
                     readonly_in_guest(mount, true);
                 }
                 Volume::Memory(memory) => {
@@ -186,7 +187,7 @@ impl Shared {
             source: format!("{}/{}", whole.mount_point, memory.below.display()),
             fstype: "bind".into(),
             options: vec![format!("mode={:o}", mode(source))],
-            mount_point: format!("{GUEST_SANDBOX}/ephemeral-parts/{number}"),
+            mount_point: format!("{SANDBOX}/ephemeral-parts/{number}"),
             ..Storage::default()
         };
         vec![whole, part]
@@ -221,13 +222,13 @@ impl Shared {
             // One that was read-only for all containers so far.
             change_readonly(&place, Depth::Top, false)?;
         }
-        let shared = format!("{GUEST_SHARED}/{VOLUMES}/{name}");
+        let shared = format!("{SHARED}/{VOLUMES}/{name}");
         let storage = is_folder.then(|| Storage {
             driver: "virtio-fs".into(),
             source: shared.clone(),
             fstype: "bind".into(),
             options: vec!["bind".into()],
-            mount_point: format!("{GUEST_SANDBOX}/volumes/{name}"),
+            mount_point: format!("{SANDBOX}/volumes/{name}"),
             ..Storage::default()
         });
         let in_guest = storage.as_ref().map(|storage| storage.mount_point.clone());
@@ -371,7 +372,7 @@ fn memory_storage(name: &str, source: &Path) -> Storage {
         source: "tmpfs".into(),
         fstype: "tmpfs".into(),
         options,
-        mount_point: format!("{GUEST_SANDBOX}/ephemeral/{name}"),
+        mount_point: format!("{SANDBOX}/ephemeral/{name}"),
         ..Storage::default()
     }
 }

@@ -7,11 +7,11 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread;
 use std::time::{Duration, SystemTime};
 
-use agent::ttrpc::{CallError, Client};
+use protocol::ttrpc::{CallError, Client};
 
-use crate::protocol::events::{Envelope, Event, ForwardRequest, SERVICE};
-use crate::protocol::task::Empty;
-use crate::protocol::timestamp;
+use protocol::containerd::events::{Envelope, Event, ForwardRequest, SERVICE};
+use protocol::containerd::task::Empty;
+use protocol::containerd::timestamp;
 
 /// How long containerd may take to take an event.
 const PATIENCE: Duration = Duration::from_secs(5);

@@ -3,14 +3,14 @@
 use std::fs;
 use std::sync::Arc;
 
-use agent::protocol::oci::LinuxResources;
+use protocol::agent::oci::LinuxResources;
 
 use super::Pod;
 use crate::pod::error::{Error, asked};
 use crate::pod::size;
 use crate::pod::spec;
 use crate::pod::task::Container;
-use crate::protocol::figures;
+use protocol::containerd::figures;
 
 impl Pod {
     /// What a container has used, in the guest; of the pod's sandbox, what all of it has, on the

@@ -1,6 +1,6 @@
 //! How large a pod's VM is to be: what its containers may use together, and the guest itself.
 
-use agent::protocol::oci::{LinuxResources, Spec};
+use protocol::agent::oci::{LinuxResources, Spec};
 
 use crate::config::{Config, Size};
 
@@ -124,7 +124,7 @@ pub(crate) fn size(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use agent::protocol::oci::{LinuxCpu, LinuxMemory};
+    use protocol::agent::oci::{LinuxCpu, LinuxMemory};
 
     /// One CPU and 512 MiB by default, 64 MiB for the guest, at most 4 CPUs and 8 GiB.
     fn config() -> Config {

@@ -8,14 +8,10 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use agent::protocol::oci::{LinuxDevice, LinuxNamespace, LinuxResources, Process, Spec};
+use protocol::agent::oci::{LinuxDevice, LinuxNamespace, LinuxResources, Process, Spec};
+use protocol::contract::SHARED;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
-
-/// Where the guest has what the host shares with it.
-pub(crate) const GUEST_SHARED: &str = "/run/kata-containers/shared/containers";
-/// Where it has what its containers share.
-pub(crate) const GUEST_SANDBOX: &str = "/run/kata-containers/sandbox";
 
 const CONTAINER_TYPE: &str = "io.kubernetes.cri.container-type";
 const SANDBOX_ID: &str = "io.kubernetes.cri.sandbox-id";
@@ -226,7 +222,7 @@ pub(crate) fn for_guest(spec: &mut Spec, id: &str, seccomp: bool) {
     // They are the shim's to run.
     spec.hooks = None;
     if let Some(root) = &mut spec.root {
-        root.path = format!("{GUEST_SHARED}/{id}/rootfs");
+        root.path = format!("{SHARED}/{id}/rootfs");
     }
     if let Some(process) = &mut spec.process {
         process_for_guest(process);

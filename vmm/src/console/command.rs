@@ -2,18 +2,7 @@
 //! arguments as a file in the initramfs, its streams as ports of a console
 //! device, its status as a line.
 
-use crate::inbox::Status;
-
-/// What the agent is told, each ended by a NUL: the arguments.
-const ARGV_FILE: &str = "podvmm/argv";
-/// "ROWS COLUMNS" of the terminal that the command gets.
-const TTY_FILE: &str = "podvmm/tty";
-
-/// Port names of the agent's streams.
-pub(crate) const STDIN_PORT: &str = "podvmm.stdin";
-pub(crate) const STDOUT_PORT: &str = "podvmm.stdout";
-pub(crate) const STDERR_PORT: &str = "podvmm.stderr";
-pub(crate) const STATUS_PORT: &str = "podvmm.status";
+use protocol::contract::{ARGV_PATH, Status, TTY_PATH};
 
 /// A command for the agent.
 #[derive(Clone, Debug)]
@@ -37,11 +26,11 @@ impl Command {
         }
         let mut archive = Vec::new();
         append_entry(&mut archive, "podvmm", DIRECTORY, &[]);
-        append_entry(&mut archive, ARGV_FILE, FILE, &arguments);
+        append_entry(&mut archive, name_of(ARGV_PATH), FILE, &arguments);
         if let Some((rows, columns)) = self.terminal {
             append_entry(
                 &mut archive,
-                TTY_FILE,
+                name_of(TTY_PATH),
                 FILE,
                 format!("{rows} {columns}").as_bytes(),
             );
@@ -49,6 +38,11 @@ impl Command {
         append_entry(&mut archive, "TRAILER!!!", 0, &[]);
         archive
     }
+}
+
+/// What the archive calls a file of the guest's root.
+fn name_of(path: &str) -> &str {
+    path.strip_prefix('/').unwrap_or(path)
 }
 
 /// One entry: a header of 13 numbers in hexadecimal, name and content, both
@@ -124,14 +118,12 @@ impl StatusParser {
 }
 
 fn parse(line: &str) -> Option<Status> {
-    let line = line.trim_end();
-    match line.split_once(' ') {
-        None if line == "ready" => Some(Status::Ready),
-        Some(("exit", code)) => code.parse().ok().map(Status::Exit),
-        Some(("error", text)) => Some(Status::Error(
-            text.chars().filter(|char| !char.is_control()).collect(),
-        )),
-        _ => None,
+    match line.trim_end().parse().ok()? {
+        Status::Error(text) => {
+            let text = text.chars().filter(|char| !char.is_control());
+            Some(Status::Error(text.collect()))
+        }
+        status => Some(status),
     }
 }
 

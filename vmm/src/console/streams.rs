@@ -10,9 +10,10 @@ use std::time::Duration;
 use api::Output as Destination;
 use devices::host::{Input, Output, Progress};
 use devices::virtio::console::Port;
+use protocol::contract::port as name;
 use thiserror::Error;
 
-use crate::console::command::{STATUS_PORT, STDERR_PORT, STDIN_PORT, STDOUT_PORT, StatusParser};
+use crate::console::command::StatusParser;
 use crate::console::socket::{SocketConsole, SocketConsoleError};
 use crate::console::transcript::{Recorded, Transcript};
 use crate::inbox::{Event, Inbox};
@@ -135,11 +136,11 @@ pub(crate) fn command(inbox: Inbox) -> Result<([Port; 4], PowerButton), StreamEr
     let (pressed, button) =
         power_button().map_err(|source| StreamError::Standard("a pipe", source))?;
     let ports = [
-        port(STDIN_PORT, Some(stdin), None),
-        port(STDOUT_PORT, None, Some(stdout)),
-        port(STDERR_PORT, None, Some(stderr)),
+        port(name::STDIN, Some(stdin), None),
+        port(name::STDOUT, None, Some(stdout)),
+        port(name::STDERR, None, Some(stderr)),
         port(
-            STATUS_PORT,
+            name::STATUS,
             Some(pressed),
             Some(Output::sink(Box::new(status))),
         ),

@@ -7,9 +7,10 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::time::{Duration, Instant};
 
 use api::{Answer, Request};
+use protocol::contract::Status;
 use serde_json::Value;
 
-use crate::inbox::{Ending, Event, Status};
+use crate::inbox::{Ending, Event};
 use crate::vm::lifecycle::Vm;
 
 /// How often to look at what nobody reports: KVM keeps a halted vCPU to itself.

@@ -1,7 +1,7 @@
 //! Which devices a container may open or make nodes of. In version 2 of cgroups that is a program which
 //! the kernel runs at each attempt (kernel: cgroup-v2.rst, Device controller; bpf(2)).
 
-use agent::protocol::oci::{LinuxDevice, LinuxDeviceCgroup, LinuxResources};
+use protocol::agent::oci::{LinuxDevice, LinuxDeviceCgroup, LinuxResources};
 
 use super::{Cgroup, Error};
 use crate::sys;

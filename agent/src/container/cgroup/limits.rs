@@ -3,7 +3,7 @@
 
 use std::io;
 
-use agent::protocol::oci::{
+use protocol::agent::oci::{
     LinuxBlockIo, LinuxCpu, LinuxHugepageLimit, LinuxMemory, LinuxResources, LinuxThrottleDevice,
 };
 
@@ -213,8 +213,8 @@ fn throttle(key: &str, device: &LinuxThrottleDevice) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use agent::protocol::oci::{LinuxPids, LinuxWeightDevice};
     use proptest::prelude::*;
+    use protocol::agent::oci::{LinuxPids, LinuxWeightDevice};
     use std::fs;
     use std::mem::ManuallyDrop;
 

@@ -4,7 +4,7 @@ use std::fs;
 use std::path::Path;
 
 use super::Place;
-use crate::protocol::figures::{Cpu, Io, IoEntry, Memory, MemoryEvents, Metrics, Pids};
+use protocol::containerd::figures::{Cpu, Io, IoEntry, Memory, MemoryEvents, Metrics, Pids};
 
 /// What the pod has used of the host: the VM with its guest, and the shim.
 pub(super) fn of(places: &[Place]) -> Metrics {

@@ -7,7 +7,7 @@
 //!
 //! The number of processes is left out: the limit is on those in the guest, where it is kept.
 
-use agent::protocol::oci::{LinuxResources, Spec};
+use protocol::agent::oci::{LinuxResources, Spec};
 
 use crate::config::Config;
 use crate::host::systemd::{Property, Value};
@@ -165,7 +165,7 @@ fn weight(shares: u64) -> Option<u64> {
 
 #[cfg(test)]
 mod tests {
-    use agent::protocol::oci::{Linux, LinuxCpu, LinuxMemory};
+    use protocol::agent::oci::{Linux, LinuxCpu, LinuxMemory};
 
     use super::*;
 

@@ -105,7 +105,7 @@ fn written(option: &str) -> (bool, bool, Vec<String>) {
     };
     let shared = Shared::make(folder.path().join("shared")).unwrap();
     let storages = shared.volumes("c", &mut spec).unwrap();
-    assert_eq!(storages[0].source, format!("{GUEST_SHARED}/.volumes/0-x"));
+    assert_eq!(storages[0].source, format!("{SHARED}/.volumes/0-x"));
     assert_eq!(spec.mounts[0].source, storages[0].mount_point);
     let [top, below] =
         [".volumes/0-x/file", ".volumes/0-x/inner/file"].map(|place| {
@@ -163,7 +163,7 @@ fn containers_share_one_mount_of_a_volume_and_it_goes_with_the_last() {
     assert_eq!(second.source, first.source);
     fs::write(place.join("file"), "x").unwrap();
     let (file, storages) = add("b", &source.join("single"), &["rbind", "rw"]);
-    assert_eq!(file.source, format!("{GUEST_SHARED}/.volumes/1-data"));
+    assert_eq!(file.source, format!("{SHARED}/.volumes/1-data"));
     assert_eq!(storages, 0, "a file needs no mount of the guest's");
     shared.clear("a").unwrap();
     assert!(place.join("file").exists());

@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus};
 use std::time::Duration;
 
-use agent::protocol::oci::{self, Hook, Spec};
+use protocol::agent::oci::{self, Hook, Spec};
 use rustix::fs::MemfdFlags;
 use serde::Serialize;
 

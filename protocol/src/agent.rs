@@ -1,7 +1,7 @@
 //! What the guest's agent is asked, and answers: the messages of the Kata agent's protocol, by the
 //! field numbers of its versions 3.2 to 4.1. Fields not named here are passed over.
 
-pub mod agent;
+pub mod messages;
 pub mod oci;
 pub mod types;
 
@@ -22,7 +22,7 @@ pub const HEALTH_SERVICE: &str = "grpc.Health";
 mod tests {
     use prost::Message;
 
-    use super::agent::{CreateContainerRequest, FsGroup, SetGuestDateTimeRequest};
+    use super::messages::{CreateContainerRequest, FsGroup, SetGuestDateTimeRequest};
     use super::oci::{LinuxSyscall, Mount, Spec};
 
     #[test]

@@ -6,64 +6,64 @@ use std::collections::BTreeMap;
 use prost_types::Any;
 
 /// The most verbose level of a log that is not for debugging.
-pub(crate) const LOG_LEVEL_DEBUG: i32 = -4;
+pub const LOG_LEVEL_DEBUG: i32 = -4;
 
 /// Of a shim's start.
 #[derive(Clone, PartialEq, prost::Message)]
-pub(crate) struct BootstrapParams {
+pub struct BootstrapParams {
     #[prost(string, tag = "1")]
-    pub(crate) instance_id: String,
+    pub instance_id: String,
     #[prost(string, tag = "2")]
-    pub(crate) namespace: String,
+    pub namespace: String,
     #[prost(int32, tag = "3")]
-    pub(crate) log_level: i32,
+    pub log_level: i32,
     #[prost(string, tag = "5")]
-    pub(crate) containerd_ttrpc_address: String,
+    pub containerd_ttrpc_address: String,
     #[prost(string, tag = "6")]
-    pub(crate) containerd_grpc_address: String,
+    pub containerd_grpc_address: String,
     #[prost(message, repeated, tag = "8")]
-    pub(crate) extensions: Vec<Extension>,
+    pub extensions: Vec<Extension>,
 }
 
 /// More of it, such as the runtime's options, each known by its type.
 #[derive(Clone, PartialEq, prost::Message)]
-pub(crate) struct Extension {
+pub struct Extension {
     #[prost(message, optional, tag = "1")]
-    pub(crate) value: Option<Any>,
+    pub value: Option<Any>,
 }
 
 /// Where a shim answers, and how.
 #[derive(Clone, PartialEq, prost::Message, serde::Serialize)]
-pub(crate) struct BootstrapResult {
+pub struct BootstrapResult {
     #[prost(int32, tag = "1")]
-    pub(crate) version: i32,
+    pub version: i32,
     #[prost(string, tag = "2")]
-    pub(crate) address: String,
+    pub address: String,
     #[prost(string, tag = "3")]
-    pub(crate) protocol: String,
+    pub protocol: String,
 }
 
 /// Of this runtime.
 #[derive(Clone, PartialEq, prost::Message)]
-pub(crate) struct RuntimeInfo {
+pub struct RuntimeInfo {
     #[prost(string, tag = "1")]
-    pub(crate) name: String,
+    pub name: String,
     #[prost(message, optional, tag = "2")]
-    pub(crate) version: Option<RuntimeVersion>,
+    pub version: Option<RuntimeVersion>,
     /// Those that it was asked with.
     #[prost(message, optional, tag = "3")]
-    pub(crate) options: Option<Any>,
+    pub options: Option<Any>,
     /// The OCI runtime specification's, as JSON.
     #[prost(message, optional, tag = "4")]
-    pub(crate) features: Option<Any>,
+    pub features: Option<Any>,
     #[prost(btree_map = "string, string", tag = "5")]
-    pub(crate) annotations: BTreeMap<String, String>,
+    pub annotations: BTreeMap<String, String>,
 }
 
 #[derive(Clone, PartialEq, prost::Message)]
-pub(crate) struct RuntimeVersion {
+pub struct RuntimeVersion {
     #[prost(string, tag = "1")]
-    pub(crate) version: String,
+    pub version: String,
     #[prost(string, tag = "2")]
-    pub(crate) revision: String,
+    pub revision: String,
 }

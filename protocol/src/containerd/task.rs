@@ -3,236 +3,236 @@
 use prost_types::{Any, Timestamp};
 
 /// The service every shim offers. Its messages are the same in both versions.
-pub(crate) const SERVICES: [&str; 2] = ["containerd.task.v2.Task", "containerd.task.v3.Task"];
+pub const SERVICES: [&str; 2] = ["containerd.task.v2.Task", "containerd.task.v3.Task"];
 
 /// States of [`StateResponse::status`].
-pub(crate) mod status {
-    pub(crate) const CREATED: i32 = 1;
-    pub(crate) const RUNNING: i32 = 2;
-    pub(crate) const STOPPED: i32 = 3;
-    pub(crate) const PAUSED: i32 = 4;
+pub mod status {
+    pub const CREATED: i32 = 1;
+    pub const RUNNING: i32 = 2;
+    pub const STOPPED: i32 = 3;
+    pub const PAUSED: i32 = 4;
 }
 
 /// A mount of a root file system.
 #[derive(Clone, PartialEq, prost::Message)]
-pub(crate) struct Mount {
+pub struct Mount {
     #[prost(string, tag = "1")]
-    pub(crate) r#type: String,
+    pub r#type: String,
     #[prost(string, tag = "2")]
-    pub(crate) source: String,
+    pub source: String,
     #[prost(string, tag = "3")]
-    pub(crate) target: String,
+    pub target: String,
     #[prost(string, repeated, tag = "4")]
-    pub(crate) options: Vec<String>,
+    pub options: Vec<String>,
 }
 
 /// Makes a container.
 #[derive(Clone, PartialEq, prost::Message)]
-pub(crate) struct CreateTaskRequest {
+pub struct CreateTaskRequest {
     #[prost(string, tag = "1")]
-    pub(crate) id: String,
+    pub id: String,
     #[prost(string, tag = "2")]
-    pub(crate) bundle: String,
+    pub bundle: String,
     #[prost(message, repeated, tag = "3")]
-    pub(crate) rootfs: Vec<Mount>,
+    pub rootfs: Vec<Mount>,
     #[prost(bool, tag = "4")]
-    pub(crate) terminal: bool,
+    pub terminal: bool,
     #[prost(string, tag = "5")]
-    pub(crate) stdin: String,
+    pub stdin: String,
     #[prost(string, tag = "6")]
-    pub(crate) stdout: String,
+    pub stdout: String,
     #[prost(string, tag = "7")]
-    pub(crate) stderr: String,
+    pub stderr: String,
     #[prost(string, tag = "8")]
-    pub(crate) checkpoint: String,
+    pub checkpoint: String,
     #[prost(string, tag = "9")]
-    pub(crate) parent_checkpoint: String,
+    pub parent_checkpoint: String,
     #[prost(message, optional, tag = "10")]
-    pub(crate) options: Option<Any>,
+    pub options: Option<Any>,
 }
 
 /// Of `Create` and `Start`.
 #[derive(Clone, PartialEq, prost::Message)]
-pub(crate) struct PidResponse {
+pub struct PidResponse {
     #[prost(uint32, tag = "1")]
-    pub(crate) pid: u32,
+    pub pid: u32,
 }
 
 /// Names a container, or with `exec_id` one of its processes.
 #[derive(Clone, PartialEq, prost::Message)]
-pub(crate) struct ProcessRequest {
+pub struct ProcessRequest {
     #[prost(string, tag = "1")]
-    pub(crate) id: String,
+    pub id: String,
     #[prost(string, tag = "2")]
-    pub(crate) exec_id: String,
+    pub exec_id: String,
 }
 
 /// How what was deleted had ended.
 #[derive(Clone, PartialEq, prost::Message)]
-pub(crate) struct DeleteResponse {
+pub struct DeleteResponse {
     #[prost(uint32, tag = "1")]
-    pub(crate) pid: u32,
+    pub pid: u32,
     #[prost(uint32, tag = "2")]
-    pub(crate) exit_status: u32,
+    pub exit_status: u32,
     #[prost(message, optional, tag = "3")]
-    pub(crate) exited_at: Option<Timestamp>,
+    pub exited_at: Option<Timestamp>,
 }
 
 /// Describes one more process.
 #[derive(Clone, PartialEq, prost::Message)]
-pub(crate) struct ExecProcessRequest {
+pub struct ExecProcessRequest {
     #[prost(string, tag = "1")]
-    pub(crate) id: String,
+    pub id: String,
     #[prost(string, tag = "2")]
-    pub(crate) exec_id: String,
+    pub exec_id: String,
     #[prost(bool, tag = "3")]
-    pub(crate) terminal: bool,
+    pub terminal: bool,
     #[prost(string, tag = "4")]
-    pub(crate) stdin: String,
+    pub stdin: String,
     #[prost(string, tag = "5")]
-    pub(crate) stdout: String,
+    pub stdout: String,
     #[prost(string, tag = "6")]
-    pub(crate) stderr: String,
+    pub stderr: String,
     #[prost(message, optional, tag = "7")]
-    pub(crate) spec: Option<Any>,
+    pub spec: Option<Any>,
 }
 
 /// Tells a terminal its size.
 #[derive(Clone, PartialEq, prost::Message)]
-pub(crate) struct ResizePtyRequest {
+pub struct ResizePtyRequest {
     #[prost(string, tag = "1")]
-    pub(crate) id: String,
+    pub id: String,
     #[prost(string, tag = "2")]
-    pub(crate) exec_id: String,
+    pub exec_id: String,
     #[prost(uint32, tag = "3")]
-    pub(crate) width: u32,
+    pub width: u32,
     #[prost(uint32, tag = "4")]
-    pub(crate) height: u32,
+    pub height: u32,
 }
 
 /// How a process is.
 #[derive(Clone, PartialEq, prost::Message)]
-pub(crate) struct StateResponse {
+pub struct StateResponse {
     #[prost(string, tag = "1")]
-    pub(crate) id: String,
+    pub id: String,
     #[prost(string, tag = "2")]
-    pub(crate) bundle: String,
+    pub bundle: String,
     #[prost(uint32, tag = "3")]
-    pub(crate) pid: u32,
+    pub pid: u32,
     #[prost(int32, tag = "4")]
-    pub(crate) status: i32,
+    pub status: i32,
     #[prost(string, tag = "5")]
-    pub(crate) stdin: String,
+    pub stdin: String,
     #[prost(string, tag = "6")]
-    pub(crate) stdout: String,
+    pub stdout: String,
     #[prost(string, tag = "7")]
-    pub(crate) stderr: String,
+    pub stderr: String,
     #[prost(bool, tag = "8")]
-    pub(crate) terminal: bool,
+    pub terminal: bool,
     #[prost(uint32, tag = "9")]
-    pub(crate) exit_status: u32,
+    pub exit_status: u32,
     #[prost(message, optional, tag = "10")]
-    pub(crate) exited_at: Option<Timestamp>,
+    pub exited_at: Option<Timestamp>,
     #[prost(string, tag = "11")]
-    pub(crate) exec_id: String,
+    pub exec_id: String,
 }
 
 /// Signals a process, or all.
 #[derive(Clone, PartialEq, prost::Message)]
-pub(crate) struct KillRequest {
+pub struct KillRequest {
     #[prost(string, tag = "1")]
-    pub(crate) id: String,
+    pub id: String,
     #[prost(string, tag = "2")]
-    pub(crate) exec_id: String,
+    pub exec_id: String,
     #[prost(uint32, tag = "3")]
-    pub(crate) signal: u32,
+    pub signal: u32,
     #[prost(bool, tag = "4")]
-    pub(crate) all: bool,
+    pub all: bool,
 }
 
 /// Ends standard input.
 #[derive(Clone, PartialEq, prost::Message)]
-pub(crate) struct CloseIoRequest {
+pub struct CloseIoRequest {
     #[prost(string, tag = "1")]
-    pub(crate) id: String,
+    pub id: String,
     #[prost(string, tag = "2")]
-    pub(crate) exec_id: String,
+    pub exec_id: String,
     #[prost(bool, tag = "3")]
-    pub(crate) stdin: bool,
+    pub stdin: bool,
 }
 
 /// The processes of a container.
 #[derive(Clone, PartialEq, prost::Message)]
-pub(crate) struct PidsResponse {
+pub struct PidsResponse {
     #[prost(message, repeated, tag = "1")]
-    pub(crate) processes: Vec<ProcessInfo>,
+    pub processes: Vec<ProcessInfo>,
 }
 
 /// A process.
 #[derive(Clone, PartialEq, prost::Message)]
-pub(crate) struct ProcessInfo {
+pub struct ProcessInfo {
     #[prost(uint32, tag = "1")]
-    pub(crate) pid: u32,
+    pub pid: u32,
     #[prost(message, optional, tag = "2")]
-    pub(crate) info: Option<Any>,
+    pub info: Option<Any>,
 }
 
 /// Changes what a container may use.
 #[derive(Clone, PartialEq, prost::Message)]
-pub(crate) struct UpdateTaskRequest {
+pub struct UpdateTaskRequest {
     #[prost(string, tag = "1")]
-    pub(crate) id: String,
+    pub id: String,
     #[prost(message, optional, tag = "2")]
-    pub(crate) resources: Option<Any>,
+    pub resources: Option<Any>,
 }
 
 /// What a container has used.
 #[derive(Clone, PartialEq, prost::Message)]
-pub(crate) struct StatsResponse {
+pub struct StatsResponse {
     #[prost(message, optional, tag = "1")]
-    pub(crate) stats: Option<Any>,
+    pub stats: Option<Any>,
 }
 
 /// How a process ended.
 #[derive(Clone, PartialEq, prost::Message)]
-pub(crate) struct WaitResponse {
+pub struct WaitResponse {
     #[prost(uint32, tag = "1")]
-    pub(crate) exit_status: u32,
+    pub exit_status: u32,
     #[prost(message, optional, tag = "2")]
-    pub(crate) exited_at: Option<Timestamp>,
+    pub exited_at: Option<Timestamp>,
 }
 
 /// Who answers for a container.
 #[derive(Clone, PartialEq, prost::Message)]
-pub(crate) struct ConnectResponse {
+pub struct ConnectResponse {
     #[prost(uint32, tag = "1")]
-    pub(crate) shim_pid: u32,
+    pub shim_pid: u32,
     #[prost(uint32, tag = "2")]
-    pub(crate) task_pid: u32,
+    pub task_pid: u32,
     #[prost(string, tag = "3")]
-    pub(crate) version: String,
+    pub version: String,
 }
 
 /// Ends the shim, if it has no containers.
 #[derive(Clone, PartialEq, prost::Message)]
-pub(crate) struct ShutdownRequest {
+pub struct ShutdownRequest {
     #[prost(string, tag = "1")]
-    pub(crate) id: String,
+    pub id: String,
     #[prost(bool, tag = "2")]
-    pub(crate) now: bool,
+    pub now: bool,
 }
 
 /// Nothing to say.
 #[derive(Clone, PartialEq, prost::Message)]
-pub(crate) struct Empty {}
+pub struct Empty {}
 
 /// What a runtime is told by configuration (containerd, api/types/runtimeoptions/v1).
 #[derive(Clone, PartialEq, prost::Message)]
-pub(crate) struct Options {
+pub struct Options {
     #[prost(string, tag = "1")]
-    pub(crate) type_url: String,
+    pub type_url: String,
     #[prost(string, tag = "2")]
-    pub(crate) config_path: String,
+    pub config_path: String,
     #[prost(bytes = "vec", tag = "3")]
-    pub(crate) config_body: Vec<u8>,
+    pub config_body: Vec<u8>,
 }

@@ -1,11 +1,20 @@
 //! What the guest and its monitor agree on, for both sides to use: names of files and ports, and
 //! the lines of the status port. `docs/guest-contract.md` tells the whole agreement.
 
-pub mod protocol;
-pub mod ttrpc;
-
 use std::fmt;
 use std::str::FromStr;
+
+/// The kernel parameter with which the agent serves a pod's containers.
+pub const POD_PARAMETER: &str = "podvmm.pod";
+
+/// The tag of a pod's share.
+pub const SHARE_TAG: &str = "kataShared";
+
+/// Where the agent mounts a pod's share.
+pub const SHARED: &str = "/run/kata-containers/shared/containers";
+
+/// Where the agent keeps what is the pod's alone, such as its shared memory.
+pub const SANDBOX: &str = "/run/kata-containers/sandbox";
 
 /// The command to run: its arguments, each ended by a NUL byte. Absent or empty: a shell on the
 /// console.

@@ -11,7 +11,7 @@ use prost::Message;
 use rustix::event::{PollFd, PollFlags, poll};
 
 use super::*;
-use crate::protocol::agent::{CheckRequest, Empty, ReadStreamResponse, WaitProcessRequest};
+use crate::agent::messages::{CheckRequest, Empty, ReadStreamResponse, WaitProcessRequest};
 
 /// Says back what it is told. `Meet` waits until so many calls wait; `Sleep` for ever.
 struct Echo(Barrier);

@@ -5,118 +5,118 @@ use prost_types::{Any, Timestamp};
 use super::task::Mount;
 
 /// The service of containerd that takes events.
-pub(crate) const SERVICE: &str = "containerd.services.events.ttrpc.v1.Events";
+pub const SERVICE: &str = "containerd.services.events.ttrpc.v1.Events";
 
 #[derive(Clone, PartialEq, prost::Message)]
-pub(crate) struct ForwardRequest {
+pub struct ForwardRequest {
     #[prost(message, optional, tag = "1")]
-    pub(crate) envelope: Option<Envelope>,
+    pub envelope: Option<Envelope>,
 }
 
 #[derive(Clone, PartialEq, prost::Message)]
-pub(crate) struct Envelope {
+pub struct Envelope {
     #[prost(message, optional, tag = "1")]
-    pub(crate) timestamp: Option<Timestamp>,
+    pub timestamp: Option<Timestamp>,
     #[prost(string, tag = "2")]
-    pub(crate) namespace: String,
+    pub namespace: String,
     #[prost(string, tag = "3")]
-    pub(crate) topic: String,
+    pub topic: String,
     #[prost(message, optional, tag = "4")]
-    pub(crate) event: Option<Any>,
+    pub event: Option<Any>,
 }
 
 #[derive(Clone, PartialEq, prost::Message)]
-pub(crate) struct TaskIo {
+pub struct TaskIo {
     #[prost(string, tag = "1")]
-    pub(crate) stdin: String,
+    pub stdin: String,
     #[prost(string, tag = "2")]
-    pub(crate) stdout: String,
+    pub stdout: String,
     #[prost(string, tag = "3")]
-    pub(crate) stderr: String,
+    pub stderr: String,
     #[prost(bool, tag = "4")]
-    pub(crate) terminal: bool,
+    pub terminal: bool,
 }
 
 #[derive(Clone, PartialEq, prost::Message)]
-pub(crate) struct TaskCreate {
+pub struct TaskCreate {
     #[prost(string, tag = "1")]
-    pub(crate) container_id: String,
+    pub container_id: String,
     #[prost(string, tag = "2")]
-    pub(crate) bundle: String,
+    pub bundle: String,
     #[prost(message, repeated, tag = "3")]
-    pub(crate) rootfs: Vec<Mount>,
+    pub rootfs: Vec<Mount>,
     #[prost(message, optional, tag = "4")]
-    pub(crate) io: Option<TaskIo>,
+    pub io: Option<TaskIo>,
     #[prost(uint32, tag = "6")]
-    pub(crate) pid: u32,
+    pub pid: u32,
 }
 
 #[derive(Clone, PartialEq, prost::Message)]
-pub(crate) struct TaskStart {
+pub struct TaskStart {
     #[prost(string, tag = "1")]
-    pub(crate) container_id: String,
+    pub container_id: String,
     #[prost(uint32, tag = "2")]
-    pub(crate) pid: u32,
+    pub pid: u32,
 }
 
 #[derive(Clone, PartialEq, prost::Message)]
-pub(crate) struct TaskDelete {
+pub struct TaskDelete {
     #[prost(string, tag = "1")]
-    pub(crate) container_id: String,
+    pub container_id: String,
     #[prost(uint32, tag = "2")]
-    pub(crate) pid: u32,
+    pub pid: u32,
     #[prost(uint32, tag = "3")]
-    pub(crate) exit_status: u32,
+    pub exit_status: u32,
     #[prost(message, optional, tag = "4")]
-    pub(crate) exited_at: Option<Timestamp>,
+    pub exited_at: Option<Timestamp>,
     /// The process, if it is not the first.
     #[prost(string, tag = "5")]
-    pub(crate) id: String,
+    pub id: String,
 }
 
 #[derive(Clone, PartialEq, prost::Message)]
-pub(crate) struct TaskExit {
+pub struct TaskExit {
     #[prost(string, tag = "1")]
-    pub(crate) container_id: String,
+    pub container_id: String,
     /// The process; the first has the container's.
     #[prost(string, tag = "2")]
-    pub(crate) id: String,
+    pub id: String,
     #[prost(uint32, tag = "3")]
-    pub(crate) pid: u32,
+    pub pid: u32,
     #[prost(uint32, tag = "4")]
-    pub(crate) exit_status: u32,
+    pub exit_status: u32,
     #[prost(message, optional, tag = "5")]
-    pub(crate) exited_at: Option<Timestamp>,
+    pub exited_at: Option<Timestamp>,
 }
 
 /// Of `TaskOOM`, `TaskPaused` and `TaskResumed`.
 #[derive(Clone, PartialEq, prost::Message)]
-pub(crate) struct TaskOnly {
+pub struct TaskOnly {
     #[prost(string, tag = "1")]
-    pub(crate) container_id: String,
+    pub container_id: String,
 }
 
 #[derive(Clone, PartialEq, prost::Message)]
-pub(crate) struct TaskExecAdded {
+pub struct TaskExecAdded {
     #[prost(string, tag = "1")]
-    pub(crate) container_id: String,
+    pub container_id: String,
     #[prost(string, tag = "2")]
-    pub(crate) exec_id: String,
+    pub exec_id: String,
 }
 
 #[derive(Clone, PartialEq, prost::Message)]
-pub(crate) struct TaskExecStarted {
+pub struct TaskExecStarted {
     #[prost(string, tag = "1")]
-    pub(crate) container_id: String,
+    pub container_id: String,
     #[prost(string, tag = "2")]
-    pub(crate) exec_id: String,
+    pub exec_id: String,
     #[prost(uint32, tag = "3")]
-    pub(crate) pid: u32,
+    pub pid: u32,
 }
 
 /// One event.
 #[derive(Debug)]
-pub(crate) enum Event {
+pub enum Event {
     Create(TaskCreate),
     Start(TaskStart),
     Exit(TaskExit),
@@ -130,7 +130,7 @@ pub(crate) enum Event {
 
 impl Event {
     /// Its topic and itself.
-    pub(crate) fn envelope(&self) -> (&'static str, Any) {
+    pub fn envelope(&self) -> (&'static str, Any) {
         use super::any;
         match self {
             Self::Create(event) => ("/tasks/create", any("containerd.events.TaskCreate", event)),

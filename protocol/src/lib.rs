@@ -1,0 +1,13 @@
+//! What podvmm, its guest, its shim and containerd say to one another, once, for all who say it.
+//!
+//! | module | what |
+//! |---|---|
+//! | [`contract`] | files, ports, lines and paths on which the guest and the host agree |
+//! | [`agent`] | the messages of the Kata agent's protocol |
+//! | [`containerd`] | the messages of containerd's Task service, its events and figures |
+//! | [`ttrpc`] | how messages go over a stream |
+
+pub mod agent;
+pub mod containerd;
+pub mod contract;
+pub mod ttrpc;
