@@ -16,7 +16,7 @@ use devices::virtio::{GuestRam, Memory, VirtioDevice};
 use libfuzzer_sys::fuzz_target;
 use serde_json::{Value, json};
 use vm_memory::GuestAddress;
-use vmm::snapshot::Loaded;
+use vmm::Loaded;
 use vmm_sys_util::tempdir::TempDir;
 
 #[derive(Arbitrary, Debug)]

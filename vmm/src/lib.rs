@@ -31,3 +31,4 @@ mod snapshot;
 mod vm;
 
 pub use inbox::{EXIT_FAILURE, Ending};
+pub use snapshot::{FormatError, Loaded, RestoreError};

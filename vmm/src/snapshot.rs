@@ -34,8 +34,8 @@ use serde_json::Value;
 use self::format::Document;
 use crate::memory::Extent;
 
-pub(crate) use self::format::FormatError;
-pub(crate) use self::load::{Loaded, RestoreError};
+pub use self::format::FormatError;
+pub use self::load::{Loaded, RestoreError};
 pub(crate) use self::load::{MemoryFile, Pages, memory_files, unusable};
 pub(crate) use self::save::SaveError;
 pub(crate) use self::save::{lock, save};

@@ -57,7 +57,7 @@ pub enum RestoreError {
 
 /// A snapshot that is whole. Its parts fit the configuration as far as it has been asked.
 #[derive(Debug)]
-pub(crate) struct Loaded {
+pub struct Loaded {
     source: Source,
     state: State,
     pages: Pages,
@@ -77,7 +77,7 @@ pub(crate) enum Pages {
 
 impl Loaded {
     /// Opens it, and says which VM it is to be.
-    pub(crate) fn open(restore: Restore) -> Result<(Self, Definition), RestoreError> {
+    pub fn open(restore: Restore) -> Result<(Self, Definition), RestoreError> {
         let Restore {
             folder,
             patch,
