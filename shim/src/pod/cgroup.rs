@@ -175,6 +175,11 @@ pub(crate) struct Cgroup {
     limits: Mutex<Limits>,
 }
 
+/// Whether the host has cgroups of version 2 alone.
+pub(crate) fn is_unified() -> bool {
+    Path::new("/sys/fs/cgroup/cgroup.controllers").exists()
+}
+
 impl Cgroup {
     /// Makes the cgroup that `cgroups_path` names, if it is not there, and moves this process into it.
     /// What it starts from now on begins there. None if the path names none.

@@ -222,7 +222,7 @@ impl Guest {
         self.shared.root(id, rootfs, &bundle.join(root))?;
         let storages = self.shared.volumes(id, &mut spec)?;
         let shares_pids = spec::pid_namespace(&spec).is_some();
-        spec::for_guest(&mut spec, id, self.abilities.seccomp);
+        spec::for_guest(&mut spec, id, self.abilities.seccomp, cgroup::is_unified());
         let target = target.filter(|_| self.abilities.pids_of_another);
         if let Some(target) = target {
             spec::see_processes_of(&mut spec, target);

@@ -218,7 +218,7 @@ pub(crate) fn network_namespace(spec: &Spec) -> Option<&Path> {
 }
 
 /// Makes it what the guest's agent is to know of it. Mounts are another matter.
-pub(crate) fn for_guest(spec: &mut Spec, id: &str, seccomp: bool) {
+pub(crate) fn for_guest(spec: &mut Spec, id: &str, seccomp: bool, unified: bool) {
     // They are the shim's to run.
     spec.hooks = None;
     if let Some(root) = &mut spec.root {
@@ -233,18 +233,23 @@ pub(crate) fn for_guest(spec: &mut Spec, id: &str, seccomp: bool) {
     if !seccomp && linux.seccomp.take().is_some() {
         log::warn!("{id}: the guest's agent knows no seccomp, so its profile is left out");
     }
-    let elsewhere = |kind: &str| matches!(kind, "network" | "time" | "pid" | "cgroup");
+    let elsewhere = |kind: &str| matches!(kind, "network" | "time" | "pid");
     let namespaces = &mut linux.namespaces;
     namespaces.retain(|namespace| !elsewhere(&namespace.r#type));
     namespaces
         .iter_mut()
         .for_each(|namespace| namespace.path.clear());
-    // Hosts with cgroups of version 1 do without; the guest has version 2, where each container sees
-    // its own.
-    namespaces.push(LinuxNamespace {
-        r#type: "cgroup".into(),
-        path: String::new(),
-    });
+    // A privileged container has none, and sees the guest's cgroups, as by runc the host's. Hosts with
+    // cgroups of version 1 say nothing of them; the guest has version 2, where each container sees its own.
+    let is_named = namespaces
+        .iter()
+        .any(|namespace| namespace.r#type == "cgroup");
+    if !is_named && !unified {
+        namespaces.push(LinuxNamespace {
+            r#type: "cgroup".into(),
+            path: String::new(),
+        });
+    }
     if let Some(resources) = &mut linux.resources {
         let cpu = resources.cpu.as_ref();
         if let Some(cpu) = cpu.filter(|cpu| !cpu.mems.is_empty()) {
@@ -386,7 +391,7 @@ mod tests {
         for path in ["/proc/self/ns/pid", "/proc/1/ns/net", "/run/pids", ""] {
             assert_eq!(process_of(path), None, "{path}");
         }
-        for_guest(&mut spec, "c", true);
+        for_guest(&mut spec, "c", true, false);
         assert_eq!(pid_namespace(&spec), None);
         see_processes_of(&mut spec, "target");
         assert_eq!(pid_namespace(&spec), Some("target"));
@@ -399,7 +404,7 @@ mod tests {
             {"allow":true,"type":"b","major":254,"minor":0},{"allow":true,"type":"b","access":"m"}],"cpu":{"cpus":"0-3","shares":5},
             "unified":{"memory.oom.group":"1","cpuset.cpus":"0-3","io.max":"8:0 rbps=1"}}"#,
         );
-        for_guest(&mut spec, "c", true);
+        for_guest(&mut spec, "c", true, false);
         let linux = spec.linux.unwrap();
         let kinds: Vec<_> = linux
             .namespaces
@@ -407,6 +412,25 @@ mod tests {
             .map(|namespace| &*namespace.r#type)
             .collect();
         assert_eq!(kinds, ["ipc", "mount", "cgroup"]);
+        for (type_of, kinds) in [("uts", vec!["uts"]), ("cgroup", vec!["cgroup"])] {
+            let mut spec = Spec::default();
+            let namespace = LinuxNamespace {
+                r#type: type_of.into(),
+                path: String::new(),
+            };
+            spec.linux
+                .get_or_insert_default()
+                .namespaces
+                .push(namespace);
+            for_guest(&mut spec, "c", true, true);
+            let found = spec
+                .linux
+                .unwrap()
+                .namespaces
+                .into_iter()
+                .map(|it| it.r#type);
+            assert_eq!(found.collect::<Vec<_>>(), kinds, "on a host of version 2");
+        }
         let resources = linux.resources.unwrap();
         let rules = resources
             .devices
