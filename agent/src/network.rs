@@ -194,55 +194,38 @@ fn has_v6() -> bool {
         && !disabled.is_ok_and(|text| text.trim_ascii() == b"1")
 }
 
-/// Adds routes, those without a gateway first: gateways are reached by them. Routes to other
-/// destinations stay.
-pub(crate) fn update_routes(mut wanted: Vec<Route>) -> Result<Vec<Route>> {
+/// Adds routes, and then rules. Gateways are reached by routes without one, so those come first. Routes to
+/// other destinations stay. Returns how many of `exact` were set.
+pub(crate) fn update_routes(wanted: &[Route], exact: &ExactRoutes) -> Result<u32> {
     let v6 = has_v6();
     let netlink = &mut open()?;
     let links = links(netlink)?;
-    wanted.sort_by_key(|route| !route.gateway.is_empty());
-    for route in &wanted {
+    let mut requests = Vec::new();
+    for route in wanted {
         let parsed = parse_route(route, &links)?;
         if v6 || parsed.family == address::V4 {
             let what = match route.dest.is_empty() {
                 true => "add the default route".into(),
                 false => format!("add a route to {}", route.dest),
             };
-            route::add(netlink, &parsed).map_err(Error::kernel(what))?;
+            requests.push((!route.gateway.is_empty(), what, parsed.message()));
         }
     }
-    Ok(wanted)
-}
-
-/// Sets routes and rules as the host's kernel has them, once the interfaces and routes are there that they
-/// build upon. Returns how many.
-pub(crate) fn set_exact(wanted: &ExactRoutes) -> Result<u32> {
-    let ExactRoutes {
-        interfaces,
-        routes,
-        rules,
-    } = wanted;
-    if routes.is_empty() && rules.is_empty() {
-        return Ok(0);
-    }
-    let netlink = &mut open()?;
-    let links = links(netlink)?;
     let mut indices = HashMap::new();
-    for interface in interfaces {
+    for interface in &exact.interfaces {
         indices.insert(interface.index, by_name(&links, &interface.name)?.index);
     }
-    let mut messages = Vec::new();
-    for payload in routes {
-        messages.push(exact::route(payload, &indices).ok_or(Error::Malformed("route"))?);
+    for payload in &exact.routes {
+        let route = exact::route(payload, &indices).ok_or(Error::Malformed("route"))?;
+        requests.push((route.0, "add a route of the host's".into(), route.1));
     }
-    // Gateways are reached by routes without one.
-    messages.sort_by_key(|(has_gateway, _)| *has_gateway);
-    for (_, message) in messages {
+    requests.sort_by_key(|(has_gateway, ..)| *has_gateway);
+    for (_, what, message) in requests {
         netlink
             .change(message, CREATE | REPLACE)
-            .map_err(Error::kernel("add a route of the host's"))?;
+            .map_err(Error::kernel(what))?;
     }
-    for payload in rules {
+    for payload in &exact.rules {
         let message = exact::rule(payload).ok_or(Error::Malformed("rule"))?;
         match netlink.change(message, CREATE | EXCLUSIVE) {
             Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
@@ -251,7 +234,8 @@ pub(crate) fn set_exact(wanted: &ExactRoutes) -> Result<u32> {
             _ => {}
         }
     }
-    Ok(u32::try_from(routes.len() + rules.len()).expect("a message has not so many"))
+    let set = exact.routes.len() + exact.rules.len();
+    Ok(u32::try_from(set).expect("a message has not so many"))
 }
 
 fn parse_route(wanted: &Route, links: &[Link]) -> Result<route::Route> {

@@ -113,8 +113,7 @@ fn of_network(call: &Call<'_>) -> Result<Vec<u8>, Status> {
         }),
         "UpdateRoutes" => call.answer(|request: UpdateRoutesRequest| {
             let routes = request.routes.unwrap_or_default().routes;
-            let routes = network::update_routes(routes)?;
-            let exact = network::set_exact(&request.exact.unwrap_or_default())?;
+            let exact = network::update_routes(&routes, &request.exact.unwrap_or_default())?;
             Ok(Routes { routes, exact })
         }),
         "AddARPNeighbors" => call.answer(|request: AddArpNeighborsRequest| {

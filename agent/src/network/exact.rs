@@ -99,10 +99,12 @@ fn ways(value: &[u8], indices: &HashMap<u32, u32>) -> Option<Vec<u8>> {
 mod tests {
     use super::*;
     use crate::network::netlink::Netlink;
-    use crate::network::set_exact;
+    use crate::network::update_routes;
     use proptest::collection::vec;
     use proptest::prelude::*;
     use protocol::agent::messages::{ExactRoutes, NumberedInterface};
+    use protocol::agent::types::Route;
+    use std::collections::BTreeSet;
     use std::process::Command;
 
     const GET_ROUTE: u16 = 26;
@@ -174,6 +176,7 @@ mod tests {
     #[test]
     fn what_a_kernel_lists_another_one_sets() {
         let made = [
+            "route add 10.10.0.1 dev eth0 scope link metric 5",
             "route add default via 10.9.8.1 metric 100",
             "route add default via 10.9.9.1 metric 200",
             "route add 10.1.0.0/16 nexthop via 10.9.8.2 weight 3 nexthop via 10.9.9.2",
@@ -213,12 +216,28 @@ mod tests {
                 routes: routes.iter().filter(is_set).cloned().collect(),
                 rules,
             };
+            // Which is reached by one of the others.
+            let plain = [Route {
+                dest: "10.11.0.0/16".into(),
+                gateway: "10.10.0.1".into(),
+                device: "eth0".into(),
+                ..Route::default()
+            }];
+            let wanted_count = u32::try_from(wanted.routes.len() + wanted.rules.len()).unwrap();
             for _ in 0..2 {
-                set_exact(&wanted).unwrap();
+                assert_eq!(update_routes(&plain, &wanted).unwrap(), wanted_count);
             }
             said()
         });
-        assert_eq!(found, expected);
+        let mut expected = expected;
+        expected.push("10.11.0.0/16 via 10.10.0.1 dev eth0 proto boot".into());
+        let plain = |lines: Vec<String>| -> BTreeSet<_> {
+            lines
+                .iter()
+                .map(|line| line.replace(" proto boot", ""))
+                .collect()
+        };
+        assert_eq!(plain(found), plain(expected));
     }
 
     proptest! {

@@ -4,7 +4,7 @@ use std::io;
 use std::net::IpAddr;
 
 use super::address::{self, Prefix};
-use super::netlink::{CREATE, Message, Netlink, REPLACE, attributes, number};
+use super::netlink::{Message, Netlink, attributes, number};
 
 const NEW_ROUTE: u16 = 24;
 const GET_ROUTE: u16 = 26;
@@ -41,7 +41,8 @@ pub(super) struct Route {
 }
 
 impl Route {
-    fn message(&self) -> Message {
+    /// Asks for it.
+    pub(super) fn message(&self) -> Message {
         let (mut destination_len, mut source_len) = (0, 0);
         let mut attributes = Message::new(0, &[]);
         if let Some(prefix) = self.destination.filter(|prefix| prefix.len > 0) {
@@ -140,11 +141,6 @@ impl Route {
         }
         Some(route)
     }
-}
-
-/// Adds a route, in place of one that leads to the same destination.
-pub(super) fn add(netlink: &mut Netlink, route: &Route) -> io::Result<()> {
-    netlink.change(route.message(), CREATE | REPLACE)
 }
 
 /// The main table's routes, of both families.

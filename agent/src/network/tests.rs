@@ -143,7 +143,7 @@ fn become_what_the_host_says() {
         route.device = "veth0".into();
     }
     for _ in 0..2 {
-        update_routes(routes.clone()).unwrap();
+        update_routes(&routes, &ExactRoutes::default()).unwrap();
     }
     let listed = list_routes().unwrap();
     for route in &routes[..3] {
