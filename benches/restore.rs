@@ -1,5 +1,5 @@
-//! What snapshots cost: to go on from one, with guests of a few instructions and with Linux, what
-//! clones take of memory, and how long a VM stands still to be written down.
+//! What snapshots cost: how long a restore takes, with guests of a few instructions and with Linux, how much
+//! memory clones take, and how long a VM is paused for a snapshot.
 //!
 //! Needs `PODVMM_GUEST`, and boots Linux once. With `PODVMM_UPDATE_DOCS` set, the table of
 //! docs/snapshots.md is written from it. Set `PODVMM_BIN` to a release build.
@@ -22,7 +22,7 @@ use tests::{code, guest};
 
 const RUNS: usize = 30;
 const CLONES: u64 = 10;
-/// How long Linux is left to itself before it is written down, as a template made ahead is.
+/// How long Linux is left idle before its snapshot, as a template that is made ahead is.
 const SETTLING: Duration = Duration::from_secs(5);
 const MIB: u64 = 1 << 20;
 /// How long clones are left to themselves before their memory is looked at.
@@ -190,7 +190,7 @@ fn main() {
     service.dismiss();
     rows.push((
         format!(
-            "idle Linux of 512 MiB written down, {} of it",
+            "snapshot of an idle Linux of 512 MiB, {} of it",
             mebibytes(size)
         ),
         milliseconds(pause + whole),

@@ -1,4 +1,4 @@
-//! Containers in a guest: the agent asked over vsock, as a shim does. The guest goes on from the kept
+//! Containers in a guest: the agent asked over vsock, as a shim does. The guest is restored from the kept
 //! template: none of it is about booting.
 
 #![expect(clippy::unwrap_used, reason = "its steps are functions of their own")]

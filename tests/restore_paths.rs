@@ -438,7 +438,7 @@ fn a_process_that_gives_nothing_keeps_a_vm_but_not_podvmm() {
     drop(stream);
     ends_without_memory(guest, Instant::now(), PROMPT);
 
-    // Neither one that is to end nor one that is to be written down waits for it for ever.
+    // Neither a VM that is to end nor one whose snapshot is to be taken waits for it for ever.
     let (ends, _stream) = restore(true);
     let (mut written, _other) = restore(false);
     let since = Instant::now();

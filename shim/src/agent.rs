@@ -122,8 +122,8 @@ impl Agent {
         Ok(())
     }
 
-    /// Makes the guest, which was written down and goes on, one of its own: its randomness, which
-    /// others went on from as well, becomes that of `seed`, and the time of day, which it slept over, the host's.
+    /// Reseeds a restored guest's random numbers with `seed`, for other guests were restored from the same
+    /// snapshot, and steps its clock to the host's time.
     pub(crate) fn renew(&self, seed: Vec<u8>) -> Result<(), CallError> {
         let reseed = messages::ReseedRandomDevRequest { data: seed };
         self.tell("ReseedRandomDev", &reseed)?;

@@ -51,10 +51,10 @@ pub(crate) struct Config {
     /// What the guest's kernel and agent need besides the pod's limits.
     #[serde(default = "guest_overhead_mib")]
     pub(crate) guest_overhead_mib: u32,
-    /// Where VMs are kept that later pods go on from, instead of booting; empty for none.
+    /// Folder of the snapshots that later pods are restored from, instead of booting; empty for none.
     #[serde(default = "templates", deserialize_with = "folder")]
     pub(crate) templates: Option<PathBuf>,
-    /// How many VMs that went on from a template wait for pods of a size.
+    /// How many VMs restored from a template wait for pods of a size.
     #[serde(default)]
     pub(crate) pool: u8,
     /// How long a guest may take to come up.

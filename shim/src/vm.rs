@@ -147,7 +147,7 @@ pub(crate) struct Plan<'a> {
     pub(crate) config: &'a Config,
     pub(crate) place: &'a Place,
     pub(crate) size: Size,
-    /// What it can go on from, or become.
+    /// The template it can be restored from, or become.
     pub(crate) template: Option<&'a Template>,
     /// The pod's; without one a new one is made.
     pub(crate) network: Option<&'a Path>,
@@ -360,7 +360,7 @@ fn put(
         .map_err(|source| Error::Api { act, source })
 }
 
-/// Has the VM go on from a template, with what of it is the pod's.
+/// Restores the VM from a template, with the pod's own share and sockets.
 fn restore(
     client: &mut Client,
     template: &Template,

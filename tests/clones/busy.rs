@@ -1,5 +1,5 @@
-//! A snapshot in the midst of work: files are written, frames and vsock packets are under way. What
-//! goes on from it does so where it was, and nobody waits for what does not come.
+//! A snapshot taken during work: files are being written, frames and vsock packets are under way. Guests
+//! restored from it continue that work, and none of their programs waits for an answer that does not come.
 
 use std::fs::{self, File};
 use std::io::{self, Read, Write};

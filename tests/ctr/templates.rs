@@ -1,4 +1,4 @@
-//! Pods that go on from a template, and those that take a VM that waits.
+//! Pods restored from a template, and pods that claim an idle pooled VM.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -13,7 +13,7 @@ use tests::node::{Node, eventually, processes_with, step};
 
 use super::{on_a_node, phase};
 
-/// The first pod makes a template, the next goes on from it as a guest of its own, with the pod's
+/// The first pod makes a template, the next is restored from it as a guest of its own, with the pod's
 /// networks, and one whose template is broken boots. One failure changes nothing for the pods after
 /// it; after three in a row a pod boots and makes the template anew.
 #[test]
@@ -72,7 +72,7 @@ fn memory_of(snapshot: &Path) -> PathBuf {
     files.find(is_memory).unwrap()
 }
 
-/// VMs that went on from a template wait for pods, and are each a pod's of its own then.
+/// VMs restored from a template wait for pods, and each is then one pod's alone.
 #[test]
 fn pods_take_vms_that_wait() {
     on_a_node(|node| {
@@ -95,7 +95,7 @@ fn pods_take_vms_that_wait() {
         pool(1);
         let network = PodNetwork::new(1);
         let first = run(node, "first", &config, &network);
-        // Nobody waited for its guest, which is another than all that went on from the template.
+        // Nobody waited for its guest, which differs from all others restored from the template.
         assert_eq!((log(&phase("guest")), log(&phase("renewal"))), (0, 1));
         // By now another waits.
         pool(1);

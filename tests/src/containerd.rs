@@ -254,7 +254,7 @@ pub fn templates() -> PathBuf {
     }
 }
 
-/// Whether pods go on from templates at all.
+/// Whether pods are restored from templates at all.
 pub fn has_templates() -> bool {
     !templates().as_os_str().is_empty()
 }

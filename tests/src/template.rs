@@ -1,4 +1,4 @@
-//! A pod's guest that tests go on from instead of booting: its agent has answered, and nothing of a
+//! A pod's guest that tests restore instead of booting: its agent has answered, and nothing of a
 //! pod is in it.
 //!
 //! It is made by the first test that wants it and kept, beside the shims' own templates, for as long
@@ -92,7 +92,7 @@ impl Template {
         }
     }
 
-    /// A VM that goes on from it.
+    /// A VM restored from it.
     pub fn restore(&self, share: &Path, net: &Value) -> Vm {
         self.restore_with(share, net, &[])
     }
@@ -202,7 +202,7 @@ impl Vm {
         }
     }
 
-    /// Goes on from a snapshot.
+    /// Restores a snapshot.
     pub fn restore_with(
         snapshot: &Path,
         share: &Path,

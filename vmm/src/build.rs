@@ -41,12 +41,7 @@ pub(crate) enum BuildError {
     Kvm(String, #[source] kvm_ioctls::Error),
     /// More vCPUs than KVM allows.
     #[error("{wanted} vCPUs: this host's KVM allows at most {max}")]
-    TooManyCpus {
-        /// Asked for.
-        wanted: u8,
-        /// Possible.
-        max: usize,
-    },
+    TooManyCpus { wanted: u8, max: usize },
     /// RAM.
     #[error(transparent)]
     Ram(#[from] RamError),
@@ -68,19 +63,12 @@ pub(crate) enum BuildError {
     /// A device's host side.
     #[error("{device}")]
     Device {
-        /// Which one.
         device: String,
-        /// Why.
         source: Box<dyn std::error::Error + Send + Sync>,
     },
     /// A device's guest side.
     #[error("attach {device}")]
-    Attach {
-        /// Which one.
-        device: String,
-        /// Why.
-        source: AttachError,
-    },
+    Attach { device: String, source: AttachError },
     /// A console or stream.
     #[error(transparent)]
     Stream(#[from] StreamError),
@@ -105,9 +93,7 @@ pub(crate) enum BuildError {
     /// A device's state in the snapshot.
     #[error("the state of {device} in the snapshot")]
     DeviceState {
-        /// Which one.
         device: String,
-        /// Why.
         source: devices::virtio::StateError,
     },
     /// The interrupt controllers', timer's or clock's.

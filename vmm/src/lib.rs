@@ -14,7 +14,7 @@
 //! | `programs` | what `podvmm` does by its first words, and the command line |
 //! | `vm` | a VM's life, the one thread that decides over it, and its API |
 //! | `build` | from a configuration to a machine, booted or restored |
-//! | `snapshot` | a machine written down, and read again |
+//! | `snapshot` | a machine's state in files, saved and loaded |
 //! | `machine` | what exists while a guest lives: vCPUs, devices on their loops |
 //! | `console` | what goes between the guest's consoles and the host |
 //! | `memory` | the guest's RAM, also as files, and from other processes |

@@ -53,7 +53,6 @@ pub(crate) enum RamError {
     Map {
         /// How much.
         size: ByteSize,
-        /// Why.
         source: vm_memory::mmap::MmapRegionError,
     },
     /// The pool of huge pages is too small.
@@ -66,7 +65,6 @@ pub(crate) enum RamError {
         size: ByteSize,
         /// How many pages that is.
         pages: u64,
-        /// Why.
         source: vm_memory::mmap::MmapRegionError,
     },
     /// memfd_create or ftruncate failed.
@@ -74,7 +72,6 @@ pub(crate) enum RamError {
     Memfd {
         /// How much.
         size: ByteSize,
-        /// Why.
         source: io::Error,
     },
     /// KVM_SET_USER_MEMORY_REGION failed.
@@ -82,7 +79,6 @@ pub(crate) enum RamError {
     Slot {
         /// Guest physical address of the range.
         start: u64,
-        /// Why.
         source: kvm_ioctls::Error,
     },
     /// There is no RAM where something should go.
@@ -98,7 +94,6 @@ pub(crate) enum RamError {
     MapFile {
         /// Guest physical address.
         start: u64,
-        /// Why.
         source: io::Error,
     },
     /// Reading the file into RAM failed.
@@ -106,7 +101,6 @@ pub(crate) enum RamError {
     Copy {
         /// Guest physical address.
         start: u64,
-        /// Why.
         source: GuestMemoryError,
     },
 }

@@ -1,4 +1,4 @@
-//! KVM's structures as they are written down: their bytes, in hexadecimal.
+//! KVM's structures as a saved state has them: their bytes, in hexadecimal.
 
 use std::borrow::Cow;
 

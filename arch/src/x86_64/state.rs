@@ -69,7 +69,7 @@ impl BoardState {
     /// After the vCPUs' own state.
     pub fn restore(&self, vm: &VmFd) -> Result<(), StateError> {
         vm.set_pit2(&self.pit.0).map_err(failed("set the timer"))?;
-        // Without a flag the clock goes on from here: for the guest no time has passed.
+        // Without a flag the clock continues from this value: for the guest no time has passed.
         let clock = kvm_clock_data {
             clock: self.clock_ns,
             ..Default::default()

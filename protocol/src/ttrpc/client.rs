@@ -22,7 +22,6 @@ pub enum CallError {
     /// It did not answer in time; it may have done what was asked.
     #[error("no answer to {method} within {timeout:?}")]
     Late {
-        /// What was called.
         method: String,
         /// How long it was waited for.
         timeout: Duration,
@@ -32,18 +31,11 @@ pub enum CallError {
     Gone(String),
     /// The request could not be sent.
     #[error("send {method}")]
-    Send {
-        /// What was called.
-        method: String,
-        /// Why.
-        source: io::Error,
-    },
+    Send { method: String, source: io::Error },
     /// The answer is no message of the protocol.
     #[error("read the answer to {method}")]
     Answer {
-        /// What was called.
         method: String,
-        /// Why.
         source: prost::DecodeError,
     },
 }

@@ -1,4 +1,4 @@
-//! What would outlive the shim, written down for whoever cleans up after it.
+//! What would outlive the shim, kept in a file for the process that cleans up after it.
 
 use std::fs;
 use std::io;

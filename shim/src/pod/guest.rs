@@ -305,7 +305,7 @@ impl Guest {
     }
 }
 
-/// Has a VM whose agent answers: one that waited, or else one that goes on from a template, or else
+/// Has a VM whose agent answers: one from the pool, or else one restored from a template, or else
 /// one that boots.
 fn reach(
     birth: &Birth<'_>,
@@ -464,7 +464,7 @@ fn start(
     }
 }
 
-/// Makes the guest, which went on from a template, another than all that did.
+/// Gives a guest restored from a template random numbers of its own, and the time of day.
 fn renew(birth: &Birth<'_>, agent: &Agent) -> Result<(), Error> {
     waiting::renew(agent)?;
     birth.note("renewal");
@@ -509,7 +509,7 @@ impl From<Error> for Failure {
     }
 }
 
-/// What the VM of the pod that `spec` describes can go on from, or become. None if there is not to be
+/// The template that the VM of the pod in `spec` can be restored from, or become. None if there is not to be
 /// any such thing.
 pub(crate) fn template_of(config: &Config, spec: &Spec) -> Result<Option<Template>, Error> {
     if config.templates.is_none() {

@@ -1,4 +1,4 @@
-//! A VM without a pod: it went on from a template, or is to become one. With an agent that has
+//! A VM without a pod: it was restored from a template, or is to become one. With an agent that has
 //! answered it stands still, until a pod takes it.
 
 use std::path::PathBuf;
@@ -16,10 +16,10 @@ use crate::pod::teardown;
 use crate::vm::template::Template;
 use crate::vm::{self, Plan, Start, Vm};
 
-/// How long a guest that goes on from a template may take to answer.
+/// How long a guest restored from a template may take to answer.
 pub(crate) const CLONE_PATIENCE: Duration = Duration::from_secs(20);
 
-/// How long a guest that no pod waits for is left to itself before it is written down.
+/// How long a guest that no pod waits for is left idle before its snapshot.
 const SETTLING: Duration = Duration::from_secs(5);
 
 /// A VM that waits for its pod. Dropping it does not end it.
@@ -125,7 +125,7 @@ pub(crate) fn meet(vm: &Vm, place: &Place, config: &Config) -> Result<Agent, Rea
     Agent::reach(&place.vsock(), patience, &|| !vm.life.has_ended())
 }
 
-/// Makes the guest of a VM that went on from a template, or was written down to be one, another than all others.
+/// Gives a guest that shares its snapshot with others random numbers of its own, and the time of day.
 pub(crate) fn renew(agent: &Agent) -> Result<(), Error> {
     let seed = agent::seed().map_err(Error::Random)?;
     agent.renew(seed).map_err(asked("become another guest"))

@@ -1,9 +1,9 @@
-//! Templates: VMs written down as soon as their agents answered, from which later pods go on instead
+//! Templates: snapshots of VMs taken as soon as their agents answered, from which later pods are restored instead
 //! of booting.
 //!
 //! A template is a snapshot in a folder of its own, named after what it was made of: the guest's
 //! files, podvmm, the configuration, and the host since it was booted. A pod's VM that has to boot
-//! anyway is written down on the way, before anything of the pod is in it. Whatever is wrong with a
+//! anyway is snapshotted on the way, before anything of the pod is in it. Whatever is wrong with a
 //! template, the pod boots. What its failure means for later pods is decided in [`failures`].
 //!
 //! There is one for each size that is a power of two of memory, besides what the guest itself needs;
@@ -49,7 +49,7 @@ pub(crate) enum Way {
     Boot,
 }
 
-/// A VM to go on from, whether it is there already or not.
+/// A snapshot to restore pods from, whether it is there already or not.
 #[derive(Debug)]
 pub(crate) struct Template {
     folder: PathBuf,
@@ -171,7 +171,7 @@ impl Template {
         (!is_aside).then_some(snapshot)
     }
 
-    /// Whether pods can go on from it.
+    /// Whether pods can be restored from it.
     pub(crate) fn is_ready(&self) -> bool {
         self.snapshot().is_some()
     }

@@ -23,7 +23,6 @@ pub(crate) enum LoadError {
     Open {
         /// The file.
         path: PathBuf,
-        /// Why.
         source: io::Error,
     },
     /// It is no kernel we can start.
@@ -31,7 +30,6 @@ pub(crate) enum LoadError {
     Image {
         /// The file.
         path: PathBuf,
-        /// Why.
         source: ImageError,
     },
     /// It could not be mapped or copied.
@@ -39,7 +37,6 @@ pub(crate) enum LoadError {
     Place {
         /// The file.
         path: PathBuf,
-        /// Why.
         source: RamError,
     },
     /// RAM above the kernel is too small for it.

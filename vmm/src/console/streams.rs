@@ -26,7 +26,6 @@ pub(crate) enum StreamError {
     Open {
         /// The file.
         path: PathBuf,
-        /// Why.
         source: io::Error,
     },
     /// A console's socket.

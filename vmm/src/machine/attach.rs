@@ -31,7 +31,6 @@ pub(crate) enum AttachError {
     Irqfd {
         /// IOAPIC pin.
         gsi: u32,
-        /// Why.
         source: kvm_ioctls::Error,
     },
     /// KVM_IOEVENTFD failed.
@@ -39,7 +38,6 @@ pub(crate) enum AttachError {
     Ioeventfd {
         /// Queue index.
         queue: u32,
-        /// Why.
         source: kvm_ioctls::Error,
     },
     /// Two devices at one address.

@@ -50,7 +50,6 @@ pub(crate) enum RemoteRamError {
     Connect {
         /// The socket.
         path: PathBuf,
-        /// Why.
         source: io::Error,
     },
     /// No userfaultfd.
@@ -64,7 +63,6 @@ pub(crate) enum RemoteRamError {
     HandOver {
         /// The socket.
         path: PathBuf,
-        /// Why.
         source: io::Error,
     },
     /// Nobody to watch it.
@@ -72,7 +70,6 @@ pub(crate) enum RemoteRamError {
     Watch {
         /// The socket.
         path: PathBuf,
-        /// Why.
         source: io::Error,
     },
 }

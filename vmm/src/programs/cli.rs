@@ -168,7 +168,6 @@ pub enum CliError {
     Value {
         /// The option.
         option: &'static str,
-        /// Why.
         source: ConfigError,
     },
     /// Two things that cannot both be.

@@ -89,7 +89,6 @@ pub enum CallError {
     Read {
         /// Which file.
         path: PathBuf,
-        /// Why.
         source: io::Error,
     },
     /// podvmm did not answer, or refused.

@@ -65,7 +65,6 @@ pub enum PagesError {
     Snapshot {
         /// Where.
         folder: PathBuf,
-        /// Why.
         source: RestoreError,
     },
     /// Somebody else is at work there.
@@ -76,7 +75,6 @@ pub enum PagesError {
     Compress {
         /// Where.
         path: PathBuf,
-        /// Why.
         source: io::Error,
     },
     /// The socket.

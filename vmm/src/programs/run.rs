@@ -41,7 +41,6 @@ pub enum RunError {
     Rootfs {
         /// Folder or image.
         path: PathBuf,
-        /// Why.
         source: io::Error,
     },
     /// It could not be built.
@@ -52,7 +51,6 @@ pub enum RunError {
     Restore {
         /// Where.
         folder: PathBuf,
-        /// Why.
         source: RestoreError,
     },
     /// A descriptor that should be a tap.
@@ -60,7 +58,6 @@ pub enum RunError {
     Tap {
         /// Its number.
         fd: i32,
-        /// Why.
         source: io::Error,
     },
     /// There is no API.
@@ -71,7 +68,6 @@ pub enum RunError {
     EventMonitor {
         /// Where.
         monitor: String,
-        /// Why.
         source: io::Error,
     },
     /// Signals could not be watched.

@@ -1,4 +1,4 @@
-//! What is written down: one JSON object, whose header says whether the rest can be understood and is
+//! The form of a saved state: one JSON object, whose header says whether the rest can be understood and is
 //! whole.
 
 use serde::de::DeserializeOwned;

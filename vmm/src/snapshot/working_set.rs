@@ -1,4 +1,4 @@
-//! `working-set-ID`: which pages of RAM a VM has touched since it went on from the snapshot of that
+//! `working-set-ID`: which pages of RAM a VM has touched since it was restored from the snapshot of that
 //! id, so that the next one has them before it runs.
 //!
 //! Only a hint: a VM restored without it, or with another one, is the same. The file says of itself

@@ -274,7 +274,7 @@ impl Vm {
         }
     }
 
-    /// Has the VM written down, and whoever asked for it answered then.
+    /// Has a thread take the snapshot, and the client answered when it is done.
     pub(crate) fn snapshot(&mut self, snapshot: Snapshot, reply: Reply) {
         let (metrics, info, counters) = (self.metrics(), self.info(), self.counters());
         let (definition, machine) = match std::mem::replace(&mut self.phase, Phase::None) {

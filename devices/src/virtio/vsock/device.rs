@@ -40,7 +40,7 @@ pub struct VsockState {
 pub struct Vsock {
     cid: u64,
     host: Lender<Listener>,
-    /// What the next activation goes on from.
+    /// The state that the next activation continues with.
     restored: Option<VsockState>,
     counters: Arc<Counters>,
 }

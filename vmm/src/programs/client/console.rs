@@ -25,7 +25,6 @@ pub enum ConsoleError {
     Connect {
         /// The console's socket.
         path: PathBuf,
-        /// Why.
         source: io::Error,
     },
     /// The terminal, or the socket.
