@@ -227,6 +227,11 @@ pub(crate) fn for_guest(spec: &mut Spec, id: &str, seccomp: bool, unified: bool)
     if let Some(process) = &mut spec.process {
         process_for_guest(process);
     }
+    let sees_all = unified
+        && spec.mounts.iter().any(|mount| {
+            let is_readonly = mount.options.iter().any(|option| option == "ro");
+            matches!(mount.r#type.as_str(), "cgroup" | "cgroup2") && !is_readonly
+        });
     let Some(linux) = &mut spec.linux else { return };
     linux.mount_label.clear();
     linux.intel_rdt = None;
@@ -239,12 +244,13 @@ pub(crate) fn for_guest(spec: &mut Spec, id: &str, seccomp: bool, unified: bool)
     namespaces
         .iter_mut()
         .for_each(|namespace| namespace.path.clear());
-    // A privileged container has none, and sees the guest's cgroups, as by runc the host's. Hosts with
-    // cgroups of version 1 say nothing of them; the guest has version 2, where each container sees its own.
+    // By runc, a container without a cgroup namespace sees the host's cgroups. A privileged one, which may
+    // write to them, sees the guest's in the same way. Others see their own, which is where they look for
+    // their limits. Hosts with cgroups of version 1 say nothing of the namespace; the guest has version 2.
     let is_named = namespaces
         .iter()
         .any(|namespace| namespace.r#type == "cgroup");
-    if !is_named && !unified {
+    if !is_named && !sees_all {
         namespaces.push(LinuxNamespace {
             r#type: "cgroup".into(),
             path: String::new(),
@@ -291,6 +297,7 @@ pub(crate) fn resources_for_guest(resources: &mut LinuxResources) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use protocol::agent::oci::Mount;
 
     fn spec(more: &str) -> Spec {
         let json = format!(
@@ -412,25 +419,6 @@ mod tests {
             .map(|namespace| &*namespace.r#type)
             .collect();
         assert_eq!(kinds, ["ipc", "mount", "cgroup"]);
-        for (type_of, kinds) in [("uts", vec!["uts"]), ("cgroup", vec!["cgroup"])] {
-            let mut spec = Spec::default();
-            let namespace = LinuxNamespace {
-                r#type: type_of.into(),
-                path: String::new(),
-            };
-            spec.linux
-                .get_or_insert_default()
-                .namespaces
-                .push(namespace);
-            for_guest(&mut spec, "c", true, true);
-            let found = spec
-                .linux
-                .unwrap()
-                .namespaces
-                .into_iter()
-                .map(|it| it.r#type);
-            assert_eq!(found.collect::<Vec<_>>(), kinds, "on a host of version 2");
-        }
         let resources = linux.resources.unwrap();
         let rules = resources
             .devices
@@ -444,5 +432,33 @@ mod tests {
         assert_eq!((cpu.cpus.as_str(), cpu.shares), ("", 5));
         let unified: Vec<_> = resources.unified.keys().collect();
         assert_eq!(unified, ["memory.oom.group"]);
+    }
+
+    #[test]
+    fn a_privileged_container_sees_all_cgroups_of_the_guest() {
+        let sees_all = |options: &[&str], named: bool, unified: bool| {
+            let mut spec = Spec::default();
+            spec.mounts.push(Mount {
+                r#type: "cgroup".into(),
+                options: options.iter().map(|option| (*option).into()).collect(),
+                ..Mount::default()
+            });
+            let linux = spec.linux.get_or_insert_default();
+            if named {
+                linux.namespaces.push(LinuxNamespace {
+                    r#type: "cgroup".into(),
+                    path: String::new(),
+                });
+            }
+            for_guest(&mut spec, "c", true, unified);
+            spec.linux.unwrap().namespaces.is_empty()
+        };
+        assert!(sees_all(&["nosuid", "rw"], false, true));
+        assert!(!sees_all(&["nosuid", "ro"], false, true), "it has its own");
+        assert!(!sees_all(&["rw"], true, true), "it asks for its own");
+        assert!(
+            !sees_all(&["rw"], false, false),
+            "version 1 has none to ask for"
+        );
     }
 }
