@@ -22,6 +22,9 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, mpsc};
 use std::thread;
 
 use protocol::agent::oci::{Process as OciProcess, Spec};
+use protocol::containerd::events::{Event, TaskExecStarted, TaskExit, TaskOnly, TaskStart};
+use protocol::containerd::task::Mount;
+use protocol::containerd::timestamp;
 
 use crate::agent::Target;
 use crate::agent::stdio::{Paths, Stdio};
@@ -35,9 +38,6 @@ use crate::pod::size::Limits;
 use crate::pod::spec::hooks::Hooks;
 use crate::pod::task::{Container, Exit, NOT_STARTED, Process, State};
 use crate::pod::waiting::Waiting;
-use protocol::containerd::events::{Event, TaskExecStarted, TaskExit, TaskOnly, TaskStart};
-use protocol::containerd::task::Mount;
-use protocol::containerd::timestamp;
 
 const SIGKILL: u32 = libc::SIGKILL.unsigned_abs();
 

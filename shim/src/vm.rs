@@ -20,8 +20,7 @@ use rustix::process::{Signal, set_parent_process_death_signal};
 use serde_json::{Value, json};
 
 use self::output::log_lines;
-use crate::config::Config;
-use crate::config::Size;
+use crate::config::{Config, Size};
 use crate::host::network::{self, Link, Settings};
 use crate::host::place::Place;
 use crate::host::process::{Process, cpu_usec};

@@ -17,8 +17,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{FlockOperation, flock};
 use rustix::io::retry_on_intr;
 
-use crate::config::Config;
-use crate::config::Size;
+use crate::config::{Config, Size};
 use crate::containerd::orders::Orders;
 use crate::host::place::{self, Place, fnv1a, make_private};
 use crate::pod::error::Error;

@@ -7,14 +7,6 @@ use std::time::Duration;
 
 use prost::Message;
 use protocol::agent::oci::{LinuxResources, Process};
-use protocol::ttrpc::{Call, Code, Service, Status};
-
-use crate::agent::stdio::Paths;
-use crate::config::DEFAULT_PATH;
-use crate::host::turn::Turn;
-use crate::pod::spec;
-use crate::pod::task::State;
-use crate::pod::{Creation, Pod};
 use protocol::containerd::events::{Event, TaskCreate, TaskDelete, TaskExecAdded, TaskIo};
 use protocol::containerd::figures;
 use protocol::containerd::task::{
@@ -23,6 +15,14 @@ use protocol::containerd::task::{
     SERVICES, ShutdownRequest, StateResponse, StatsResponse, UpdateTaskRequest, WaitResponse,
 };
 use protocol::containerd::{any, timestamp};
+use protocol::ttrpc::{Call, Code, Service, Status};
+
+use crate::agent::stdio::Paths;
+use crate::config::DEFAULT_PATH;
+use crate::host::turn::Turn;
+use crate::pod::spec;
+use crate::pod::task::State;
+use crate::pod::{Creation, Pod};
 
 /// Between looks at whether a caller that waits for a process is still there.
 const ORPHAN_PERIOD: Duration = Duration::from_secs(20);

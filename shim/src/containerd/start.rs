@@ -15,6 +15,7 @@ use std::time::SystemTime;
 use prost::Message;
 use prost_types::Any;
 use protocol::agent::oci::Spec;
+use protocol::containerd::bootstrap::{BootstrapParams, BootstrapResult, LOG_LEVEL_DEBUG};
 
 use crate::config::Config;
 use crate::containerd::arguments::Arguments;
@@ -23,10 +24,7 @@ use crate::containerd::pool::{self, Pool};
 use crate::containerd::service::{config_path, is_options};
 use crate::host::phases;
 use crate::host::place::{Place, make_private};
-use crate::pod::guest;
-use crate::pod::spec;
-use crate::pod::teardown;
-use protocol::containerd::bootstrap::{BootstrapParams, BootstrapResult, LOG_LEVEL_DEBUG};
+use crate::pod::{guest, spec, teardown};
 
 /// Tells the shim that is to serve which descriptor it listens on.
 pub(crate) const LISTENER: &str = "PODVMM_SHIM_LISTENER";

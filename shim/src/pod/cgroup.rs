@@ -13,8 +13,9 @@ use std::os::unix::fs::FileTypeExt;
 use std::path::{Component, Path, PathBuf};
 use std::sync::Mutex;
 
-use crate::host::systemd::{self, Property, Value};
 use protocol::containerd::figures::Metrics;
+
+use crate::host::systemd::{self, Property, Value};
 
 pub(crate) use limits::Limits;
 

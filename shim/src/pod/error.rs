@@ -4,16 +4,13 @@ use std::path::PathBuf;
 
 use protocol::ttrpc::{CallError, Code, Status};
 
-use crate::agent::ReachError;
-use crate::agent::stdio;
+use crate::agent::{ReachError, stdio};
 use crate::config;
 use crate::host::logging::LONGEST;
 use crate::host::network;
-use crate::pod::cgroup;
-use crate::pod::mounts;
-use crate::pod::spec;
 use crate::pod::spec::hooks;
 use crate::pod::task::{Process, State};
+use crate::pod::{cgroup, mounts, spec};
 use crate::vm;
 
 /// Why something cannot be done.

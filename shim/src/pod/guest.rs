@@ -7,11 +7,12 @@ use std::time::{Duration, Instant};
 
 use protocol::agent::messages::{CreateContainerRequest, CreateSandboxRequest, Storage};
 use protocol::agent::oci::Spec;
+use protocol::containerd::task;
+use protocol::contract::{SANDBOX, SHARE_TAG, SHARED};
 use protocol::ttrpc::{CallError, Code};
 
 use crate::agent::{Abilities, Agent};
-use crate::config::Config;
-use crate::config::Size;
+use crate::config::{Config, Size};
 use crate::host::cpus;
 use crate::host::network::{self, Settings};
 use crate::host::phases::Phases;
@@ -22,13 +23,10 @@ use crate::pod::error::{Error, asked};
 use crate::pod::figures::Bounds;
 use crate::pod::mounts::Shared;
 use crate::pod::size::{self, Limits};
-use crate::pod::spec;
-use crate::pod::teardown;
 use crate::pod::waiting::{self, CLONE_PATIENCE, Waiting, meet};
+use crate::pod::{spec, teardown};
 use crate::vm::template::{Stamp, Template};
 use crate::vm::{self, Plan, Start, Vm};
-use protocol::containerd::task;
-use protocol::contract::{SANDBOX, SHARE_TAG, SHARED};
 
 /// How long the news of a VM's end may take behind that of its connections'.
 const LAST_NEWS: Duration = Duration::from_secs(1);

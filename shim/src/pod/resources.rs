@@ -4,13 +4,12 @@ use std::fs;
 use std::sync::Arc;
 
 use protocol::agent::oci::LinuxResources;
+use protocol::containerd::figures;
 
 use super::Pod;
 use crate::pod::error::{Error, asked};
-use crate::pod::size;
-use crate::pod::spec;
 use crate::pod::task::Container;
-use protocol::containerd::figures;
+use crate::pod::{size, spec};
 
 impl Pod {
     /// What a container has used, in the guest; of the pod's sandbox, what all of it has, on the

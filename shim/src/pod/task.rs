@@ -7,12 +7,12 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock};
 use std::time::{Duration, SystemTime};
 
 use protocol::agent::oci;
+use protocol::containerd::task::status;
 
 use crate::agent::Target;
 use crate::agent::stdio::{Close, Logger, Owner, Paths};
 use crate::pod::size::Limits;
 use crate::pod::spec::hooks::Hooks;
-use protocol::containerd::task::status;
 
 /// What a process that ended with its VM is said to have ended by: SIGKILL.
 pub(crate) const KILLED: u32 = 128 + 9;

@@ -9,8 +9,7 @@ use crate::host::network;
 use crate::host::place::{self, Place};
 use crate::host::process::Process;
 use crate::host::record::Record;
-use crate::pod::cgroup;
-use crate::pod::mounts;
+use crate::pod::{cgroup, mounts};
 
 /// How long a VMM that was killed may take to be gone.
 const PATIENCE: Duration = Duration::from_secs(2);

@@ -11,8 +11,7 @@ use crate::host::record::Record;
 use crate::host::turn::Turn;
 use crate::pod::error::{Error, asked};
 use crate::pod::mounts::Shared;
-use crate::pod::size;
-use crate::pod::teardown;
+use crate::pod::{size, teardown};
 use crate::vm::template::Template;
 use crate::vm::{self, Plan, Start, Vm};
 

@@ -4,13 +4,13 @@ use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
+use protocol::containerd::events::{Event, TaskOnly};
 use protocol::ttrpc::CallError;
 
 use super::Pod;
 use crate::pod::error::Error;
 use crate::pod::guest::Guest;
 use crate::pod::task::{Exit, KILLED};
-use protocol::containerd::events::{Event, TaskOnly};
 
 /// Between looks at whether the guest's agent answers, by which its clock follows the host's.
 const HEARTBEAT: Duration = Duration::from_secs(10);

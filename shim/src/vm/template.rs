@@ -22,8 +22,7 @@ use rustix::fs::{FlockOperation, flock};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::config::Config;
-use crate::config::Size;
+use crate::config::{Config, Size};
 use crate::host::place::{fnv1a, make_private};
 use crate::vm::{self, Vm};
 use failures::{Failures, MAX_FAILURES};

@@ -15,13 +15,12 @@ use super::parts::{Ports, attach_devices, attach_memory, port_devices};
 use super::{BuildError, Surroundings};
 use crate::console::socket::SocketConsole;
 use crate::console::streams::PowerButton;
-use crate::machine::Machine;
-use crate::machine::Timeline;
 use crate::machine::attach::Attacher;
 use crate::machine::io_threads::IoThreads;
 use crate::machine::resize::MemoryHandles;
 use crate::machine::vcpu::Buses;
 use crate::machine::vcpus::{Common, Vcpus};
+use crate::machine::{Machine, Timeline};
 use crate::memory::Ram;
 use crate::snapshot::Loaded;
 

@@ -21,13 +21,11 @@ use devices::virtio::{Limits, Rate, VirtioDevice};
 use kvm_ioctls::VmFd;
 
 use super::{BuildError, Surroundings};
-use crate::build::share;
-use crate::build::tap;
+use crate::build::{share, tap};
 use crate::console::keyboard;
 use crate::console::socket::SocketConsole;
 use crate::console::streams::{self, HostEnd, PowerButton};
-use crate::inbox::Ending;
-use crate::inbox::Event;
+use crate::inbox::{Ending, Event};
 use crate::machine::attach::{Attacher, irqfd};
 use crate::machine::resize::MemoryHandles;
 use crate::snapshot::Loaded;

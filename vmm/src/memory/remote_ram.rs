@@ -27,8 +27,7 @@ use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use thiserror::Error;
 
-use crate::inbox::Ending;
-use crate::inbox::{Event, Inbox};
+use crate::inbox::{Ending, Event, Inbox};
 use crate::memory::handover::{self, Mapping};
 use crate::memory::userfault::Userfault;
 
