@@ -195,7 +195,7 @@ fn has_v6() -> bool {
 }
 
 /// Adds routes, and then rules. Gateways are reached by routes without one, so those come first. Routes to
-/// other destinations stay. Returns how many of `exact` were set.
+/// other destinations stay. Returns how many of `exact` were understood.
 pub(crate) fn update_routes(wanted: &[Route], exact: &ExactRoutes) -> Result<u32> {
     let v6 = has_v6();
     let netlink = &mut open()?;
@@ -215,7 +215,9 @@ pub(crate) fn update_routes(wanted: &[Route], exact: &ExactRoutes) -> Result<u32
     for interface in &exact.interfaces {
         indices.insert(interface.index, by_name(&links, &interface.name)?.index);
     }
-    for payload in &exact.routes {
+    // Of a family that the guest has not, none is set, here as above.
+    let is_set = |payload: &&Vec<u8>| v6 || payload.first() != Some(&address::V6);
+    for payload in exact.routes.iter().filter(is_set) {
         let route = exact::route(payload, &indices).ok_or(Error::Malformed("route"))?;
         requests.push((route.0, "add a route of the host's".into(), route.1));
     }
@@ -225,7 +227,7 @@ pub(crate) fn update_routes(wanted: &[Route], exact: &ExactRoutes) -> Result<u32
             .change(message, CREATE | REPLACE)
             .map_err(Error::kernel(what))?;
     }
-    for payload in &exact.rules {
+    for payload in exact.rules.iter().filter(is_set) {
         let message = exact::rule(payload).ok_or(Error::Malformed("rule"))?;
         match netlink.change(message, CREATE | EXCLUSIVE) {
             Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {

@@ -104,7 +104,7 @@ fn health(call: &Call<'_>) -> Result<Vec<u8>, Status> {
     }
 }
 
-/// Of the network.
+/// Answers calls about the network.
 fn of_network(call: &Call<'_>) -> Result<Vec<u8>, Status> {
     match call.method {
         "UpdateInterface" => call.answer(|request: UpdateInterfaceRequest| {
@@ -133,7 +133,7 @@ fn of_network(call: &Call<'_>) -> Result<Vec<u8>, Status> {
 }
 
 impl Sandbox {
-    /// Of the sandbox and its containers, and of what others tell of.
+    /// Answers calls about the sandbox and its containers, and hands on all others.
     fn agent(&self, call: &Call<'_>) -> Result<Vec<u8>, Status> {
         match call.method {
             "CreateSandbox" => call.answer(|request| done(self.prepare(&request))),
@@ -176,7 +176,7 @@ impl Sandbox {
         }
     }
 
-    /// Of processes in containers.
+    /// Answers calls about processes in containers, and hands on all others.
     fn of_processes(&self, call: &Call<'_>) -> Result<Vec<u8>, Status> {
         match call.method {
             "ExecProcess" => call.answer(|request: ExecProcessRequest| {
@@ -227,7 +227,7 @@ impl Sandbox {
         }
     }
 
-    /// Of the guest as a whole.
+    /// Answers calls about the guest as a whole, and hands on all others.
     fn of_guest(&self, call: &Call<'_>) -> Result<Vec<u8>, Status> {
         match call.method {
             "CopyFile" => call.answer(|request| Ok(copy::copy(&request).map(|()| Empty {})?)),

@@ -333,7 +333,7 @@ pub struct Interfaces {
 pub struct Routes {
     #[prost(message, repeated, tag = "1")]
     pub routes: Vec<types::Route>,
-    /// podvmm's own: how many of the request's [`ExactRoutes`] were set. An agent that does not know
+    /// podvmm's own: how many of the request's [`ExactRoutes`] were understood. An agent that does not know
     /// them says none.
     #[prost(uint32, tag = "1000")]
     pub exact: u32,
