@@ -37,8 +37,8 @@ pub enum Next {
     AnswerAndStop(Response),
 }
 
-/// The way to answer one request, at any time and from any thread. Its client waits for it, so whoever has it
-/// is to use it.
+/// The way to answer one request, at any time and from any thread. The holder has to call [`Self::send`]: until
+/// then the server reads no further request of the client.
 #[derive(Debug)]
 pub struct Reply {
     client: u64,
@@ -89,7 +89,7 @@ pub struct Server {
 struct Client {
     stream: UnixStream,
     connection: Connection,
-    /// Its request has no answer yet, and is followed by others if this says so.
+    /// Set while its request has no answer: whether the connection stays open for others after it.
     waiting: Option<bool>,
     /// Bytes of answers that the client has not taken yet.
     unsent: Vec<u8>,
@@ -274,7 +274,7 @@ impl Server {
         }
     }
 
-    /// Lets go of a client that has left before it was answered: that would be told again and again.
+    /// Drops a client that has closed its connection before it was answered: epoll would report that without end.
     fn leave(&mut self, number: u64) {
         let waits = |client: &Client| client.waiting.is_some();
         if self.clients.get(&number).is_some_and(waits) {

@@ -276,13 +276,13 @@ impl Vm {
 
     /// Has a thread take the snapshot, and the client answered when it is done.
     pub(crate) fn snapshot(&mut self, snapshot: Snapshot, reply: Reply) {
+        if !matches!(self.phase, Phase::Paused(..)) {
+            return reply.send(&Err(self.wrong("vm.snapshot", "Paused")));
+        }
         let (metrics, info, counters) = (self.metrics(), self.info(), self.counters());
-        let (definition, machine) = match std::mem::replace(&mut self.phase, Phase::None) {
-            Phase::Paused(definition, machine) => (definition, machine),
-            other => {
-                self.phase = other;
-                return reply.send(&Err(self.wrong("vm.snapshot", "Paused")));
-            }
+        let Phase::Paused(definition, machine) = std::mem::replace(&mut self.phase, Phase::None)
+        else {
+            unreachable!("it was just seen");
         };
         let folder = json!({ "folder": snapshot.folder });
         let inbox = self.around.inbox.clone();
