@@ -56,8 +56,8 @@ fn arguments_that_make_no_sense_are_named() {
             "--memory: size: 2048G of RAM: 32M to 1024G is possible",
         ),
         (&["--memory", "size=lots"], "'lots' is not a size"),
-        (&["--cpus", "boot=0"], "'0' vCPUs: 1 to 254 is possible"),
-        (&["--cpus", "boot=255"], "'255' vCPUs: 1 to 254 is possible"),
+        (&["--cpus", "boot=0"], "0 vCPUs: 1 to 254 is possible"),
+        (&["--cpus", "boot=255"], "255 vCPUs: 1 to 254 is possible"),
         (&["--cpus", "boot=2,max=1"], "max=1 is less than boot=2"),
         (&["--disk", "readonly=on"], "--disk: 'path' is missing"),
         (

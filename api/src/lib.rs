@@ -16,12 +16,11 @@ pub mod route;
 mod units;
 
 pub use config::{
-    BalloonConfig, ConfigError, CpusConfig, DiskConfig, FolderConfig, FsCache, FsConfig, FsSource,
-    KernelConfig, MacAddr, MemoryConfig, NetConfig, Output, RateLimit, RateLimits, TapSource,
-    VmConfig, VsockConfig,
+    Addition, BalloonConfig, ConfigError, CpusConfig, DiskConfig, FsCache, FsConfig, FsSource,
+    ImageType, MacAddr, MemoryConfig, NetConfig, Others, Output, Part, PayloadConfig, RateLimit,
+    RateLimits, RngConfig, RngSource, TapSource, VmConfig, VsockConfig,
 };
 pub use error::{ApiError, JsonError, State, chain};
-pub use json::{Addition, Definition};
 pub use options::OptionsError;
 pub use request::{Answer, Ping, Request, Resize, Restore, Snapshot, VmInfo};
 pub use units::{ByteSize, CpuCount, RamSize, UnitError};

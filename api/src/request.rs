@@ -6,8 +6,9 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
+use crate::config::{Addition, VmConfig};
 use crate::error::State;
-use crate::json::{Addition, Definition};
+use crate::units::{ByteSize, CpuCount};
 
 /// One request, understood.
 #[derive(Debug)]
@@ -15,9 +16,9 @@ pub enum Request {
     Ping,
     /// Ends podvmm.
     Exit,
-    Create(Box<Definition>),
-    /// A device more, as the client wrote it.
-    Add(Addition, Value),
+    Create(Box<VmConfig>),
+    /// A device more.
+    Add(Addition),
     /// A device less, by its id.
     Remove(String),
     Boot,
@@ -32,7 +33,7 @@ pub enum Request {
     Restore(Box<Restore>),
     /// Asks the guest to end.
     PowerButton,
-    /// Ends the guest and keeps the definition.
+    /// Ends the guest and keeps what it is defined as.
     Shutdown,
     Reboot,
     /// Forgets the VM, and ends it if it runs.
@@ -42,13 +43,15 @@ pub enum Request {
 }
 
 /// Absolute sizes; what is not given stays.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
 pub struct Resize {
-    pub desired_vcpus: Option<u8>,
-    /// All memory of the VM, in bytes.
-    pub desired_ram: Option<u64>,
-    /// What the balloon takes from it, in bytes.
-    pub desired_balloon: Option<u64>,
+    /// vCPUs the guest may use.
+    pub desired_vcpus: Option<CpuCount>,
+    /// All memory of the VM.
+    pub desired_ram: Option<ByteSize>,
+    /// What the balloon takes from it.
+    pub desired_balloon: Option<ByteSize>,
 }
 
 /// Writes a paused VM down.

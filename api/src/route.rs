@@ -6,10 +6,11 @@ use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
+use crate::config::{Addition, DiskConfig, FsConfig, NetConfig, Part, VmConfig, VsockConfig};
 use crate::error::{ApiError, JsonError};
 use crate::http;
 use crate::http::{Method, Response};
-use crate::json::{Addition, Definition};
+
 use crate::request::{Answer, Request, Restore, Snapshot};
 
 /// What all paths begin with, but that of the metrics.
@@ -46,24 +47,26 @@ pub const ROUTES: &[Route] = &[
     get("/api/v1/vmm.ping", |_, _| Ok(Request::Ping)),
     put("/api/v1/vmm.shutdown", |_, _| Ok(Request::Exit)),
     put("/api/v1/vm.create", |_, request| {
-        let definition = Definition::parse(&request.body);
-        let definition = definition.map_err(|source| ApiError::Body {
-            request: "vm.create",
-            source,
-        })?;
-        Ok(Request::Create(Box::new(definition)))
+        let vm = VmConfig::parse(&request.body).map_err(body_of("vm.create"))?;
+        Ok(Request::Create(Box::new(vm)))
     }),
     put("/api/v1/vm.add-disk", |_, request| {
-        add("vm.add-disk", Addition::disk(&request.body))
+        let disk = DiskConfig::from_json(&request.body);
+        add("vm.add-disk", disk.map(Addition::Disk))
     }),
     put("/api/v1/vm.add-fs", |_, request| {
-        add("vm.add-fs", Addition::fs(&request.body))
+        add(
+            "vm.add-fs",
+            FsConfig::from_json(&request.body).map(Addition::Fs),
+        )
     }),
     put("/api/v1/vm.add-net", |_, request| {
-        add("vm.add-net", Addition::net(&request.body, request.fds))
+        let net = NetConfig::passed(&request.body, request.fds);
+        add("vm.add-net", net.map(Addition::Net))
     }),
     put("/api/v1/vm.add-vsock", |_, request| {
-        add("vm.add-vsock", Addition::vsock(&request.body))
+        let vsock = VsockConfig::from_json(&request.body);
+        add("vm.add-vsock", vsock.map(Addition::Vsock))
     }),
     put("/api/v1/vm.remove-device", |_, request| {
         let RemoveDevice { id } = json("vm.remove-device", &request.body)?;
@@ -123,12 +126,12 @@ struct RemoveDevice {
     id: String,
 }
 
-fn add(
-    request: &'static str,
-    addition: Result<(Addition, Value), JsonError>,
-) -> Result<Request, ApiError> {
-    let addition = addition.map_err(|source| ApiError::Body { request, source });
-    addition.map(|(device, json)| Request::Add(device, json))
+fn add(request: &'static str, addition: Result<Addition, JsonError>) -> Result<Request, ApiError> {
+    addition.map(Request::Add).map_err(body_of(request))
+}
+
+fn body_of(request: &'static str) -> impl Fn(JsonError) -> ApiError {
+    move |source| ApiError::Body { request, source }
 }
 
 #[derive(Deserialize)]
@@ -221,12 +224,16 @@ fn body(value: &impl serde::Serialize) -> Response {
 }
 
 fn json<T: DeserializeOwned>(request: &'static str, body: &[u8]) -> Result<T, ApiError> {
-    crate::json::parse(body).map_err(|source| ApiError::Body { request, source })
+    let value = crate::json::value(body);
+    value
+        .and_then(crate::json::from_value)
+        .map_err(body_of(request))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::units::CpuCount;
 
     fn ask(method: &str, path: &str, body: &str) -> Result<Request, ApiError> {
         request(http::Request {
@@ -276,7 +283,8 @@ mod tests {
         let Ok(Request::Resize(resize)) = ask("PUT", "/api/v1/vm.resize", body) else {
             panic!("refused");
         };
-        assert_eq!((resize.desired_vcpus, resize.desired_ram), (Some(2), None));
+        assert_eq!(resize.desired_vcpus.map(CpuCount::get), Some(2));
+        assert_eq!(resize.desired_ram, None);
     }
 
     #[test]

@@ -3,6 +3,7 @@
 use std::fmt;
 use std::str::FromStr;
 
+use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 const KIB: u64 = 1 << 10;
@@ -24,12 +25,13 @@ pub enum UnitError {
     #[error("{0} of RAM is not a multiple of 2M")]
     RamUnaligned(ByteSize),
     /// Outside the range of CPU counts.
-    #[error("'{0}' vCPUs: 1 to {max} is possible", max = CpuCount::MAX)]
-    CpusOutOfRange(String),
+    #[error("{0} vCPUs: 1 to {max} is possible", max = CpuCount::MAX)]
+    CpusOutOfRange(u32),
 }
 
 /// A number of bytes, written plainly or with a binary suffix: `512M`, `4G`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(transparent)]
 pub struct ByteSize(pub u64);
 
 impl FromStr for ByteSize {
@@ -69,7 +71,8 @@ impl fmt::Display for ByteSize {
 }
 
 /// Guest RAM: 32 MiB to 1 TiB in steps of 2 MiB.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "ByteSize", into = "ByteSize")]
 pub struct RamSize(ByteSize);
 
 impl RamSize {
@@ -105,6 +108,12 @@ impl TryFrom<ByteSize> for RamSize {
     }
 }
 
+impl From<RamSize> for ByteSize {
+    fn from(size: RamSize) -> Self {
+        size.0
+    }
+}
+
 impl FromStr for RamSize {
     type Err = UnitError;
 
@@ -120,7 +129,8 @@ impl fmt::Display for RamSize {
 }
 
 /// A number of vCPUs: 1 to 254, as many as an MP table can name.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(try_from = "u32", into = "u32")]
 pub struct CpuCount(u8);
 
 impl CpuCount {
@@ -135,26 +145,20 @@ impl CpuCount {
     }
 }
 
-impl TryFrom<u8> for CpuCount {
+impl TryFrom<u32> for CpuCount {
     type Error = UnitError;
 
-    fn try_from(count: u8) -> Result<Self, UnitError> {
-        if (Self::ONE.0..=Self::MAX.0).contains(&count) {
-            Ok(Self(count))
-        } else {
-            Err(UnitError::CpusOutOfRange(count.to_string()))
+    fn try_from(count: u32) -> Result<Self, UnitError> {
+        match u8::try_from(count) {
+            Ok(few) if (Self::ONE.0..=Self::MAX.0).contains(&few) => Ok(Self(few)),
+            _ => Err(UnitError::CpusOutOfRange(count)),
         }
     }
 }
 
-impl FromStr for CpuCount {
-    type Err = UnitError;
-
-    fn from_str(text: &str) -> Result<Self, UnitError> {
-        match text.parse() {
-            Ok(count) if (Self::ONE.0..=Self::MAX.0).contains(&count) => Ok(Self(count)),
-            _ => Err(UnitError::CpusOutOfRange(text.into())),
-        }
+impl From<CpuCount> for u32 {
+    fn from(count: CpuCount) -> Self {
+        count.0.into()
     }
 }
 
@@ -213,9 +217,13 @@ mod tests {
 
     #[test]
     fn cpu_counts_are_1_to_254() {
-        assert_eq!("254".parse::<CpuCount>().map(CpuCount::get), Ok(254));
-        let refused = ["0", "255", "256", "two", ""];
-        assert!(refused.iter().all(|text| text.parse::<CpuCount>().is_err()));
+        assert_eq!(CpuCount::try_from(254).map(CpuCount::get), Ok(254));
+        let refused = [0, 255, 256, u32::MAX];
+        assert!(
+            refused
+                .iter()
+                .all(|count| CpuCount::try_from(*count).is_err())
+        );
     }
 
     #[test]

@@ -11,9 +11,9 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use env_logger::{Builder, Target, TimestampPrecision};
 use serde_json::json;
 use vmm::EXIT_FAILURE;
-use vmm::programs::cli::{self, Action, HELP, LogFormat, RunOptions};
+use vmm::programs::cli::{self, Action, LogFormat, RunOptions};
 use vmm::programs::pages::{self, Task};
-use vmm::programs::{check, client, run};
+use vmm::programs::{check, client, help, run};
 
 fn main() -> ExitCode {
     let mut arguments = std::env::args_os().skip(1).peekable();
@@ -24,7 +24,7 @@ fn main() -> ExitCode {
         return give_pages(arguments);
     }
     match cli::parse(arguments) {
-        Ok(Action::Help) => print!("{HELP}"),
+        Ok(Action::Help) => print!("{}", help::text()),
         Ok(Action::Version) => println!("podvmm {}", env!("CARGO_PKG_VERSION")),
         Ok(Action::Check) => print!("{}", check::report()),
         Ok(Action::Run(options)) => return run_vm(&options),

@@ -4,5 +4,6 @@ pub mod check;
 pub mod cli;
 pub mod client;
 mod guest;
+pub mod help;
 pub mod pages;
 pub mod run;

@@ -1,13 +1,13 @@
 //! Memory balloon.
 
-use std::str::FromStr;
+use serde::{Deserialize, Serialize};
 
-use super::ConfigError;
-use crate::options::Options;
+use super::{ConfigError, Others, Part};
 use crate::units::ByteSize;
 
-/// A balloon: `[size=S][,deflate_on_oom=on][,free_page_reporting=on]`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// A balloon: takes memory from the guest and gives it to the host.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
 pub struct BalloonConfig {
     /// What it takes from the guest at first.
     pub size: ByteSize,
@@ -15,19 +15,18 @@ pub struct BalloonConfig {
     pub deflate_on_oom: bool,
     /// The guest gives free pages back by itself.
     pub free_page_reporting: bool,
+    /// Fields that podvmm has no use for.
+    #[serde(flatten)]
+    pub others: Others,
 }
 
-impl FromStr for BalloonConfig {
-    type Err = ConfigError;
+impl Part for BalloonConfig {
+    const SECTION: &'static str = "balloon";
+    const USAGE: &'static [&'static str] =
+        &["[size=S][,deflate_on_oom=on][,free_page_reporting=on]"];
 
-    fn from_str(text: &str) -> Result<Self, ConfigError> {
-        let known = &["size", "deflate_on_oom", "free_page_reporting"];
-        let options = Options::parse(text, known)?;
-        Ok(Self {
-            size: options.value("size")?.unwrap_or(ByteSize(0)),
-            deflate_on_oom: options.switch("deflate_on_oom", false)?,
-            free_page_reporting: options.switch("free_page_reporting", false)?,
-        })
+    fn checked(self) -> Result<Self, ConfigError> {
+        Ok(self)
     }
 }
 
@@ -38,13 +37,13 @@ mod tests {
 
     #[test]
     fn a_balloon_has_a_size_and_two_switches() {
-        let balloon: BalloonConfig = "size=64M,free_page_reporting=on".parse().unwrap();
         let expected = BalloonConfig {
             size: ByteSize(64 << 20),
-            deflate_on_oom: false,
             free_page_reporting: true,
+            ..BalloonConfig::default()
         };
-        assert_eq!(balloon, expected);
+        let balloon = BalloonConfig::from_options("size=64M,free_page_reporting=on");
+        assert_eq!(balloon.unwrap(), expected);
         assert_eq!(
             refusal::<BalloonConfig>("size=much"),
             "size: 'much' is not a size: write bytes, or a number with K, M, G or T"

@@ -1,61 +1,95 @@
 //! vCPUs.
 
-use std::str::FromStr;
+use serde::{Deserialize, Serialize};
 
-use super::ConfigError;
-use crate::options::Options;
+use super::{ConfigError, Others, Part};
 use crate::units::CpuCount;
 
-/// vCPUs: `boot=N[,max=M]`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// vCPUs.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
 pub struct CpusConfig {
-    boot: CpuCount,
-    max: CpuCount,
+    boot_vcpus: CpuCount,
+    max_vcpus: Option<CpuCount>,
+    /// Kata reads it back. Guests have as many bits of physical addresses as the host.
+    max_phys_bits: u8,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    topology: Option<Topology>,
+    #[serde(flatten)]
+    others: Others,
+}
+
+/// Guests have one package with one die, and one thread for each core.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+struct Topology {
+    /// All there can be, or 0.
+    cores_per_die: u32,
+    /// What else Cloud Hypervisor has here is 1, or refused
+    /// ([`unsupported`](super::unsupported)).
+    #[serde(flatten)]
+    others: Others,
 }
 
 impl CpusConfig {
     /// `boot` vCPUs that can grow to `max`.
-    pub fn new(boot: u8, max: u8) -> Result<Self, ConfigError> {
-        let boot = CpuCount::try_from(boot).map_err(ConfigError::Unit)?;
-        let max = CpuCount::try_from(max).map_err(ConfigError::Unit)?;
-        Self::ordered(boot, max)
+    pub fn new(boot: CpuCount, max: CpuCount) -> Result<Self, ConfigError> {
+        let cpus = Self {
+            boot_vcpus: boot,
+            max_vcpus: Some(max),
+            ..Self::default()
+        };
+        cpus.checked()
     }
 
-    fn ordered(boot: CpuCount, max: CpuCount) -> Result<Self, ConfigError> {
-        if max < boot {
-            return Err(ConfigError::MaxBelowBoot { boot, max });
-        }
-        Ok(Self { boot, max })
+    /// The same with `boot` vCPUs.
+    pub(crate) fn with_boot(&self, boot: CpuCount) -> Result<Self, ConfigError> {
+        let cpus = Self {
+            boot_vcpus: boot,
+            max_vcpus: Some(self.max()),
+            ..self.clone()
+        };
+        cpus.checked()
     }
 
     /// vCPUs that run from the start.
     pub fn boot(&self) -> CpuCount {
-        self.boot
+        self.boot_vcpus
     }
 
     /// vCPUs the VM can grow to, at least `boot`.
     pub fn max(&self) -> CpuCount {
-        self.max
+        self.max_vcpus.unwrap_or(self.boot_vcpus)
     }
 }
 
 impl Default for CpusConfig {
     fn default() -> Self {
         Self {
-            boot: CpuCount::ONE,
-            max: CpuCount::ONE,
+            boot_vcpus: CpuCount::ONE,
+            max_vcpus: None,
+            max_phys_bits: 46,
+            topology: None,
+            others: Others::new(),
         }
     }
 }
 
-impl FromStr for CpusConfig {
-    type Err = ConfigError;
+impl Part for CpusConfig {
+    const SECTION: &'static str = "cpus";
+    const USAGE: &'static [&'static str] = &["boot=N[,max=M]"];
 
-    fn from_str(text: &str) -> Result<Self, ConfigError> {
-        let options = Options::parse(text, &["boot", "max"])?;
-        let boot = options.required("boot")?;
-        let max = options.value("max")?.unwrap_or(boot);
-        Self::ordered(boot, max)
+    fn checked(mut self) -> Result<Self, ConfigError> {
+        let (boot, max) = (self.boot(), self.max());
+        if max < boot {
+            return Err(ConfigError::MaxBelowBoot { boot, max });
+        }
+        let cores = self.topology.as_ref().map_or(0, |it| it.cores_per_die);
+        if cores != 0 && cores != u32::from(max.get()) {
+            return Err(ConfigError::CoresPerDie);
+        }
+        self.max_vcpus = Some(max);
+        Ok(self)
     }
 }
 
@@ -66,9 +100,13 @@ mod tests {
 
     #[test]
     fn cpus_can_grow_from_boot_to_max() {
-        let cpus: CpusConfig = "boot=2,max=4".parse().unwrap();
-        assert_eq!((cpus.boot().get(), cpus.max().get()), (2, 4));
-        assert_eq!("boot=3".parse::<CpusConfig>().unwrap().max().get(), 3);
+        let counts = |text| {
+            let cpus = CpusConfig::from_options(text).unwrap();
+            (cpus.boot().get(), cpus.max().get())
+        };
+        assert_eq!(counts("boot=2,max=4"), (2, 4));
+        assert_eq!(counts("boot=3"), (3, 3));
+        assert_eq!(counts("max=2"), (1, 2));
     }
 
     #[test]
@@ -77,10 +115,12 @@ mod tests {
             refusal::<CpusConfig>("boot=4,max=2"),
             "max=2 is less than boot=4"
         );
-        assert_eq!(refusal::<CpusConfig>("max=2"), "'boot' is missing");
-        assert_eq!(
-            refusal::<CpusConfig>("boot=0"),
-            "boot: '0' vCPUs: 1 to 254 is possible"
-        );
+        for count in ["0", "255", "65537"] {
+            let refused = refusal::<CpusConfig>(&format!("boot={count}"));
+            assert_eq!(
+                refused,
+                format!("boot: {count} vCPUs: 1 to 254 is possible")
+            );
+        }
     }
 }

@@ -1,51 +1,53 @@
 //! Shared folders.
 
-use std::path::PathBuf;
-use std::str::FromStr;
+use std::path::{Path, PathBuf};
 
-use thiserror::Error;
+use serde::{Deserialize, Serialize};
 
-use super::ConfigError;
-use crate::options::Options;
+use super::{ConfigError, Others, Part, check_queues};
 
-/// A share: `tag=T,shared_dir=D[,readonly=on][,cache=none|auto|always][,writeback=on]`, or
-/// `tag=T,socket=S`, and `[,queues=N][,queue_size=N]`.
-#[derive(Clone, Debug, PartialEq, Eq)]
+/// A share, which podvmm serves from a folder, or another process on a socket.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
 pub struct FsConfig {
     /// What the guest mounts it by: 1 to 36 bytes, none of them NUL.
     pub tag: String,
-    /// Who serves it.
-    pub source: FsSource,
-    /// Request queues, 1 to 16.
-    pub queues: u16,
-    /// Descriptors in each queue, a power of two from 16 to 1024.
-    pub queue_size: u16,
-}
-
-/// Who serves a share.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum FsSource {
-    /// podvmm, from a folder.
-    Folder(FolderConfig),
-    /// Another process, such as virtiofsd, by vhost-user on this socket.
-    Socket(PathBuf),
-}
-
-/// A folder to be shared.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct FolderConfig {
-    /// Where it is.
-    pub path: PathBuf,
+    /// The folder that podvmm serves.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub shared_dir: Option<PathBuf>,
+    /// Where another process, such as virtiofsd, serves by vhost-user.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub socket: Option<PathBuf>,
     /// Refuse writes.
     pub readonly: bool,
     /// What the guest may keep without asking again.
     pub cache: FsCache,
     /// The guest may keep what it writes for a while.
     pub writeback: bool,
+    /// Request queues, 1 to 16.
+    pub num_queues: u16,
+    /// Descriptors in each queue, a power of two from 16 to 1024.
+    pub queue_size: u16,
+    /// What vm.remove-device may call it, besides `fs0`, `fs1`, ...
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub id: Option<String>,
+    /// Fields that podvmm has no use for.
+    #[serde(flatten)]
+    pub others: Others,
+}
+
+/// Who serves a share.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FsSource<'a> {
+    /// podvmm, from a folder.
+    Folder(&'a Path),
+    /// Another process, by vhost-user on this socket.
+    Socket(&'a Path),
 }
 
 /// What a guest may keep of a share.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum FsCache {
     /// Nothing.
     None,
@@ -56,95 +58,66 @@ pub enum FsCache {
     Always,
 }
 
-/// No such mode.
-#[derive(Debug, Error)]
-#[error("'{0}' is none of none, auto, always")]
-pub struct NotACache(String);
-
-impl FromStr for FsCache {
-    type Err = NotACache;
-
-    fn from_str(text: &str) -> Result<Self, NotACache> {
-        match text {
-            "none" | "never" => Ok(Self::None),
-            "auto" => Ok(Self::Auto),
-            "always" => Ok(Self::Always),
-            _ => Err(NotACache(text.into())),
-        }
-    }
-}
-
 impl FsConfig {
-    /// A share with defaults for everything else.
-    pub fn new(tag: String, source: FsSource) -> Self {
-        Self {
-            tag,
-            source,
-            queues: 1,
-            queue_size: 512,
+    /// Who serves it.
+    pub fn source(&self) -> Result<FsSource<'_>, ConfigError> {
+        match (&self.shared_dir, &self.socket) {
+            (Some(folder), None) => Ok(FsSource::Folder(folder)),
+            (None, Some(socket)) => Ok(FsSource::Socket(socket)),
+            _ => Err(ConfigError::FolderOrSocket),
         }
     }
 
-    /// Itself, if all of it is in range.
-    pub(crate) fn checked(self) -> Result<Self, ConfigError> {
-        if !(1..=36).contains(&self.tag.len()) || self.tag.contains('\0') {
-            return Err(ConfigError::Tag(self.tag));
+    /// The first of its options that only podvmm's own server has.
+    fn own_option(&self) -> Option<&'static str> {
+        let default = Self::default();
+        if self.readonly {
+            Some("readonly")
+        } else if self.cache != default.cache {
+            Some("cache")
+        } else if self.writeback {
+            Some("writeback")
+        } else {
+            None
         }
-        super::check_queues(self.queues, self.queue_size, 16)?;
-        Ok(self)
     }
 }
 
-impl FolderConfig {
-    /// A folder with defaults for everything else.
-    pub fn new(path: PathBuf) -> Self {
+impl Default for FsConfig {
+    /// Not served yet.
+    fn default() -> Self {
         Self {
-            path,
+            tag: String::new(),
+            shared_dir: None,
+            socket: None,
             readonly: false,
             cache: FsCache::default(),
             writeback: false,
+            num_queues: 1,
+            queue_size: 512,
+            id: None,
+            others: Others::new(),
         }
     }
 }
 
-impl FromStr for FsConfig {
-    type Err = ConfigError;
+impl Part for FsConfig {
+    const SECTION: &'static str = "fs";
+    const USAGE: &'static [&'static str] = &[
+        "tag=T,shared_dir=D[,readonly=on][,cache=none|auto|always][,writeback=on]",
+        "|tag=T,socket=S",
+        "[,queues=N][,queue_size=N]",
+    ];
 
-    fn from_str(text: &str) -> Result<Self, ConfigError> {
-        const KEYS: &[&str] = &[
-            "tag",
-            "shared_dir",
-            "socket",
-            "readonly",
-            "cache",
-            "writeback",
-            "queues",
-            "queue_size",
-        ];
-        const FOLDERS: [&str; 3] = ["readonly", "cache", "writeback"];
-        let options = Options::parse(text, KEYS)?;
-        let source = match (options.value("shared_dir")?, options.value("socket")?) {
-            (Some(path), None) => FsSource::Folder(FolderConfig {
-                path,
-                readonly: options.switch("readonly", false)?,
-                cache: options.value("cache")?.unwrap_or_default(),
-                writeback: options.switch("writeback", false)?,
-            }),
-            (None, Some(socket)) => {
-                if let Some(key) = FOLDERS.into_iter().find(|key| options.has(key)) {
-                    return Err(ConfigError::NotOurShare(key));
-                }
-                FsSource::Socket(socket)
-            }
-            _ => return Err(ConfigError::FolderOrSocket),
-        };
-        let default = Self::new(options.required("tag")?, source);
-        Self {
-            queues: options.value("queues")?.unwrap_or(default.queues),
-            queue_size: options.value("queue_size")?.unwrap_or(default.queue_size),
-            ..default
+    fn checked(self) -> Result<Self, ConfigError> {
+        if let (FsSource::Socket(_), Some(option)) = (self.source()?, self.own_option()) {
+            return Err(ConfigError::NotOurShare(option));
         }
-        .checked()
+        if !(1..=36).contains(&self.tag.len()) || self.tag.contains('\0') {
+            return Err(ConfigError::Tag(self.tag));
+        }
+        check_queues(self.num_queues, self.queue_size, 16)?;
+        Ok(self)
     }
 }
 
@@ -155,17 +128,18 @@ mod tests {
 
     #[test]
     fn a_share_has_a_tag_and_a_folder_or_a_socket() {
-        let fs: FsConfig = "tag=t,shared_dir=/d,readonly=on,cache=always,queues=2"
-            .parse()
-            .unwrap();
-        let folder = FolderConfig {
+        let text = "tag=t,shared_dir=/d,readonly=on,cache=always,queues=2";
+        let expected = FsConfig {
+            tag: "t".into(),
+            shared_dir: Some("/d".into()),
             readonly: true,
             cache: FsCache::Always,
-            ..FolderConfig::new("/d".into())
+            num_queues: 2,
+            ..FsConfig::default()
         };
-        assert_eq!((fs.source, fs.queues), (FsSource::Folder(folder), 2));
-        let fs: FsConfig = "tag=t,socket=/s".parse().unwrap();
-        assert_eq!(fs.source, FsSource::Socket("/s".into()));
+        assert_eq!(FsConfig::from_options(text).unwrap(), expected);
+        let fs = FsConfig::from_options("tag=t,socket=/s").unwrap();
+        assert_eq!(fs.source().unwrap(), FsSource::Socket(Path::new("/s")));
     }
 
     #[test]
@@ -176,18 +150,21 @@ mod tests {
                 "tag=t,shared_dir=/d,socket=/s",
                 "give either shared_dir=FOLDER or socket=PATH",
             ),
-            ("shared_dir=/d", "'tag' is missing"),
+            (
+                "shared_dir=/d",
+                "tag='': 1 to 36 bytes without NUL are possible",
+            ),
             (
                 "tag=,shared_dir=/d",
                 "tag='': 1 to 36 bytes without NUL are possible",
             ),
             (
                 "tag=t,shared_dir=/d,cache=some",
-                "cache: 'some' is none of none, auto, always",
+                "cache: unknown variant `some`, expected one of `none`, `auto`, `always`",
             ),
             (
                 "tag=t,socket=/s,readonly=on",
-                "'readonly' is for whoever serves the socket to say",
+                "readonly: the process that serves the socket has options of its own",
             ),
             (
                 "tag=t,shared_dir=/d,queues=0",

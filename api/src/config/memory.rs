@@ -1,13 +1,13 @@
 //! Guest RAM.
 
-use std::str::FromStr;
+use serde::{Deserialize, Serialize};
 
-use super::ConfigError;
-use crate::options::Options;
+use super::{ConfigError, Others, Part};
 use crate::units::{ByteSize, RamSize};
 
-/// RAM: `size=S[,hotplug_size=S][,hotplugged_size=S][,hugepages=on][,thp=off][,shared=on]`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// RAM.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
 pub struct MemoryConfig {
     /// How much.
     pub size: RamSize,
@@ -21,6 +21,9 @@ pub struct MemoryConfig {
     pub thp: bool,
     /// Back it by a memfd that other processes can map.
     pub shared: bool,
+    /// Fields that podvmm has no use for.
+    #[serde(flatten)]
+    pub others: Others,
 }
 
 impl Default for MemoryConfig {
@@ -32,6 +35,7 @@ impl Default for MemoryConfig {
             hugepages: false,
             thp: true,
             shared: false,
+            others: Others::new(),
         }
     }
 }
@@ -66,9 +70,14 @@ impl MemoryConfig {
             ..self
         }
     }
+}
 
-    /// Itself, if all of it is in range.
-    pub(crate) fn checked(self) -> Result<Self, ConfigError> {
+impl Part for MemoryConfig {
+    const SECTION: &'static str = "memory";
+    const USAGE: &'static [&'static str] =
+        &["size=S[,hugepages=on][,thp=off][,shared=on][,hotplug_size=S][,hotplugged_size=S]"];
+
+    fn checked(self) -> Result<Self, ConfigError> {
         let (most, plugged) = (self.hotplug_size, self.hotplugged_size);
         let total = ByteSize(self.size.bytes().saturating_add(most.0));
         if !most.0.is_multiple_of(Self::HOTPLUG_STEP) {
@@ -83,32 +92,6 @@ impl MemoryConfig {
     }
 }
 
-impl FromStr for MemoryConfig {
-    type Err = ConfigError;
-
-    fn from_str(text: &str) -> Result<Self, ConfigError> {
-        let known = &[
-            "size",
-            "hotplug_size",
-            "hotplugged_size",
-            "hugepages",
-            "thp",
-            "shared",
-        ];
-        let options = Options::parse(text, known)?;
-        let default = Self::default();
-        Self {
-            size: options.value("size")?.unwrap_or(default.size),
-            hotplug_size: options.value("hotplug_size")?.unwrap_or(ByteSize(0)),
-            hotplugged_size: options.value("hotplugged_size")?.unwrap_or(ByteSize(0)),
-            hugepages: options.switch("hugepages", default.hugepages)?,
-            thp: options.switch("thp", default.thp)?,
-            shared: options.switch("shared", default.shared)?,
-        }
-        .checked()
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -116,7 +99,7 @@ mod tests {
 
     #[test]
     fn memory_keeps_its_defaults() {
-        let memory: MemoryConfig = "size=1G,shared=on".parse().unwrap();
+        let memory = MemoryConfig::from_options("size=1G,shared=on").unwrap();
         let expected = MemoryConfig {
             size: "1G".parse().unwrap(),
             shared: true,
@@ -127,7 +110,7 @@ mod tests {
 
     #[test]
     fn memory_to_be_plugged_has_a_step_and_a_limit() {
-        let memory: MemoryConfig = "hotplug_size=1G,hotplugged_size=512M".parse().unwrap();
+        let memory = MemoryConfig::from_options("hotplug_size=1G,hotplugged_size=512M").unwrap();
         assert_eq!(memory.hotplug_size, ByteSize(1 << 30));
         assert_eq!(memory.hotplugged_size, ByteSize(512 << 20));
         let refusals = [

@@ -1,4 +1,12 @@
-//! What a VM is made of, a file for each kind of part.
+//! What a VM is made of: a struct for each kind of part, in a file of its own.
+//!
+//! A struct is its JSON, by serde: its names are the wire's, and its `Default` is what a client need not
+//! write. The command line fills the same structs ([`Part::from_options`]), and `vm.info` and a
+//! snapshot's config.json are a [`VmConfig`] written out. The names are Cloud Hypervisor's.
+//!
+//! Fields that podvmm does not know are ignored, as by Cloud Hypervisor, but kept, since clients read
+//! back what they wrote. A field that is known and cannot be honoured is refused by name
+//! ([`unsupported`]), unless it asks for what is so anyway. Null is as good as a field that is missing.
 
 mod balloon;
 mod cpus;
@@ -8,59 +16,310 @@ mod memory;
 mod net;
 mod output;
 mod rate;
+mod unsupported;
 mod vsock;
 
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value, json};
 use thiserror::Error;
 
-use crate::options::OptionsError;
+use crate::error::JsonError;
+use crate::json;
+use crate::options::{Options, OptionsError};
+use crate::request::Resize;
 use crate::units::{ByteSize, CpuCount, RamSize, UnitError};
 
 pub use self::balloon::BalloonConfig;
 pub use self::cpus::CpusConfig;
-pub use self::disk::DiskConfig;
-pub use self::fs::{FolderConfig, FsCache, FsConfig, FsSource};
+pub use self::disk::{DiskConfig, ImageType};
+pub use self::fs::{FsCache, FsConfig, FsSource};
 pub use self::memory::MemoryConfig;
 pub use self::net::{MacAddr, NetConfig, TapSource};
 pub use self::output::Output;
 pub use self::rate::{RateLimit, RateLimits};
 pub use self::vsock::VsockConfig;
 
+use self::rate::RATES;
+use self::unsupported::ONE_PACKAGE;
+
+/// Fields of a client's JSON that podvmm has no use for, as the client wrote them.
+pub type Others = Map<String, Value>;
+
 /// A whole VM.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(default)]
 pub struct VmConfig {
     /// What to boot.
-    pub kernel: KernelConfig,
+    pub payload: PayloadConfig,
     /// vCPUs.
     pub cpus: CpusConfig,
     /// RAM.
     pub memory: MemoryConfig,
     /// Disks in the order the guest finds them: the first is `/dev/vda`.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
     pub disks: Vec<DiskConfig>,
-    /// The memory balloon, if there is to be one.
-    pub balloon: Option<BalloonConfig>,
     /// Network devices in the order the guest finds them.
-    pub nets: Vec<NetConfig>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub net: Vec<NetConfig>,
     /// Shares in the order the guest finds them.
-    pub shares: Vec<FsConfig>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub fs: Vec<FsConfig>,
     /// vsock, if there is to be one.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub vsock: Option<VsockConfig>,
+    /// The memory balloon, if there is to be one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub balloon: Option<BalloonConfig>,
+    /// The entropy device, which every VM has.
+    pub rng: RngConfig,
     /// The first serial port, `ttyS0`.
     pub serial: Output,
     /// The virtio console, `hvc0`.
     pub console: Output,
+    /// Fields that podvmm has no use for.
+    #[serde(flatten)]
+    pub others: Others,
+}
+
+impl Default for VmConfig {
+    /// Nothing to boot yet.
+    fn default() -> Self {
+        Self {
+            payload: PayloadConfig::default(),
+            cpus: CpusConfig::default(),
+            memory: MemoryConfig::default(),
+            disks: Vec::new(),
+            net: Vec::new(),
+            fs: Vec::new(),
+            vsock: None,
+            balloon: None,
+            rng: RngConfig::default(),
+            serial: Output::Null,
+            console: Output::Off,
+            others: Others::new(),
+        }
+    }
 }
 
 /// What to boot.
-#[derive(Clone, Debug)]
-pub struct KernelConfig {
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct PayloadConfig {
     /// An ELF image (`vmlinux`) or a bzImage.
-    pub path: PathBuf,
+    pub kernel: PathBuf,
     /// Initial RAM file system, a cpio archive.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub initramfs: Option<PathBuf>,
     /// Command line; podvmm appends what its devices and this host's KVM need.
     pub cmdline: String,
+    /// Fields that podvmm has no use for.
+    #[serde(flatten)]
+    pub others: Others,
+}
+
+/// Where the guest's random numbers come from.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct RngConfig {
+    /// What the client said.
+    pub src: RngSource,
+    /// Fields that podvmm has no use for.
+    #[serde(flatten)]
+    pub others: Others,
+}
+
+/// Each of them stands for the host's random numbers.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[expect(missing_docs, reason = "each is what it is called in JSON")]
+pub enum RngSource {
+    #[default]
+    #[serde(rename = "/dev/urandom")]
+    Urandom,
+    #[serde(rename = "/dev/random")]
+    Random,
+    #[serde(rename = "/dev/hwrng")]
+    Hwrng,
+}
+
+/// A part of a VM that is written in JSON by clients, and on a command line by users.
+pub trait Part: DeserializeOwned {
+    /// Its key in the JSON of a VM.
+    const SECTION: &'static str;
+    /// How it is written on a command line, in pieces after which a line may end: `path=FILE`, and
+    /// `[,readonly=on]` for what may be left out. What is given here are the keys there are.
+    const USAGE: &'static [&'static str];
+
+    /// Itself, if all of it is in range, with the defaults that depend on other fields.
+    fn checked(self) -> Result<Self, ConfigError>;
+
+    /// Reads `key=value,key=value`.
+    fn from_options(text: &str) -> Result<Self, ConfigError> {
+        Options::parse(text, Self::USAGE)?.read::<Self>()?.checked()
+    }
+
+    /// Reads JSON, held to the same as in a whole VM.
+    fn from_json(body: &[u8]) -> Result<Self, JsonError> {
+        checked(part(body)?)
+    }
+}
+
+/// Reads a part alone, which may be out of range.
+fn part<T: Part>(body: &[u8]) -> Result<T, JsonError> {
+    let mut json = json::value(body)?;
+    json::remove_nulls(&mut json);
+    // Of some there is one in a VM, of others an array.
+    unsupported::refuse(&json!({ T::SECTION: json }))?;
+    unsupported::refuse(&json!({ T::SECTION: [json] }))?;
+    json::from_value(json)
+}
+
+/// A device to be added to a VM.
+#[derive(Clone, Debug)]
+#[expect(missing_docs, reason = "each is what it holds")]
+pub enum Addition {
+    Disk(DiskConfig),
+    Fs(FsConfig),
+    Net(NetConfig),
+    Vsock(VsockConfig),
+}
+
+fn at(path: &'static str) -> impl Fn(ConfigError) -> JsonError {
+    move |source| JsonError::Config { path, source }
+}
+
+impl VmConfig {
+    /// Reads the body of vm.create.
+    pub fn parse(body: &[u8]) -> Result<Self, JsonError> {
+        Self::read(json::value(body)?, Vec::new())
+    }
+
+    /// Reads the config.json of a snapshot, with what `patch` changes in it (RFC 7396, JSON Merge
+    /// Patch). `fds` stand for the taps of networks without one, in their order.
+    pub fn restored(body: &[u8], patch: &Value, fds: Vec<OwnedFd>) -> Result<Self, JsonError> {
+        let mut json = json::value(body)?;
+        json::merge(&mut json, patch);
+        Self::read(json, fds)
+    }
+
+    fn read(mut json: Value, fds: Vec<OwnedFd>) -> Result<Self, JsonError> {
+        json::remove_nulls(&mut json);
+        unsupported::refuse(&json)?;
+        let mut vm: Self = json::from_value(json)?;
+        let mut fds = fds.into_iter();
+        for net in &mut vm.net {
+            net.take_fds(&mut fds);
+        }
+        // Kata asks for what is left of the host's memory, of any size.
+        vm.memory = vm.memory.with_possible_hotplug();
+        vm.checked()
+    }
+
+    /// Itself, if each of its parts is in range.
+    fn checked(self) -> Result<Self, JsonError> {
+        if self.payload.kernel.as_os_str().is_empty() {
+            return Err(at("payload")(ConfigError::Missing("kernel")));
+        }
+        Ok(Self {
+            cpus: checked(self.cpus)?,
+            memory: checked(self.memory)?,
+            disks: all_checked(self.disks)?,
+            net: all_checked(self.net)?,
+            fs: all_checked(self.fs)?,
+            vsock: self.vsock.map(checked).transpose()?,
+            balloon: self.balloon.map(checked).transpose()?,
+            ..self
+        })
+    }
+
+    /// Whether its parts go together, and can be written.
+    pub fn check(&self) -> Result<(), ConfigError> {
+        for (index, share) in self.fs.iter().enumerate() {
+            let tag = || share.tag.clone();
+            if self.fs[..index].iter().any(|other| other.tag == share.tag) {
+                return Err(ConfigError::TagTwice(tag()));
+            }
+            let elsewhere = matches!(share.source()?, FsSource::Socket(_));
+            if elsewhere && !self.memory.shared && !self.memory.hugepages {
+                return Err(ConfigError::PrivateRam(tag()));
+            }
+        }
+        let written = serde_json::to_value(self);
+        written.map(drop).map_err(ConfigError::Unwritable)
+    }
+
+    /// What `vm.info` and a snapshot's config.json say of it.
+    pub fn json(&self) -> Value {
+        serde_json::to_value(self).expect("`check` has seen that it can be written")
+    }
+
+    /// Adds a device.
+    pub fn add(&mut self, addition: Addition) {
+        match addition {
+            Addition::Disk(disk) => self.disks.push(disk),
+            Addition::Fs(share) => self.fs.push(share),
+            Addition::Net(net) => self.net.push(net),
+            Addition::Vsock(vsock) => self.vsock = Some(vsock),
+        }
+    }
+
+    /// Takes away the device that its client calls `id`, or that vm.counters does. False if there is
+    /// none.
+    pub fn remove(&mut self, id: &str) -> bool {
+        let vsock = self.vsock.as_ref();
+        if vsock.is_some_and(|vsock| vsock.id.as_deref() == Some(id) || id == "vsock") {
+            self.vsock = None;
+            return true;
+        }
+        remove(&mut self.disks, "disk", id, |disk| &disk.id)
+            || remove(&mut self.net, "net", id, |net| &net.id)
+            || remove(&mut self.fs, "fs", id, |share| &share.id)
+    }
+
+    /// Has the VM be of these sizes from now on, also when it boots again. Sizes of devices that it does
+    /// not have are left out.
+    pub fn resize(&mut self, sizes: Resize) -> Result<(), ConfigError> {
+        if let Some(count) = sizes.desired_vcpus {
+            self.cpus = self.cpus.with_boot(count)?;
+        }
+        if let Some(ByteSize(bytes)) = sizes.desired_ram {
+            let plugged = ByteSize(bytes.saturating_sub(self.memory.size.bytes()));
+            let memory = MemoryConfig {
+                hotplugged_size: plugged,
+                ..self.memory.clone()
+            };
+            self.memory = memory.checked()?;
+        }
+        if let (Some(bytes), Some(balloon)) = (sizes.desired_balloon, &mut self.balloon) {
+            balloon.size = bytes;
+        }
+        Ok(())
+    }
+}
+
+fn checked<T: Part>(part: T) -> Result<T, JsonError> {
+    part.checked().map_err(at(T::SECTION))
+}
+
+fn all_checked<T: Part>(parts: Vec<T>) -> Result<Vec<T>, JsonError> {
+    parts.into_iter().map(checked).collect()
+}
+
+/// Removes the one of `devices` that its client calls `wanted`, or that is the `kind` of that number.
+fn remove<T>(
+    devices: &mut Vec<T>,
+    kind: &str,
+    wanted: &str,
+    id: impl Fn(&T) -> &Option<String>,
+) -> bool {
+    let mut names = devices.iter().enumerate();
+    let found = names.position(|(index, device)| {
+        id(device).as_deref() == Some(wanted) || format!("{kind}{index}") == wanted
+    });
+    found.map(|index| devices.remove(index)).is_some()
 }
 
 /// Why an option was refused.
@@ -72,6 +331,9 @@ pub enum ConfigError {
     /// A number or size out of range.
     #[error(transparent)]
     Unit(#[from] UnitError),
+    /// Nothing could be made without it.
+    #[error("'{0}' is missing")]
+    Missing(&'static str),
     /// Fewer vCPUs at most than at boot.
     #[error("max={max} is less than boot={boot}")]
     MaxBelowBoot {
@@ -80,6 +342,9 @@ pub enum ConfigError {
         /// vCPUs at most.
         max: CpuCount,
     },
+    /// Another shape than guests have.
+    #[error("topology.cores_per_die: {ONE_PACKAGE}")]
+    CoresPerDie,
     /// Linux adds memory by this much.
     #[error("hotplug_size={0} is not a multiple of 128M")]
     HotplugUnaligned(ByteSize),
@@ -105,9 +370,9 @@ pub enum ConfigError {
         /// Fewest such a device can have.
         least: u16,
     },
-    /// virtio-blk has room for 20 bytes.
-    #[error("id='{0}' is longer than 20 bytes")]
-    IdTooLong(String),
+    /// virtio-blk has room for 20 bytes (virtio 1.3 §5.2.6).
+    #[error("the serial number '{0}' is longer than 20 bytes")]
+    SerialTooLong(String),
     /// Reserved for others (virtio 1.3 §5.10.4).
     #[error("cid={0}: 3 to 4294967294 is possible")]
     Cid(u32),
@@ -128,6 +393,9 @@ pub enum ConfigError {
     /// podvmm's own.
     #[error("fd={0} is a standard stream, not a tap")]
     StandardFd(i32),
+    /// One of a pair is missing.
+    #[error("num_queues={0}: queues come in pairs")]
+    OddQueues(u16),
     /// A pair has one descriptor.
     #[error("{pairs} pairs of queues with {fds} descriptors: one goes with each")]
     Pairs {
@@ -140,7 +408,7 @@ pub enum ConfigError {
     #[error("mtu={0}: 68 to 65535 is possible")]
     Mtu(u16),
     /// Nothing would ever go.
-    #[error("a rate's size and refill time are at least 1")]
+    #[error("a rate needs a size and a refill time, each at least 1")]
     ZeroRate,
     /// What virtio-fs has room for.
     #[error("tag='{0}': 1 to 36 bytes without NUL are possible")]
@@ -148,11 +416,11 @@ pub enum ConfigError {
     /// The guest could not tell them apart.
     #[error("two shares have the tag '{0}'")]
     TagTwice(String),
-    /// A share that nobody serves, or two do.
+    /// A share that no process serves, or two do.
     #[error("give either shared_dir=FOLDER or socket=PATH")]
     FolderOrSocket,
     /// An option of podvmm's own server.
-    #[error("'{0}' is for whoever serves the socket to say")]
+    #[error("{0}: the process that serves the socket has options of its own")]
     NotOurShare(&'static str),
     /// Another process must be able to map RAM.
     #[error("the share '{0}' is served by another process, which needs memory with shared=on")]
@@ -160,29 +428,12 @@ pub enum ConfigError {
     /// Not a MAC address, or one of a group.
     #[error("'{0}' is not the address of one device, such as 02:00:00:00:00:01")]
     Mac(String),
+    /// A path that JSON cannot say, so no client and no snapshot could.
+    #[error("write it as JSON")]
+    Unwritable(#[source] serde_json::Error),
     /// No such output.
     #[error("'{0}' is none of off, null, tty, file=PATH, socket=PATH")]
     Output(String),
-}
-
-impl VmConfig {
-    /// Whether its parts go together.
-    pub fn check(&self) -> Result<(), ConfigError> {
-        for (index, share) in self.shares.iter().enumerate() {
-            let tag = || share.tag.clone();
-            if self.shares[..index]
-                .iter()
-                .any(|other| other.tag == share.tag)
-            {
-                return Err(ConfigError::TagTwice(tag()));
-            }
-            let elsewhere = matches!(share.source, FsSource::Socket(_));
-            if elsewhere && !self.memory.shared && !self.memory.hugepages {
-                return Err(ConfigError::PrivateRam(tag()));
-            }
-        }
-        Ok(())
-    }
 }
 
 /// Whether a device can have `count` queues, or pairs of them, of `size` descriptors.
@@ -197,14 +448,4 @@ fn check_queues(count: u16, size: u16, least: u16) -> Result<(), ConfigError> {
 }
 
 #[cfg(test)]
-mod tests {
-    use std::fmt::Debug;
-    use std::str::FromStr;
-
-    use super::ConfigError;
-
-    /// What the user reads when `text` is refused as a `T`.
-    pub(super) fn refusal<T: FromStr<Err = ConfigError> + Debug>(text: &str) -> String {
-        crate::error::tests::printed(&text.parse::<T>().unwrap_err())
-    }
-}
+mod tests;

@@ -7,21 +7,29 @@ use std::os::fd::{OwnedFd, RawFd};
 use std::str::FromStr;
 use std::sync::Arc;
 
-use super::{ConfigError, RateLimits};
+use serde::{Deserialize, Serialize};
+
+use super::{ConfigError, Others, Part, RATES, RateLimits, check_queues, checked, part};
+use crate::error::JsonError;
 use crate::options::Options;
 
-/// A network device: `tap=NAME|fd=N[:N...][,mac=M][,mtu=N][,queues=N][,queue_size=N]`
-/// `[,offload_tso=off][,offload_ufo=off][,offload_csum=off]`, and what [`RateLimits`] takes.
-#[derive(Clone, Debug)]
+/// A network device.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(default)]
 pub struct NetConfig {
-    /// The host's side.
-    pub tap: TapSource,
+    /// The host's side by name; it is made if there is none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    tap: Option<String>,
+    /// The host's side as open descriptors, rather than by name. Clients are not told their numbers.
+    #[serde(skip)]
+    fds: Option<TapFds>,
     /// The guest's address.
     pub mac: MacAddr,
     /// Bytes of IP in a frame, 68 to 65535.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub mtu: Option<u16>,
-    /// Pairs of queues, 1 to 16.
-    pub pairs: u16,
+    /// Two for each pair, of 1 to 16 pairs. None are two for each descriptor.
+    num_queues: Option<u16>,
     /// Descriptors in each queue, a power of two from 16 to 1024.
     pub queue_size: u16,
     /// Leave segments of TCP to the other side.
@@ -30,27 +38,46 @@ pub struct NetConfig {
     pub offload_ufo: bool,
     /// Leave checksums to the other side.
     pub offload_csum: bool,
-    /// What each direction is held to.
-    pub rates: RateLimits,
+    /// Bounds of each direction.
+    #[serde(skip_serializing_if = "RateLimits::are_none")]
+    pub rate_limiter_config: RateLimits,
+    /// What vm.remove-device may call it, besides `net0`, `net1`, ...
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub id: Option<String>,
+    /// Kata reads it back. podvmm gives taps no address.
+    ip: String,
+    /// Likewise.
+    mask: String,
+    /// Fields that podvmm has no use for.
+    #[serde(flatten)]
+    pub others: Others,
 }
 
-/// Where a tap comes from.
+/// Open descriptors of taps, one for each pair of queues.
 #[derive(Clone, Debug)]
-pub enum TapSource {
-    /// By name; it is made if there is none.
-    Name(String),
-    /// Open descriptors of podvmm's by number, one for each pair.
-    Numbers(Vec<RawFd>),
-    /// Descriptors that came with a request, one for each pair.
+enum TapFds {
+    Inherited(Vec<RawFd>),
     Passed(Vec<Arc<OwnedFd>>),
 }
 
+/// Where a tap comes from.
+#[derive(Clone, Copy, Debug)]
+pub enum TapSource<'a> {
+    /// By name; it is made if there is none.
+    Name(&'a str),
+    /// Descriptors that podvmm was started with, by number, one for each pair.
+    Inherited(&'a [RawFd]),
+    /// Descriptors that came with a request, one for each pair.
+    Passed(&'a [Arc<OwnedFd>]),
+}
+
 /// An address of one network device (IEEE 802).
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
 pub struct MacAddr(pub [u8; 6]);
 
 impl MacAddr {
-    /// One that nobody was given: locally administered, at random.
+    /// A random one, locally administered.
     pub fn random() -> Self {
         // Keyed anew by the system each time.
         let [first, rest @ ..] = RandomState::new().hash_one(()).to_le_bytes();
@@ -86,102 +113,151 @@ impl fmt::Display for MacAddr {
     }
 }
 
+impl TryFrom<String> for MacAddr {
+    type Error = ConfigError;
+
+    fn try_from(text: String) -> Result<Self, ConfigError> {
+        text.parse()
+    }
+}
+
+impl From<MacAddr> for String {
+    fn from(mac: MacAddr) -> Self {
+        mac.to_string()
+    }
+}
+
 impl NetConfig {
-    /// A device on `tap` with defaults for everything else.
-    pub fn new(tap: TapSource) -> Self {
-        let pairs = match &tap {
-            TapSource::Name(_) => 1,
-            TapSource::Numbers(fds) => fds.len(),
-            TapSource::Passed(fds) => fds.len(),
-        };
+    /// The host's side. Descriptors come before a name.
+    pub fn source(&self) -> Result<TapSource<'_>, ConfigError> {
+        match (&self.fds, &self.tap) {
+            (Some(TapFds::Inherited(fds)), _) => Ok(TapSource::Inherited(fds)),
+            (Some(TapFds::Passed(fds)), _) => Ok(TapSource::Passed(fds)),
+            (None, Some(name)) => Ok(TapSource::Name(name)),
+            (None, None) => Err(ConfigError::TapOrFd),
+        }
+    }
+
+    /// Pairs of queues.
+    pub fn pairs(&self) -> u16 {
+        self.num_queues.unwrap_or(2) / 2
+    }
+
+    /// Takes from `fds` those that stand for its tap, if it names none: one for each pair.
+    pub(crate) fn take_fds(&mut self, fds: &mut impl Iterator<Item = OwnedFd>) {
+        if self.tap.is_none() {
+            self.fds = passed(fds.take(self.pairs().into()));
+        }
+    }
+
+    /// Reads JSON that `fds` came with, which stand for the tap, also if it names one.
+    pub(crate) fn passed(body: &[u8], fds: Vec<OwnedFd>) -> Result<Self, JsonError> {
+        checked(Self {
+            fds: passed(fds.into_iter()),
+            ..part(body)?
+        })
+    }
+}
+
+impl Default for NetConfig {
+    /// No tap yet, and an address that no other device has.
+    fn default() -> Self {
         Self {
-            tap,
+            tap: None,
+            fds: None,
             mac: MacAddr::random(),
             mtu: None,
-            pairs: u16::try_from(pairs).unwrap_or(u16::MAX),
+            num_queues: None,
             queue_size: 256,
             offload_tso: true,
             offload_ufo: true,
             offload_csum: true,
-            rates: RateLimits::default(),
+            rate_limiter_config: RateLimits::default(),
+            id: None,
+            ip: "192.168.249.1".into(),
+            mask: "255.255.255.0".into(),
+            others: Others::new(),
         }
-    }
-
-    /// Itself, if all of it is in range.
-    pub(crate) fn checked(self) -> Result<Self, ConfigError> {
-        let fds = match &self.tap {
-            TapSource::Name(_) => usize::from(self.pairs),
-            TapSource::Numbers(fds) => {
-                if let Some(fd) = fds.iter().find(|fd| **fd < 3) {
-                    return Err(ConfigError::StandardFd(*fd));
-                }
-                fds.len()
-            }
-            TapSource::Passed(fds) => fds.len(),
-        };
-        if fds != usize::from(self.pairs) {
-            return Err(ConfigError::Pairs {
-                pairs: self.pairs,
-                fds,
-            });
-        }
-        super::check_queues(self.pairs, self.queue_size, 16)?;
-        self.rates.checked()?;
-        if self.mtu.is_some_and(|mtu| mtu < 68) {
-            return Err(ConfigError::Mtu(self.mtu.unwrap_or(0)));
-        }
-        Ok(self)
     }
 }
 
-impl FromStr for NetConfig {
-    type Err = ConfigError;
+impl Part for NetConfig {
+    const SECTION: &'static str = "net";
+    const USAGE: &'static [&'static str] = &[
+        "tap=NAME|fd=N[:N...][,mac=M][,mtu=N][,queues=N][,queue_size=N]",
+        "[,offload_tso=off][,offload_ufo=off][,offload_csum=off]",
+        RATES,
+    ];
 
-    fn from_str(text: &str) -> Result<Self, ConfigError> {
-        const KEYS: &[&str] = &[
-            "tap",
-            "fd",
-            "mac",
-            "mtu",
-            "queues",
-            "queue_size",
-            "offload_tso",
-            "offload_ufo",
-            "offload_csum",
-            "bw_size",
-            "bw_one_time_burst",
-            "bw_refill_time",
-            "ops_size",
-            "ops_one_time_burst",
-            "ops_refill_time",
-        ];
-        let options = Options::parse(text, KEYS)?;
-        let tap = match (options.value("tap")?, options.value::<String>("fd")?) {
-            (Some(name), None) => TapSource::Name(name),
-            (None, Some(fds)) => {
-                let numbers = fds.split(':').map(|fd| {
-                    let wrong = || ConfigError::Fd(fd.into());
-                    let number = fd.parse().map_err(|_| wrong())?;
-                    (number >= 0).then_some(number).ok_or_else(wrong)
-                });
-                TapSource::Numbers(numbers.collect::<Result<_, _>>()?)
-            }
-            _ => return Err(ConfigError::TapOrFd),
+    /// On a command line `queues` counts pairs, and `fd` stands for the tap.
+    fn from_options(text: &str) -> Result<Self, ConfigError> {
+        let mut options = Options::parse(text, Self::USAGE)?;
+        let fds = options.take("fd").map(numbers).transpose()?;
+        let pairs = options.take("queues").map(|pairs| {
+            let pairs: u16 = pairs.parse().map_err(|_| ConfigError::Queues(u16::MAX))?;
+            pairs.checked_mul(2).ok_or(ConfigError::Queues(pairs))
+        });
+        let net = Self {
+            fds: fds.map(TapFds::Inherited),
+            num_queues: pairs.transpose()?,
+            ..options.read()?
         };
-        let default = Self::new(tap);
-        Self {
-            mac: options.value("mac")?.unwrap_or(default.mac),
-            mtu: options.value("mtu")?,
-            pairs: options.value("queues")?.unwrap_or(default.pairs),
-            queue_size: options.value("queue_size")?.unwrap_or(default.queue_size),
-            offload_tso: options.switch("offload_tso", true)?,
-            offload_ufo: options.switch("offload_ufo", true)?,
-            offload_csum: options.switch("offload_csum", true)?,
-            rates: RateLimits::of(&options)?,
-            ..default
+        if net.tap.is_some() && net.fds.is_some() {
+            return Err(ConfigError::TapOrFd);
         }
-        .checked()
+        net.checked()
     }
+
+    fn checked(mut self) -> Result<Self, ConfigError> {
+        // Numbers of the client's, which mean nothing here.
+        self.others.remove("fds");
+        let fds = match self.source()? {
+            TapSource::Name(_) => None,
+            TapSource::Passed(fds) => Some(fds.len()),
+            TapSource::Inherited(fds) => {
+                if let Some(fd) = fds.iter().find(|fd| **fd < 3) {
+                    return Err(ConfigError::StandardFd(*fd));
+                }
+                Some(fds.len())
+            }
+        };
+        let queues = match self.num_queues {
+            None => u16::try_from(2 * fds.unwrap_or(1)).unwrap_or(u16::MAX),
+            Some(queues) if !queues.is_multiple_of(2) => {
+                return Err(ConfigError::OddQueues(queues));
+            }
+            Some(queues) => queues,
+        };
+        self.num_queues = Some(queues);
+        let pairs = self.pairs();
+        if let Some(fds) = fds
+            && fds != usize::from(pairs)
+        {
+            return Err(ConfigError::Pairs { pairs, fds });
+        }
+        check_queues(pairs, self.queue_size, 16)?;
+        self.rate_limiter_config.check()?;
+        match self.mtu {
+            Some(mtu) if mtu < 68 => Err(ConfigError::Mtu(mtu)),
+            _ => Ok(self),
+        }
+    }
+}
+
+/// Descriptors that came with a request, unless there are none.
+fn passed(fds: impl Iterator<Item = OwnedFd>) -> Option<TapFds> {
+    let fds: Vec<_> = fds.map(Arc::new).collect();
+    (!fds.is_empty()).then_some(TapFds::Passed(fds))
+}
+
+/// Descriptors by number, `5:6`.
+fn numbers(fds: &str) -> Result<Vec<RawFd>, ConfigError> {
+    let numbers = fds.split(':').map(|fd| {
+        let wrong = || ConfigError::Fd(fd.into());
+        let number = fd.parse().map_err(|_| wrong())?;
+        (number >= 0).then_some(number).ok_or_else(wrong)
+    });
+    numbers.collect()
 }
 
 #[cfg(test)]
@@ -191,16 +267,19 @@ mod tests {
 
     #[test]
     fn a_network_device_has_a_tap_by_name_or_by_descriptors() {
-        let net: NetConfig = "tap=t0,mac=02:00:00:0a:0B:ff,mtu=1400".parse().unwrap();
-        assert!(matches!(net.tap, TapSource::Name(name) if name == "t0"));
+        let net = NetConfig::from_options("tap=t0,mac=02:00:00:0a:0B:ff,mtu=1400").unwrap();
+        assert!(matches!(net.source(), Ok(TapSource::Name("t0"))));
         assert_eq!(net.mac.to_string(), "02:00:00:0a:0b:ff");
-        let net: NetConfig = "fd=5:6".parse().unwrap();
-        assert!(matches!(net.tap, TapSource::Numbers(fds) if fds == [5, 6]));
-        assert_eq!(net.pairs, 2);
+        let net = NetConfig::from_options("fd=5:6").unwrap();
+        assert_eq!(net.pairs(), 2);
+        assert!(matches!(net.source(), Ok(TapSource::Inherited([5, 6]))));
+        let net = NetConfig::from_options("tap=t0,queues=3").unwrap();
+        assert_eq!((net.pairs(), net.num_queues), (3, Some(6)));
     }
 
     #[test]
     fn nonsense_about_networks_is_named() {
+        const RATE: &str = "a rate needs a size and a refill time, each at least 1";
         let cases = [
             ("mac=02:00:00:00:00:01", "give either tap=NAME or fd=N"),
             ("tap=a,fd=3", "give either tap=NAME or fd=N"),
@@ -212,12 +291,9 @@ mod tests {
                 "2 pairs of queues with 1 descriptors: one goes with each",
             ),
             ("tap=a,queues=17", "queues=17: 1 to 16 are possible"),
-            ("tap=a,bw_size=1", "'bw_refill_time' is missing"),
-            ("tap=a,ops_one_time_burst=1", "'ops_size' is missing"),
-            (
-                "tap=a,ops_size=0,ops_refill_time=1",
-                "a rate's size and refill time are at least 1",
-            ),
+            ("tap=a,bw_size=1", RATE),
+            ("tap=a,ops_one_time_burst=1", RATE),
+            ("tap=a,ops_size=0,ops_refill_time=1", RATE),
             ("tap=a,mtu=67", "mtu=67: 68 to 65535 is possible"),
             (
                 "tap=a,queue_size=8",

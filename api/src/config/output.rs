@@ -3,10 +3,13 @@
 use std::path::PathBuf;
 use std::str::FromStr;
 
+use serde::{Deserialize, Serialize};
+
 use super::ConfigError;
 
 /// Where a serial port's or console's bytes go, and come from.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "mode")]
 pub enum Output {
     /// There is no such device.
     Off,
@@ -15,21 +18,30 @@ pub enum Output {
     /// podvmm's own terminal or standard streams.
     Tty,
     /// Appended to a file.
-    File(PathBuf),
+    File {
+        /// Which.
+        file: PathBuf,
+    },
     /// A unix socket that is listened on, for one client at a time.
-    Socket(PathBuf),
+    Socket {
+        /// Where.
+        socket: PathBuf,
+    },
 }
 
 impl FromStr for Output {
     type Err = ConfigError;
 
     fn from_str(text: &str) -> Result<Self, ConfigError> {
+        let path = |path: &str| PathBuf::from(path);
         match text.split_once('=') {
             None if text == "off" => Ok(Self::Off),
             None if text == "null" => Ok(Self::Null),
             None if text == "tty" => Ok(Self::Tty),
-            Some(("file", path)) if !path.is_empty() => Ok(Self::File(path.into())),
-            Some(("socket", path)) if !path.is_empty() => Ok(Self::Socket(path.into())),
+            Some(("file", file)) if !file.is_empty() => Ok(Self::File { file: path(file) }),
+            Some(("socket", socket)) if !socket.is_empty() => Ok(Self::Socket {
+                socket: path(socket),
+            }),
             _ => Err(ConfigError::Output(text.into())),
         }
     }
@@ -38,7 +50,7 @@ impl FromStr for Output {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::tests::refusal;
+    use crate::error::tests::printed;
 
     #[test]
     fn outputs_are_off_null_tty_a_file_or_a_socket() {
@@ -50,12 +62,14 @@ mod tests {
                 Output::Off,
                 Output::Null,
                 Output::Tty,
-                Output::File("/x".into()),
-                Output::Socket("/x".into())
+                Output::File { file: "/x".into() },
+                Output::Socket {
+                    socket: "/x".into()
+                },
             ]
         );
         assert_eq!(
-            refusal::<Output>("file="),
+            printed(&"file=".parse::<Output>().unwrap_err()),
             "'file=' is none of off, null, tty, file=PATH, socket=PATH"
         );
     }

@@ -1,47 +1,45 @@
-//! The socket device.
+//! vsock.
 
 use std::path::PathBuf;
-use std::str::FromStr;
 
-use super::ConfigError;
-use crate::options::Options;
+use serde::{Deserialize, Serialize};
 
-/// vsock on a unix socket: `cid=N,socket=PATH`.
-#[derive(Clone, Debug, PartialEq, Eq)]
+use super::{ConfigError, Others, Part};
+
+/// vsock on a unix socket.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
 pub struct VsockConfig {
     /// The guest's address, 3 to 4294967294.
     pub cid: u32,
     /// Where the host's programs connect; where the guest's calls to port P go,
     /// with `_P` behind it.
     pub socket: PathBuf,
+    /// What vm.remove-device may call it, besides `vsock`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub id: Option<String>,
+    /// Fields that podvmm has no use for.
+    #[serde(flatten)]
+    pub others: Others,
 }
 
-impl VsockConfig {
-    /// Itself, if all of it is in range.
-    pub(crate) fn checked(self) -> Result<Self, ConfigError> {
+impl Part for VsockConfig {
+    const SECTION: &'static str = "vsock";
+    const USAGE: &'static [&'static str] = &["cid=N,socket=PATH"];
+
+    fn checked(self) -> Result<Self, ConfigError> {
         // unix(7): 108 bytes with the NUL; the longest port takes 11 more.
         const MAX_PATH: usize = 107 - "_4294967295".len();
-        if !(3..u32::MAX).contains(&self.cid) {
-            return Err(ConfigError::Cid(self.cid));
-        }
         let len = self.socket.as_os_str().len();
-        if len > MAX_PATH {
-            return Err(ConfigError::SocketPath { len, max: MAX_PATH });
+        if len == 0 {
+            Err(ConfigError::Missing("socket"))
+        } else if len > MAX_PATH {
+            Err(ConfigError::SocketPath { len, max: MAX_PATH })
+        } else if !(3..u32::MAX).contains(&self.cid) {
+            Err(ConfigError::Cid(self.cid))
+        } else {
+            Ok(self)
         }
-        Ok(self)
-    }
-}
-
-impl FromStr for VsockConfig {
-    type Err = ConfigError;
-
-    fn from_str(text: &str) -> Result<Self, ConfigError> {
-        let options = Options::parse(text, &["cid", "socket"])?;
-        let vsock = Self {
-            cid: options.required("cid")?,
-            socket: options.required("socket")?,
-        };
-        vsock.checked()
     }
 }
 
@@ -52,13 +50,16 @@ mod tests {
 
     #[test]
     fn a_socket_device_has_an_address_and_a_socket() {
-        let vsock: VsockConfig = "cid=3,socket=/s".parse().unwrap();
+        let vsock = VsockConfig::from_options("cid=3,socket=/s").unwrap();
         assert_eq!((vsock.cid, vsock.socket), (3, "/s".into()));
         assert_eq!(refusal::<VsockConfig>("cid=3"), "'socket' is missing");
-        assert_eq!(
-            refusal::<VsockConfig>("cid=2,socket=/s"),
-            "cid=2: 3 to 4294967294 is possible"
-        );
+        for cid in ["", "cid=0,", "cid=2,"] {
+            let refused = refusal::<VsockConfig>(&format!("{cid}socket=/s"));
+            assert!(
+                refused.ends_with("3 to 4294967294 is possible"),
+                "{refused}"
+            );
+        }
         assert_eq!(
             refusal::<VsockConfig>(&format!("cid=3,socket=/{}", "x".repeat(96))),
             "the socket's path is 97 bytes long, 96 is possible"

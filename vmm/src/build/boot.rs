@@ -37,8 +37,8 @@ struct Kernel {
 }
 
 fn load(config: &VmConfig, around: &Surroundings, ram: &mut Ram) -> Result<Kernel, BuildError> {
-    let image = load_kernel(ram, &config.kernel.path)?;
-    let initramfs = match &config.kernel.initramfs {
+    let image = load_kernel(ram, &config.payload.kernel)?;
+    let initramfs = match &config.payload.initramfs {
         None => None,
         Some(path) => {
             let appended = around
@@ -89,8 +89,8 @@ fn cmdline(config: &VmConfig, devices: &[String]) -> String {
         words.push("memhp_default_state=online_movable".into());
     }
     words.extend_from_slice(devices);
-    if !config.kernel.cmdline.is_empty() {
-        words.push(config.kernel.cmdline.clone());
+    if !config.payload.cmdline.is_empty() {
+        words.push(config.payload.cmdline.clone());
     }
     words.join(" ")
 }

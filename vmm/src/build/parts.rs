@@ -106,7 +106,7 @@ pub(super) fn attach_devices(
         })?;
         attach(attacher, &format!("disk{index}"), &device, Box::new(blk))?;
     }
-    for (index, net) in config.nets.iter().enumerate() {
+    for (index, net) in config.net.iter().enumerate() {
         let device = format!("network device {index}");
         let made = tap::device(net).map_err(|source| BuildError::Device {
             device: device.clone(),
@@ -114,16 +114,16 @@ pub(super) fn attach_devices(
         })?;
         attach(attacher, &format!("net{index}"), &device, Box::new(made))?;
     }
-    for (index, share) in config.shares.iter().enumerate() {
+    for (index, share) in config.fs.iter().enumerate() {
         let device = format!("share '{}'", share.tag);
-        let made = share::device(share, index, config.shares.len());
+        let made = share::device(share, index, config.fs.len());
         let made = made.map_err(|source| BuildError::Device {
             device: device.clone(),
             source: source.into(),
         })?;
         attach(attacher, &format!("fs{index}"), &device, made)?;
     }
-    if let Some(VsockConfig { cid, socket }) = &config.vsock {
+    if let Some(VsockConfig { cid, socket, .. }) = &config.vsock {
         let device = "vsock";
         let vsock = Vsock::new(vsock::VsockConfig {
             cid: *cid,
@@ -178,7 +178,7 @@ pub(super) fn attach_memory(
         handle.request(memory.hotplugged_size.0).map_err(failed)?;
         attach(attacher, "mem", device, Box::new(mem))?;
     }
-    if let Some(balloon) = config.balloon {
+    if let Some(balloon) = &config.balloon {
         let device = "the balloon";
         if memory.hugepages {
             return Err(BuildError::Device {
@@ -221,10 +221,10 @@ fn blk_config(index: usize, disk: &DiskConfig) -> BlkConfig {
         path: disk.path.clone(),
         readonly: disk.readonly,
         direct: disk.direct,
-        queues: disk.queues,
+        queues: disk.num_queues,
         queue_size: disk.queue_size,
-        serial: disk.id.clone().unwrap_or_else(|| name.clone()),
-        rates: rates(&disk.rates),
+        serial: disk.serial.clone().unwrap_or_else(|| name.clone()),
+        rates: rates(&disk.rate_limiter_config),
         name,
     }
 }
@@ -234,10 +234,10 @@ pub(crate) fn rates(config: &RateLimits) -> Limits {
     let rate = |limit: RateLimit| Rate {
         size: limit.size,
         one_time_burst: limit.one_time_burst,
-        refill_time: Duration::from_millis(limit.refill_time_ms),
+        refill_time: Duration::from_millis(limit.refill_time),
     };
     Limits {
         bandwidth: config.bandwidth.map(rate),
-        operations: config.operations.map(rate),
+        operations: config.ops.map(rate),
     }
 }

@@ -1,9 +1,19 @@
 //! Shares from where a configuration says they are.
 
-use api::{FolderConfig, FsCache, FsConfig, FsSource};
+use api::{ConfigError, FsCache, FsConfig, FsSource};
 use devices::virtio::VirtioDevice;
 use devices::virtio::fs::{self, Cache, Fs, FsError, VhostUserFs, VhostUserFsConfig};
 use rustix::process::{Resource, getrlimit};
+use thiserror::Error;
+
+/// Why there is no share.
+#[derive(Debug, Error)]
+pub(crate) enum ShareError {
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    #[error(transparent)]
+    Fs(#[from] FsError),
+}
 
 /// Descriptors that shares leave to everything else.
 const OTHERS: u64 = 512;
@@ -13,32 +23,20 @@ pub(crate) fn device(
     config: &FsConfig,
     index: usize,
     count: usize,
-) -> Result<Box<dyn VirtioDevice>, FsError> {
-    let FsConfig {
-        tag,
-        source,
-        queues,
-        queue_size,
-    } = config;
-    let (tag, queues, queue_size) = (tag.clone(), *queues, *queue_size);
-    match source {
+) -> Result<Box<dyn VirtioDevice>, ShareError> {
+    let (tag, queues, queue_size) = (config.tag.clone(), config.num_queues, config.queue_size);
+    match config.source()? {
         FsSource::Folder(folder) => {
-            let FolderConfig {
-                path,
-                readonly,
-                cache,
-                writeback,
-            } = folder;
             let share = Fs::new(fs::FsConfig {
                 tag,
-                folder: path.clone(),
-                readonly: *readonly,
-                cache: match cache {
+                folder: folder.into(),
+                readonly: config.readonly,
+                cache: match config.cache {
                     FsCache::None => Cache::None,
                     FsCache::Auto => Cache::Auto,
                     FsCache::Always => Cache::Always,
                 },
-                writeback: *writeback,
+                writeback: config.writeback,
                 queues,
                 queue_size,
                 descriptors: descriptors(count),
@@ -49,7 +47,7 @@ pub(crate) fn device(
         FsSource::Socket(socket) => {
             let share = VhostUserFs::connect(VhostUserFsConfig {
                 tag,
-                socket: socket.clone(),
+                socket: socket.into(),
                 queues,
                 queue_size,
             });

@@ -3,7 +3,7 @@
 use std::io;
 use std::os::fd::RawFd;
 
-use api::{NetConfig, TapSource};
+use api::{ConfigError, NetConfig, TapSource};
 use devices::virtio::net::{self, NetError, Offloads, Tap, TapError};
 use thiserror::Error;
 
@@ -13,6 +13,8 @@ use crate::host::inherited;
 /// Why there is no network.
 #[derive(Debug, Error)]
 pub(crate) enum NetworkError {
+    #[error(transparent)]
+    Config(#[from] ConfigError),
     #[error(transparent)]
     Net(#[from] NetError),
     #[error(transparent)]
@@ -26,9 +28,9 @@ pub(crate) enum NetworkError {
 /// The device that `config` describes. Its taps are its own: descriptors that were passed or
 /// inherited stay open beside them, for another life of the VM.
 pub(crate) fn device(config: &NetConfig) -> Result<net::Net, NetworkError> {
-    let taps = match &config.tap {
-        TapSource::Name(name) => Tap::open(name, config.pairs)?,
-        TapSource::Numbers(numbers) => numbers
+    let taps = match config.source()? {
+        TapSource::Name(name) => Tap::open(name, config.pairs())?,
+        TapSource::Inherited(numbers) => numbers
             .iter()
             .map(|fd| {
                 let tap = inherited::duplicate(*fd);
@@ -55,6 +57,6 @@ pub(crate) fn device(config: &NetConfig) -> Result<net::Net, NetworkError> {
             tso: config.offload_tso,
             uso: config.offload_ufo,
         },
-        rates: rates(&config.rates),
+        rates: rates(&config.rate_limiter_config),
     })?)
 }

@@ -60,8 +60,8 @@ impl HostEnd {
                     None,
                 )
             }
-            Destination::File(path) => (None, Some(file(path)?), None),
-            Destination::Socket(path) => {
+            Destination::File { file: path } => (None, Some(file(path)?), None),
+            Destination::Socket { socket: path } => {
                 let (guest, socket) = SocketConsole::start(path)?;
                 let output = output("a console's socket", &guest)?;
                 (Some(guest.into()), Some(output), Some(socket))

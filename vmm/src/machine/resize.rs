@@ -1,6 +1,6 @@
 //! Memory that comes and goes while the guest runs.
 
-use api::{MemoryConfig, Resize};
+use api::{ByteSize, MemoryConfig, Resize};
 use devices::virtio::balloon::BalloonHandle;
 use devices::virtio::mem::MemHandle;
 
@@ -16,30 +16,29 @@ impl MemoryHandles {
     pub(crate) fn refusal(&self, memory: &MemoryConfig, sizes: Resize) -> Option<String> {
         let size = memory.size.bytes();
         let most = size + memory.hotplug_size.0;
+        let balloon = sizes.desired_balloon.map_or(0, |ByteSize(bytes)| bytes);
         match (sizes.desired_ram, &self.mem) {
-            (Some(ram), None) if ram != size => Some(format!(
+            (Some(ByteSize(ram)), None) if ram != size => Some(format!(
                 "desired_ram: {ram} bytes: this VM has {size} and cannot grow"
             )),
-            (Some(ram), Some(_)) if !(size..=most).contains(&ram) => Some(format!(
+            (Some(ByteSize(ram)), Some(_)) if !(size..=most).contains(&ram) => Some(format!(
                 "desired_ram: {ram} bytes: this VM can have {size} to {most}"
             )),
-            _ if self.balloon.is_none() && sizes.desired_balloon.is_some_and(|it| it != 0) => {
+            _ if self.balloon.is_none() && balloon > 0 => {
                 Some("desired_balloon: this VM has no balloon".into())
             }
-            _ => sizes
-                .desired_balloon
-                .filter(|&it| it > most)
-                .map(|it| format!("desired_balloon: {it} bytes: this VM has {most} at most")),
+            _ => (balloon > most)
+                .then(|| format!("desired_balloon: {balloon} bytes: this VM has {most} at most")),
         }
     }
 
     /// Tells the guest. It follows when it can.
     pub(crate) fn request(&self, memory: &MemoryConfig, sizes: Resize) -> Result<(), String> {
-        if let (Some(mem), Some(ram)) = (&self.mem, sizes.desired_ram) {
+        if let (Some(mem), Some(ByteSize(ram))) = (&self.mem, sizes.desired_ram) {
             mem.request(ram.saturating_sub(memory.size.bytes()))
                 .map_err(|error| format!("desired_ram: {error}"))?;
         }
-        if let (Some(balloon), Some(bytes)) = (&self.balloon, sizes.desired_balloon) {
+        if let (Some(balloon), Some(ByteSize(bytes))) = (&self.balloon, sizes.desired_balloon) {
             balloon
                 .set_target(bytes)
                 .map_err(|error| format!("desired_balloon: {error}"))?;

@@ -5,21 +5,15 @@ use std::fmt;
 use std::os::unix::ffi::OsStringExt;
 use std::path::PathBuf;
 
-use api::{
-    BalloonConfig, ConfigError, CpusConfig, DiskConfig, FsConfig, MemoryConfig, NetConfig, Output,
-    VsockConfig,
-};
+use api::{ConfigError, CpusConfig, MemoryConfig, Output, Part, VmConfig};
 use lexopt::{Arg, Parser, ValueExt};
 use log::LevelFilter;
 use thiserror::Error;
 
-/// What `--help` prints.
-pub const HELP: &str = include_str!("help.txt");
-
 /// What the user wants.
 #[derive(Debug)]
 pub enum Action {
-    /// Print [`HELP`].
+    /// Print [`help`](super::help::text).
     Help,
     /// Print the version.
     Version,
@@ -68,20 +62,8 @@ pub struct RunOptions {
     pub initramfs: Option<PathBuf>,
     /// `--cmdline`
     pub cmdline: String,
-    /// `--cpus`
-    pub cpus: CpusConfig,
-    /// `--memory`
-    pub memory: MemoryConfig,
-    /// `--balloon`
-    pub balloon: Option<BalloonConfig>,
-    /// `--disk`
-    pub disks: Vec<DiskConfig>,
-    /// `--net`
-    pub nets: Vec<NetConfig>,
-    /// `--fs`
-    pub shares: Vec<FsConfig>,
-    /// `--vsock`
-    pub vsock: Option<VsockConfig>,
+    /// The parts of a VM, but what it boots and where it prints.
+    pub vm: VmConfig,
     /// `--serial`
     pub serial: Option<Output>,
     /// `--console`
@@ -125,18 +107,18 @@ impl RunOptions {
     fn describes_a_guest(&self) -> bool {
         self.initramfs.is_some()
             || !self.cmdline.is_empty()
-            || self.cpus != CpusConfig::default()
-            || self.memory != MemoryConfig::default()
-            || self.balloon.is_some()
+            || self.vm.cpus != CpusConfig::default()
+            || self.vm.memory != MemoryConfig::default()
+            || self.vm.balloon.is_some()
     }
 
     /// Whether they say anything about a VM besides what to boot.
     fn describes_a_vm(&self) -> bool {
         self.describes_a_guest()
-            || !self.disks.is_empty()
-            || !self.nets.is_empty()
-            || !self.shares.is_empty()
-            || self.vsock.is_some()
+            || !self.vm.disks.is_empty()
+            || !self.vm.net.is_empty()
+            || !self.vm.fs.is_empty()
+            || self.vm.vsock.is_some()
             || self.serial.is_some()
             || self.console.is_some()
     }
@@ -188,15 +170,15 @@ pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Action, Cl
             Arg::Long("rootfs") => options.rootfs = Some(parser.value()?.into()),
             Arg::Long("initramfs") => options.initramfs = Some(parser.value()?.into()),
             Arg::Long("cmdline") => options.cmdline = parser.value()?.string()?,
-            Arg::Long("cpus") => options.cpus = value(&mut parser, "cpus")?,
-            Arg::Long("memory") => options.memory = value(&mut parser, "memory")?,
-            Arg::Long("balloon") => options.balloon = Some(value(&mut parser, "balloon")?),
-            Arg::Long("disk") => options.disks.push(value(&mut parser, "disk")?),
-            Arg::Long("net") => options.nets.push(value(&mut parser, "net")?),
-            Arg::Long("fs") => options.shares.push(value(&mut parser, "fs")?),
-            Arg::Long("vsock") => options.vsock = Some(value(&mut parser, "vsock")?),
-            Arg::Long("serial") => options.serial = Some(value(&mut parser, "serial")?),
-            Arg::Long("console") => options.console = Some(value(&mut parser, "console")?),
+            Arg::Long("cpus") => options.vm.cpus = part(&mut parser, "cpus")?,
+            Arg::Long("memory") => options.vm.memory = part(&mut parser, "memory")?,
+            Arg::Long("balloon") => options.vm.balloon = Some(part(&mut parser, "balloon")?),
+            Arg::Long("disk") => options.vm.disks.push(part(&mut parser, "disk")?),
+            Arg::Long("net") => options.vm.net.push(part(&mut parser, "net")?),
+            Arg::Long("fs") => options.vm.fs.push(part(&mut parser, "fs")?),
+            Arg::Long("vsock") => options.vm.vsock = Some(part(&mut parser, "vsock")?),
+            Arg::Long("serial") => options.serial = Some(output(&mut parser, "serial")?),
+            Arg::Long("console") => options.console = Some(output(&mut parser, "console")?),
             Arg::Long("restore") => options.restore = Some(parser.value()?.into()),
             Arg::Long("prefetch") => options.prefetch = true,
             Arg::Long("api-socket") => options.api_socket = Some(parser.value()?.into()),
@@ -233,14 +215,14 @@ fn next<'a>(
     parser.next()
 }
 
-fn value<T>(parser: &mut Parser, option: &'static str) -> Result<T, CliError>
-where
-    T: std::str::FromStr<Err = ConfigError>,
-{
-    parser
-        .value()?
-        .string()?
-        .parse()
+fn part<T: Part>(parser: &mut Parser, option: &'static str) -> Result<T, CliError> {
+    let text = parser.value()?.string()?;
+    T::from_options(&text).map_err(|source| CliError::Value { option, source })
+}
+
+fn output(parser: &mut Parser, option: &'static str) -> Result<Output, CliError> {
+    let text = parser.value()?.string()?;
+    text.parse()
         .map_err(|source| CliError::Value { option, source })
 }
 
@@ -328,7 +310,7 @@ mod tests {
             options.command,
             [&b"/bin/sh"[..], b"-c", b"exit 7", b"--kernel"]
         );
-        assert_eq!((options.verbosity, options.cpus.boot().get()), (1, 2));
+        assert_eq!((options.verbosity, options.vm.cpus.boot().get()), (1, 2));
     }
 
     #[test]
@@ -336,6 +318,7 @@ mod tests {
         let options = run(&["--disk", "path=/a", "--disk", "path=/b"]);
         assert_eq!(
             options
+                .vm
                 .disks
                 .iter()
                 .map(|disk| &disk.path)
@@ -390,7 +373,7 @@ mod tests {
         assert_eq!(refusal(&["--kernle", "x"]), "invalid option '--kernle'");
         assert_eq!(
             refusal(&["--memory", "sise=1"]),
-            "--memory: there is no key 'sise', the keys are size, hotplug_size, hotplugged_size, hugepages, thp, shared"
+            "--memory: there is no key 'sise', the keys are size, hugepages, thp, shared, hotplug_size, hotplugged_size"
         );
         assert_eq!(refusal(&["run"]), "unexpected argument \"run\"");
         for monitor in ["fd=-1", "fd=x", "path=", "/file"] {

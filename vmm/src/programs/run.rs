@@ -7,8 +7,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use api::{
-    ApiError, Definition, DiskConfig, FolderConfig, FsCache, FsConfig, FsSource, KernelConfig,
-    Output, Restore, TapSource, VmConfig,
+    ApiError, DiskConfig, FsCache, FsConfig, Output, PayloadConfig, Restore, TapSource, VmConfig,
 };
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use serde_json::{Value, json};
@@ -107,15 +106,15 @@ pub fn run(options: &RunOptions) -> Result<u8, RunError> {
         return Ok(conclude(outcome, false, &mut vm, &transcript));
     }
 
-    let (definition, snapshot) = match &options.restore {
-        None => (Definition::of(config(options)?), None),
+    let (config, snapshot) = match &options.restore {
+        None => (config(options)?, None),
         Some(folder) => {
-            let (definition, loaded) = restored(options, folder)?;
-            (definition, Some(loaded))
+            let (config, loaded) = restored(options, folder)?;
+            (config, Some(loaded))
         }
     };
     let command = command(options);
-    let terminal = terminal(definition.config(), command.as_ref())?;
+    let terminal = terminal(&config, command.as_ref())?;
     let service = service(&inbox)?;
     let mut vm = Vm::new(Surround {
         inbox,
@@ -124,7 +123,7 @@ pub fn run(options: &RunOptions) -> Result<u8, RunError> {
         terminal: terminal.is_some(),
         events: monitor,
     });
-    vm.start(definition, snapshot).map_err(RunError::Build)?;
+    vm.start(config, snapshot).map_err(RunError::Build)?;
     let outcome = control::serve(&mut vm, events);
     drop(service);
     drop(terminal);
@@ -170,8 +169,7 @@ fn conclude(outcome: Outcome, has_command: bool, vm: &mut Vm, transcript: &Trans
         Outcome::Dismissed => (0, "api", Value::Null),
         Outcome::Ended(ending) => {
             let ending = with_panic(ending, transcript);
-            let config = vm.definition().map(Definition::config);
-            report(&ending, has_command, config, transcript);
+            report(&ending, has_command, vm.config(), transcript);
             let code = ending.exit_code(has_command);
             (code, ending.reason(), ending.to_string().into())
         }
@@ -186,7 +184,7 @@ fn config(options: &RunOptions) -> Result<VmConfig, RunError> {
     let folder = GuestFolder::of_this_user();
     let given = |path: &Option<PathBuf>| path.clone().map(Ok);
     let has_command = !options.command.is_empty();
-    // Somebody who names just a kernel gets just that kernel.
+    // A kernel that is named alone boots alone.
     let wants_agent = has_command
         || options.rootfs.is_some()
         || (options.kernel.is_none() && options.initramfs.is_none());
@@ -195,8 +193,7 @@ fn config(options: &RunOptions) -> Result<VmConfig, RunError> {
     let initramfs = given(&options.initramfs)
         .or_else(|| wants_agent.then(|| folder.initramfs()))
         .transpose()?;
-    let mut disks = Vec::with_capacity(options.disks.len() + 1);
-    let mut shares = Vec::with_capacity(options.shares.len() + 1);
+    let mut vm = options.vm.clone();
     let mut cmdline = consoles(options, wants_agent);
     if wants_agent {
         let path = given(&options.rootfs).unwrap_or_else(|| folder.rootfs())?;
@@ -206,71 +203,52 @@ fn config(options: &RunOptions) -> Result<VmConfig, RunError> {
         })?;
         if metadata.is_dir() {
             cmdline.push_str(&format!(" root={ROOT_TAG} rootfstype=virtiofs"));
-            shares.push(root_share(path));
+            vm.fs.insert(0, root_share(path));
         } else {
             cmdline.push_str(" root=/dev/vda");
-            disks.push(DiskConfig::new(path, true));
+            let disk = DiskConfig {
+                path,
+                readonly: true,
+                ..DiskConfig::default()
+            };
+            vm.disks.insert(0, disk);
         }
         cmdline.push_str(" ro podvmm.overlay");
     }
-    disks.extend_from_slice(&options.disks);
-    shares.extend_from_slice(&options.shares);
     if !options.cmdline.is_empty() {
         cmdline.push(' ');
         cmdline.push_str(&options.cmdline);
     }
     Ok(VmConfig {
-        kernel: KernelConfig {
-            path: kernel,
+        payload: PayloadConfig {
+            kernel,
             initramfs,
             cmdline,
+            ..PayloadConfig::default()
         },
-        cpus: options.cpus,
-        memory: options.memory,
-        balloon: options.balloon,
-        disks,
-        nets: options.nets.clone(),
-        shares,
-        vsock: options.vsock.clone(),
         serial: serial(options),
         console: options.console.clone().unwrap_or(Output::Off),
+        ..vm
     })
 }
 
 /// The VM of a snapshot, with what the options say is to be different.
-fn restored(options: &RunOptions, folder: &Path) -> Result<(Definition, Loaded), RunError> {
+fn restored(options: &RunOptions, folder: &Path) -> Result<(VmConfig, Loaded), RunError> {
     let mut restore = Restore::new(folder.into());
     restore.prefetch = options.prefetch;
-    let differs = VmConfig {
-        kernel: KernelConfig {
-            path: PathBuf::new(),
-            initramfs: None,
-            cmdline: String::new(),
-        },
-        cpus: options.cpus,
-        memory: options.memory,
-        balloon: None,
-        disks: options.disks.clone(),
-        nets: options.nets.clone(),
-        shares: options.shares.clone(),
-        vsock: options.vsock.clone(),
-        serial: options.serial.clone().unwrap_or(Output::Off),
-        console: options.console.clone().unwrap_or(Output::Off),
-    };
-    let given = [
-        ("disks", !options.disks.is_empty()),
-        ("net", !options.nets.is_empty()),
-        ("fs", !options.shares.is_empty()),
-        ("vsock", options.vsock.is_some()),
-        ("serial", options.serial.is_some()),
-        ("console", options.console.is_some()),
-    ];
-    let mut json = Definition::of(differs).json().clone();
-    for (part, _) in given.iter().filter(|(_, given)| *given) {
-        restore.patch[part] = json[part].take();
+    let mut differs = options.vm.json();
+    for part in ["disks", "net", "fs", "vsock"] {
+        if let Some(given) = differs.get_mut(part) {
+            restore.patch[part] = given.take();
+        }
     }
-    for net in &options.nets {
-        if let TapSource::Numbers(numbers) = &net.tap {
+    for (part, output) in [("serial", &options.serial), ("console", &options.console)] {
+        if let Some(output) = output {
+            restore.patch[part] = json!(output);
+        }
+    }
+    for net in &options.vm.net {
+        if let Ok(TapSource::Inherited(numbers)) = net.source() {
             for fd in numbers {
                 let tap = inherited::duplicate(*fd);
                 restore
@@ -280,11 +258,11 @@ fn restored(options: &RunOptions, folder: &Path) -> Result<(Definition, Loaded),
         }
     }
     let opened = Loaded::open(restore);
-    let (loaded, definition) = opened.map_err(|source| RunError::Restore {
+    let (loaded, config) = opened.map_err(|source| RunError::Restore {
         folder: folder.into(),
         source,
     })?;
-    Ok((definition, loaded))
+    Ok((config, loaded))
 }
 
 /// The tag of the share that is the root file system.
@@ -292,12 +270,13 @@ const ROOT_TAG: &str = "podvmm.root";
 
 /// A folder as root file system: what lies over it must be able to rely on it.
 fn root_share(path: PathBuf) -> FsConfig {
-    let folder = FolderConfig {
+    FsConfig {
+        tag: ROOT_TAG.into(),
+        shared_dir: Some(path),
         readonly: true,
         cache: FsCache::Always,
-        ..FolderConfig::new(path)
-    };
-    FsConfig::new(ROOT_TAG.into(), FsSource::Folder(folder))
+        ..FsConfig::default()
+    }
 }
 
 fn serial(options: &RunOptions) -> Output {

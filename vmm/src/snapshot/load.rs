@@ -7,7 +7,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use api::{Definition, JsonError, MemoryConfig, Restore};
+use api::{JsonError, MemoryConfig, Restore, VmConfig};
 use arch::cpuid;
 use arch::state::{BoardState, VcpuState};
 use devices::legacy::SerialState;
@@ -77,7 +77,7 @@ pub(crate) enum Pages {
 
 impl Loaded {
     /// Opens it, and says which VM it is to be.
-    pub fn open(restore: Restore) -> Result<(Self, Definition), RestoreError> {
+    pub fn open(restore: Restore) -> Result<(Self, VmConfig), RestoreError> {
         let Restore {
             folder,
             patch,
@@ -90,8 +90,8 @@ impl Loaded {
         let state = read_state(&folder)?;
         let path = folder.join(CONFIG);
         let config = config(&path, &state)?;
-        let definition = Definition::restored(&config, &patch, fds);
-        let definition = definition.map_err(|source| RestoreError::Config { path, source })?;
+        let config = VmConfig::restored(&config, &patch, fds);
+        let config = config.map_err(|source| RestoreError::Config { path, source })?;
         let memory = &state.memory;
         let pages = match memory_socket {
             Some(_) if prefetch || verify => return Err(RestoreError::Elsewhere),
@@ -117,7 +117,7 @@ impl Loaded {
             state,
             pages,
         };
-        Ok((loaded, definition))
+        Ok((loaded, config))
     }
 
     /// Which snapshot it is.

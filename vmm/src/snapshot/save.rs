@@ -7,7 +7,7 @@ use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use api::Definition;
+use api::VmConfig;
 use arch::state::{BoardState, MsrIndices, StateError, VcpuState};
 use kvm_ioctls::Kvm;
 use rustix::fs::{AtFlags, CWD, FlockOperation, flock, linkat};
@@ -64,13 +64,11 @@ fn failed(act: &'static str, path: &Path) -> impl Fn(io::Error) -> SaveError {
 /// it is if it came from another process before.
 pub(crate) fn save(
     machine: &mut Machine,
-    definition: &Definition,
+    config: &VmConfig,
     folder: &Path,
     incremental: bool,
 ) -> Result<(), SaveError> {
-    let shares = &definition.config().shares;
-    let elsewhere = |share: &&api::FsConfig| matches!(share.source, api::FsSource::Socket(_));
-    if let Some(share) = shares.iter().find(elsewhere) {
+    if let Some(share) = config.fs.iter().find(|share| share.socket.is_some()) {
         return Err(SaveError::Share(share.tag.clone()));
     }
     if machine.button.is_some() {
@@ -78,9 +76,9 @@ pub(crate) fn save(
     }
     let mut draft = Draft::new(folder)?;
     let devices = machine.device_states();
-    let allowed = allowed(&definition.config().memory, &devices).expect("the device is of this VM");
+    let allowed = allowed(&config.memory, &devices).expect("the device is of this VM");
     let layers = draft.memory(machine, &allowed, incremental)?;
-    let mut config = definition.json().clone();
+    let mut config = config.json();
     config[ID] = draft.id.as_str().into();
     let state = State {
         id: draft.id.clone(),

@@ -22,8 +22,8 @@ use std::thread::{Builder, JoinHandle};
 use std::time::Duration;
 
 use api::{
-    Addition, Answer, ApiError, Definition, Ping, Request, Resize, Restore, Snapshot, State,
-    VmInfo, chain,
+    Addition, Answer, ApiError, Ping, Request, Resize, Restore, Snapshot, State, VmConfig, VmInfo,
+    chain,
 };
 use serde_json::{Value, json};
 
@@ -62,18 +62,18 @@ pub(crate) struct Vm {
 #[derive(Debug)]
 enum Phase {
     None,
-    Created(Box<Definition>),
-    Running(Box<Definition>, Box<Machine>),
-    Paused(Box<Definition>, Box<Machine>),
+    Created(Box<VmConfig>),
+    Running(Box<VmConfig>, Box<Machine>),
+    Paused(Box<VmConfig>, Box<Machine>),
     /// Paused, and a thread has the machine while it writes a snapshot of it.
     Saving(Box<Saving>),
-    Shutdown(Box<Definition>),
+    Shutdown(Box<VmConfig>),
 }
 
 /// A snapshot that is being written.
 #[derive(Debug)]
 struct Saving {
-    definition: Box<Definition>,
+    config: Box<VmConfig>,
     writer: JoinHandle<(Box<Machine>, Result<(), SaveError>)>,
     /// Who waits for it.
     reply: Reply,
@@ -95,14 +95,14 @@ impl Phase {
         }
     }
 
-    fn definition(&self) -> Option<&Definition> {
+    fn config(&self) -> Option<&VmConfig> {
         match self {
             Self::None => None,
-            Self::Created(definition)
-            | Self::Running(definition, _)
-            | Self::Paused(definition, _)
-            | Self::Shutdown(definition) => Some(definition),
-            Self::Saving(saving) => Some(&saving.definition),
+            Self::Created(config)
+            | Self::Running(config, _)
+            | Self::Paused(config, _)
+            | Self::Shutdown(config) => Some(config),
+            Self::Saving(saving) => Some(&saving.config),
         }
     }
 
@@ -141,9 +141,9 @@ impl Vm {
         &mut self.around.events
     }
 
-    /// The definition, if there is a VM.
-    pub(crate) fn definition(&self) -> Option<&Definition> {
-        self.phase.definition()
+    /// What it is defined as, if there is a VM.
+    pub(crate) fn config(&self) -> Option<&VmConfig> {
+        self.phase.config()
     }
 
     /// Carries out a request that is answered at once.
@@ -151,8 +151,8 @@ impl Vm {
         match request {
             Request::Ping => Ok(Answer::Ping(ping())),
             Request::Exit | Request::Snapshot(_) => unreachable!("control sees to them itself"),
-            Request::Create(definition) => self.create(definition).map(done),
-            Request::Add(device, json) => self.add(device, json).map(done),
+            Request::Create(config) => self.create(config).map(done),
+            Request::Add(device) => self.add(device).map(done),
             Request::Boot => self.boot().map(done),
             Request::Info => self.info().map(|info| Answer::Info(Box::new(info))),
             Request::Counters => self.counters().map(Answer::Counters),
@@ -174,12 +174,12 @@ impl Vm {
     }
 
     /// Defines the VM.
-    fn create(&mut self, definition: Box<Definition>) -> Result<(), ApiError> {
+    fn create(&mut self, config: Box<VmConfig>) -> Result<(), ApiError> {
         if !matches!(self.phase, Phase::None) {
             return Err(self.wrong("vm.create", "not created"));
         }
-        definition.config().check().map_err(contradiction)?;
-        self.phase = Phase::Created(definition);
+        config.check().map_err(contradiction)?;
+        self.phase = Phase::Created(config);
         self.around.events.vm("created", Value::Null);
         Ok(())
     }
@@ -187,40 +187,40 @@ impl Vm {
     /// Has the VM run, where there is none yet.
     pub(crate) fn start(
         &mut self,
-        definition: Definition,
+        config: VmConfig,
         snapshot: Option<Loaded>,
     ) -> Result<(), ApiError> {
         match snapshot {
             None => {
-                self.create(Box::new(definition))?;
+                self.create(Box::new(config))?;
                 self.boot()
             }
             Some(loaded) => {
-                self.revive(Box::new(definition), loaded)?;
+                self.revive(Box::new(config), loaded)?;
                 self.resume()
             }
         }
     }
 
-    /// Adds a device to the definition: the guest finds devices when it boots.
-    fn add(&mut self, device: Addition, json: Value) -> Result<(), ApiError> {
+    /// Adds a device to what the VM is defined as: the guest finds devices when it boots.
+    fn add(&mut self, device: Addition) -> Result<(), ApiError> {
         match &mut self.phase {
-            Phase::Created(definition) | Phase::Shutdown(definition) => {
-                let mut more = definition.clone();
-                more.add(device, json);
-                more.config().check().map_err(contradiction)?;
-                *definition = more;
+            Phase::Created(config) | Phase::Shutdown(config) => {
+                let mut more = config.clone();
+                more.add(device);
+                more.check().map_err(contradiction)?;
+                *config = more;
                 Ok(())
             }
             _ => Err(self.wrong("add a device", "Created or Shutdown")),
         }
     }
 
-    /// Takes a device from the definition.
+    /// Takes a device from what the VM is defined as.
     fn remove(&mut self, id: &str) -> Result<(), ApiError> {
         match &mut self.phase {
-            Phase::Created(definition) | Phase::Shutdown(definition) => {
-                if definition.remove(id) {
+            Phase::Created(config) | Phase::Shutdown(config) => {
+                if config.remove(id) {
                     return Ok(());
                 }
                 Err(ApiError::NoSuchDevice(id.into()))
@@ -248,19 +248,19 @@ impl Vm {
     /// Builds the machine and lets it run. A VM that cannot be built stays what
     /// it was.
     fn boot(&mut self) -> Result<(), ApiError> {
-        let (Phase::Created(definition) | Phase::Shutdown(definition)) = &self.phase else {
+        let (Phase::Created(config) | Phase::Shutdown(config)) = &self.phase else {
             return Err(self.wrong("vm.boot", "Created or Shutdown"));
         };
-        let definition = definition.clone();
+        let config = config.clone();
         self.around.events.vm("booting", Value::Null);
         let around = self.surroundings();
-        let mut machine = build::boot(definition.config(), &around).map_err(refusal)?;
+        let mut machine = build::boot(&config, &around).map_err(refusal)?;
         log::info!("built; entering the guest");
         machine.start();
         let phases = machine.timeline.json();
         let events = &mut self.around.events;
         events.vm("booted", json!({ "phases_us": phases }));
-        self.phase = Phase::Running(definition, Box::new(machine));
+        self.phase = Phase::Running(config, Box::new(machine));
         Ok(())
     }
 
@@ -280,13 +280,12 @@ impl Vm {
             return reply.send(&Err(self.wrong("vm.snapshot", "Paused")));
         }
         let (metrics, info, counters) = (self.metrics(), self.info(), self.counters());
-        let Phase::Paused(definition, machine) = std::mem::replace(&mut self.phase, Phase::None)
-        else {
+        let Phase::Paused(config, machine) = std::mem::replace(&mut self.phase, Phase::None) else {
             unreachable!("it was just seen");
         };
         let folder = json!({ "folder": snapshot.folder });
         let inbox = self.around.inbox.clone();
-        let written = definition.clone();
+        let written = config.clone();
         // The thread gets the machine once there is a thread.
         let (give, take) = channel::<Box<Machine>>();
         let writer = Builder::new().name("snapshot".into()).spawn(move || {
@@ -303,7 +302,7 @@ impl Vm {
         let writer = match writer {
             Ok(writer) => writer,
             Err(error) => {
-                self.phase = Phase::Paused(definition, machine);
+                self.phase = Phase::Paused(config, machine);
                 let why = format!("start a thread: {error}");
                 return reply.send(&Err(ApiError::Host(vec![why])));
             }
@@ -311,7 +310,7 @@ impl Vm {
         self.around.events.vm("snapshotting", folder.clone());
         give.send(machine).expect("the thread waits for it");
         self.phase = Phase::Saving(Box::new(Saving {
-            definition,
+            config,
             writer,
             reply,
             folder,
@@ -326,7 +325,7 @@ impl Vm {
         match std::mem::replace(&mut self.phase, Phase::None) {
             Phase::Saving(saving) => {
                 let (machine, saved) = saving.writer.join().expect("a panic ends the process");
-                self.phase = Phase::Paused(saving.definition, machine);
+                self.phase = Phase::Paused(saving.config, machine);
                 if saved.is_ok() {
                     self.around.events.vm("snapshotted", saving.folder);
                 }
@@ -354,18 +353,18 @@ impl Vm {
         }
         let resume = restore.resume;
         let opened = Loaded::open(restore);
-        let (loaded, definition) = opened.map_err(|error| ApiError::Impossible(chain(&error)))?;
-        self.revive(Box::new(definition), loaded)?;
+        let (loaded, config) = opened.map_err(|error| ApiError::Impossible(chain(&error)))?;
+        self.revive(Box::new(config), loaded)?;
         if resume { self.resume() } else { Ok(()) }
     }
 
-    fn revive(&mut self, definition: Box<Definition>, loaded: Loaded) -> Result<(), ApiError> {
-        definition.config().check().map_err(contradiction)?;
+    fn revive(&mut self, config: Box<VmConfig>, loaded: Loaded) -> Result<(), ApiError> {
+        config.check().map_err(contradiction)?;
         self.around.events.vm("restoring", Value::Null);
         let around = self.surroundings();
-        let machine = build::restore(definition.config(), &around, loaded).map_err(refusal)?;
+        let machine = build::restore(&config, &around, loaded).map_err(refusal)?;
         let phases = machine.timeline.json();
-        self.phase = Phase::Paused(definition, Box::new(machine));
+        self.phase = Phase::Paused(config, Box::new(machine));
         let events = &mut self.around.events;
         events.vm("restored", json!({ "phases_us": phases }));
         Ok(())
@@ -373,14 +372,14 @@ impl Vm {
 
     fn pause(&mut self) -> Result<(), ApiError> {
         match std::mem::replace(&mut self.phase, Phase::None) {
-            Phase::Running(definition, mut machine) => {
+            Phase::Running(config, mut machine) => {
                 let _patience = machine.patience();
                 let paused = machine.pause();
                 self.phase = if paused.is_ok() {
                     self.around.events.vm("paused", Value::Null);
-                    Phase::Paused(definition, machine)
+                    Phase::Paused(config, machine)
                 } else {
-                    Phase::Running(definition, machine)
+                    Phase::Running(config, machine)
                 };
                 paused.map_err(|error| ApiError::Host(chain(&error)))
             }
@@ -393,14 +392,14 @@ impl Vm {
 
     fn resume(&mut self) -> Result<(), ApiError> {
         match std::mem::replace(&mut self.phase, Phase::None) {
-            Phase::Paused(definition, mut machine) => {
+            Phase::Paused(config, mut machine) => {
                 let _patience = machine.patience();
                 let resumed = machine.resume();
                 self.phase = if resumed.is_ok() {
                     self.around.events.vm("resumed", Value::Null);
-                    Phase::Running(definition, machine)
+                    Phase::Running(config, machine)
                 } else {
-                    Phase::Paused(definition, machine)
+                    Phase::Paused(config, machine)
                 };
                 resumed.map_err(|error| ApiError::Host(chain(&error)))
             }
@@ -414,11 +413,11 @@ impl Vm {
     /// Ends the guest at once; what it has queued for its devices is done first.
     fn shutdown(&mut self) -> Result<(), ApiError> {
         match std::mem::replace(&mut self.phase, Phase::None) {
-            Phase::Running(definition, machine) | Phase::Paused(definition, machine) => {
+            Phase::Running(config, machine) | Phase::Paused(config, machine) => {
                 end(machine);
                 // Whatever the machine still had to say is of an earlier life.
                 self.around.inbox.next_life();
-                self.phase = Phase::Shutdown(definition);
+                self.phase = Phase::Shutdown(config);
                 self.around.events.vm("shutdown", Value::Null);
                 Ok(())
             }
@@ -452,9 +451,9 @@ impl Vm {
     /// come cannot be ended otherwise.
     pub(crate) fn abandon(&mut self) {
         match std::mem::replace(&mut self.phase, Phase::None) {
-            Phase::Running(definition, machine) | Phase::Paused(definition, machine) => {
+            Phase::Running(config, machine) | Phase::Paused(config, machine) => {
                 std::mem::forget(machine);
-                self.phase = Phase::Shutdown(definition);
+                self.phase = Phase::Shutdown(config);
             }
             other => self.phase = other,
         }
@@ -478,37 +477,36 @@ impl Vm {
 
     fn resize(&mut self, sizes: Resize) -> Result<(), ApiError> {
         let paused = matches!(self.phase, Phase::Paused(..));
-        let (Phase::Running(definition, machine) | Phase::Paused(definition, machine)) =
-            &mut self.phase
+        let (Phase::Running(config, machine) | Phase::Paused(config, machine)) = &mut self.phase
         else {
             return Err(self.wrong("vm.resize", "Running or Paused"));
         };
-        let memory = definition.config().memory;
+        let memory = config.memory.clone();
         if let Some(why) = machine.memory.refusal(&memory, sizes) {
             return Err(ApiError::Impossible(vec![why]));
         }
         if let Some(wanted) = sizes.desired_vcpus {
-            let max = definition.config().cpus.max().get();
-            if !(1..=max).contains(&wanted) {
+            let max = config.cpus.max();
+            if wanted > max {
                 return Err(ApiError::Impossible(vec![format!(
                     "desired_vcpus: {wanted}: this VM can have 1 to {max}"
                 )]));
             }
             machine
-                .resize_vcpus(wanted, paused)
+                .resize_vcpus(wanted.get(), paused)
                 .map_err(|error| refusal(error.into()))?;
             // At once: memory may fail, and what the vCPUs are by then is so all the same.
             let vcpus = Resize {
                 desired_vcpus: Some(wanted),
                 ..Resize::default()
             };
-            definition.resize(vcpus).map_err(contradiction)?;
+            config.resize(vcpus).map_err(contradiction)?;
         }
         machine
             .memory
             .request(&memory, sizes)
             .map_err(|why| ApiError::Host(vec![why]))?;
-        definition.resize(sizes).map_err(contradiction)?;
+        config.resize(sizes).map_err(contradiction)?;
         self.around.events.vm(
             "resized",
             json!({
@@ -524,13 +522,13 @@ impl Vm {
         if let Some(saving) = self.phase.saving() {
             return Ok(saving.info.clone());
         }
-        let definition = self
+        let config = self
             .phase
-            .definition()
+            .config()
             .ok_or_else(|| self.wrong("vm.info", "created"))?;
-        let size = definition.config().memory.size.bytes();
+        let size = config.memory.size.bytes();
         Ok(VmInfo {
-            config: definition.json().clone(),
+            config: config.json(),
             state: self.phase.state(),
             memory_actual_size: match self.phase.machine() {
                 Some(machine) => machine.memory.actual(size),

@@ -7,7 +7,7 @@ use crate::machine::vcpus::VcpuError;
 use crate::memory::remote_ram::RemoteRamError;
 use crate::snapshot::{RecordError, SaveError};
 
-/// A definition that contradicts itself.
+/// A configuration that contradicts itself.
 pub(super) fn contradiction(error: ConfigError) -> ApiError {
     ApiError::Impossible(chain(&error))
 }
