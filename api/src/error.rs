@@ -2,6 +2,7 @@
 
 use std::fmt;
 
+use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use crate::config::ConfigError;
@@ -67,9 +68,10 @@ pub enum JsonError {
 }
 
 /// Where in its life a VM is, in Cloud Hypervisor's words.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum State {
     /// There is none.
+    #[serde(rename = "not created")]
     None,
     Created,
     Running,

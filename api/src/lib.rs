@@ -6,6 +6,7 @@
 //! behind it check only against the host.
 #![forbid(unsafe_code)]
 
+mod client;
 mod config;
 mod error;
 pub mod http;

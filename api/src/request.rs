@@ -3,7 +3,7 @@
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::{Map, Value};
 
 use crate::config::{Addition, VmConfig};
@@ -54,32 +54,106 @@ pub struct Resize {
     pub desired_balloon: Option<ByteSize>,
 }
 
-/// Writes a paused VM down.
-#[derive(Clone, Debug, PartialEq, Eq)]
+/// Writes a paused VM to a folder.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Snapshot {
     /// Where to: made if it is not there.
+    #[serde(rename = "destination_url", with = "file_url")]
     pub folder: PathBuf,
     /// Of memory, writes only what has changed since the last such snapshot, where that can be.
+    /// podvmm's own.
+    #[serde(default, deserialize_with = "null_is_default")]
     pub incremental: bool,
 }
 
 /// Makes a VM of a snapshot, paused.
-#[derive(Debug)]
+#[derive(Debug, Serialize, Deserialize)]
 pub struct Restore {
+    /// Where the snapshot is.
+    #[serde(rename = "source_url", with = "file_url")]
     pub folder: PathBuf,
-    /// What is to be different from config.json (RFC 7396, JSON Merge Patch).
-    pub patch: Value,
-    /// Stand for the taps of networks without one, in their order.
-    pub fds: Vec<OwnedFd>,
     /// Read memory ahead of the guest: what a recorded working set names, before the VM is there, or
     /// else all, meanwhile.
+    #[serde(default, deserialize_with = "null_is_default")]
     pub prefetch: bool,
-    /// Read memory and compare its checksums first.
+    /// Let it run.
+    #[serde(default, deserialize_with = "null_is_default")]
+    pub resume: bool,
+    /// What Cloud Hypervisor's clients may ask for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    memory_restore_mode: Option<MemoryRestoreMode>,
+    /// Cloud Hypervisor's, which podvmm refuses: RAM is read when it is touched.
+    #[serde(default, skip_serializing, deserialize_with = "null_is_default")]
+    pub(crate) prefault: bool,
+    /// Read memory and compare its checksums first. From here on fields are podvmm's own.
+    #[serde(default, deserialize_with = "null_is_default")]
     pub verify: bool,
     /// Where another process listens that has its memory, and gives it page by page.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub memory_socket: Option<PathBuf>,
-    /// Let it run.
-    pub resume: bool,
+    /// What is to be different from config.json (RFC 7396, JSON Merge Patch).
+    #[serde(
+        rename = "config",
+        default = "nothing",
+        deserialize_with = "null_is_nothing"
+    )]
+    pub patch: Value,
+    /// Stand for the taps of networks without one, in their order.
+    #[serde(skip)]
+    pub fds: Vec<OwnedFd>,
+}
+
+/// How RAM comes back. podvmm always maps the snapshot's files, privately, and reads a page when it is
+/// touched. The guest sees what it would see in any of these modes, also if the files are removed
+/// meanwhile.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+enum MemoryRestoreMode {
+    Copy,
+    OnDemand,
+    CopyOnWrite,
+}
+
+/// A patch that changes nothing.
+fn nothing() -> Value {
+    Value::Object(Map::new())
+}
+
+fn null_is_nothing<'de, D: Deserializer<'de>>(json: D) -> Result<Value, D::Error> {
+    Ok(Option::deserialize(json)?.unwrap_or_else(nothing))
+}
+
+fn null_is_default<'de, D, T>(json: D) -> Result<T, D::Error>
+where
+    D: Deserializer<'de>,
+    T: Default + Deserialize<'de>,
+{
+    Ok(Option::deserialize(json)?.unwrap_or_default())
+}
+
+/// A folder as a URL of a file system (RFC 8089, The "file" URI Scheme).
+mod file_url {
+    use std::path::{Path, PathBuf};
+
+    use serde::de::{Deserialize, Deserializer, Error as _};
+    use serde::ser::{Error as _, Serializer};
+
+    pub(super) fn serialize<S: Serializer>(folder: &Path, json: S) -> Result<S::Ok, S::Error> {
+        match folder.to_str() {
+            Some(path) if folder.is_absolute() => json.serialize_str(&format!("file://{path}")),
+            _ => Err(S::Error::custom(format!(
+                "'{}' is not an absolute path in UTF-8",
+                folder.display()
+            ))),
+        }
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(json: D) -> Result<PathBuf, D::Error> {
+        let url = String::deserialize(json)?;
+        match url.strip_prefix("file://") {
+            Some(path) if path.starts_with('/') => Ok(path.into()),
+            _ => Err(D::Error::custom("it is not file:///FOLDER")),
+        }
+    }
 }
 
 impl Restore {
@@ -87,12 +161,14 @@ impl Restore {
     pub fn new(folder: PathBuf) -> Self {
         Self {
             folder,
-            patch: Value::Object(Map::new()),
-            fds: Vec::new(),
             prefetch: false,
+            resume: false,
+            memory_restore_mode: None,
+            prefault: false,
             verify: false,
             memory_socket: None,
-            resume: false,
+            patch: nothing(),
+            fds: Vec::new(),
         }
     }
 }
@@ -110,27 +186,23 @@ pub enum Answer {
 }
 
 /// Which podvmm this is.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Ping {
-    pub version: &'static str,
-    pub build_version: &'static str,
+    pub version: String,
+    pub build_version: String,
     pub pid: u32,
     pub features: Vec<String>,
 }
 
 /// A VM as it is.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct VmInfo {
     /// As it was defined, with the sizes it was asked to have since.
-    pub config: Value,
-    #[serde(serialize_with = "as_text")]
+    pub config: VmConfig,
+    /// Where in its life it is.
     pub state: State,
     /// Memory the guest has now, in bytes.
     pub memory_actual_size: u64,
     /// vCPUs the guest may use now.
     pub vcpus_actual: u8,
-}
-
-fn as_text<S: serde::Serializer>(state: &State, serializer: S) -> Result<S::Ok, S::Error> {
-    serializer.collect_str(state)
 }

@@ -1,17 +1,14 @@
 //! From an HTTP request to what it asks, and from what it is answered to an HTTP response.
 
-use std::path::PathBuf;
-
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
-use serde_json::Value;
 
 use crate::config::{Addition, DiskConfig, FsConfig, NetConfig, Part, VmConfig, VsockConfig};
 use crate::error::{ApiError, JsonError};
 use crate::http;
 use crate::http::{Method, Response};
 
-use crate::request::{Answer, Request, Restore, Snapshot};
+use crate::request::{Answer, Request, Restore};
 
 /// What all paths begin with, but that of the metrics.
 pub const PREFIX: &str = "/api/v1/";
@@ -85,38 +82,21 @@ pub const ROUTES: &[Route] = &[
     put("/api/v1/vm.reboot", |_, _| Ok(Request::Reboot)),
     put("/api/v1/vm.delete", |_, _| Ok(Request::Delete)),
     put("/api/v1/vm.snapshot", |_, request| {
-        let SnapshotJson {
-            destination_url,
-            incremental,
-        } = json("vm.snapshot", &request.body)?;
-        Ok(Request::Snapshot(Snapshot {
-            folder: folder("vm.snapshot", "destination_url", &destination_url)?,
-            incremental: incremental.unwrap_or(false),
-        }))
+        Ok(Request::Snapshot(json("vm.snapshot", &request.body)?))
     }),
     put("/api/v1/vm.record-working-set", |_, _| {
         Ok(Request::RecordWorkingSet)
     }),
     put("/api/v1/vm.restore", |_, request| {
-        let restore: RestoreJson = json("vm.restore", &request.body)?;
-        if restore.prefault == Some(true) {
-            return Err(unsupported(
-                "vm.restore",
-                "prefault",
-                "RAM is read when it is touched; prefetch has the host read it ahead",
-            ));
+        let mut restore: Restore = json("vm.restore", &request.body)?;
+        if restore.prefault {
+            return Err(body_of("vm.restore")(JsonError::Unsupported {
+                path: "prefault".into(),
+                why: "RAM is read when it is touched; prefetch has the host read it ahead",
+            }));
         }
-        let folder = folder("vm.restore", "source_url", &restore.source_url)?;
-        let default = Restore::new(folder);
-        Ok(Request::Restore(Box::new(Restore {
-            patch: restore.config.unwrap_or_else(|| default.patch.clone()),
-            fds: request.fds,
-            prefetch: restore.prefetch.unwrap_or(false),
-            verify: restore.verify.unwrap_or(false),
-            memory_socket: restore.memory_socket,
-            resume: restore.resume.unwrap_or(false),
-            ..default
-        })))
+        restore.fds = request.fds;
+        Ok(Request::Restore(Box::new(restore)))
     }),
     get("/metrics", |_, _| Ok(Request::Metrics)),
 ];
@@ -132,55 +112,6 @@ fn add(request: &'static str, addition: Result<Addition, JsonError>) -> Result<R
 
 fn body_of(request: &'static str) -> impl Fn(JsonError) -> ApiError {
     move |source| ApiError::Body { request, source }
-}
-
-#[derive(Deserialize)]
-struct SnapshotJson {
-    destination_url: String,
-    /// podvmm's own.
-    incremental: Option<bool>,
-}
-
-#[derive(Deserialize)]
-struct RestoreJson {
-    source_url: String,
-    prefault: Option<bool>,
-    #[expect(dead_code, reason = "parsing it checks it")]
-    memory_restore_mode: Option<MemoryRestoreMode>,
-    prefetch: Option<bool>,
-    resume: Option<bool>,
-    /// From here on podvmm's own.
-    verify: Option<bool>,
-    memory_socket: Option<PathBuf>,
-    config: Option<Value>,
-}
-
-/// How RAM comes back. podvmm always maps the snapshot's files, privately, and reads a page when it is
-/// touched. The guest sees what it would see in any of these modes, also if the files are removed
-/// meanwhile.
-#[derive(Deserialize)]
-enum MemoryRestoreMode {
-    Copy,
-    OnDemand,
-    CopyOnWrite,
-}
-
-fn unsupported(request: &'static str, field: &str, why: &'static str) -> ApiError {
-    ApiError::Body {
-        request,
-        source: JsonError::Unsupported {
-            path: field.into(),
-            why,
-        },
-    }
-}
-
-/// The folder that a URL of a file system names (RFC 8089, The "file" URI Scheme).
-fn folder(request: &'static str, field: &'static str, url: &str) -> Result<PathBuf, ApiError> {
-    match url.strip_prefix("file://") {
-        Some(path) if path.starts_with('/') => Ok(path.into()),
-        _ => Err(unsupported(request, field, "it is not file:///FOLDER")),
-    }
 }
 
 /// What `request` asks.

@@ -4,7 +4,6 @@ mod output;
 pub(crate) mod template;
 
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -14,10 +13,13 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use api::http::{Client, ClientError};
-use api::route::PREFIX;
+use api::{
+    BalloonConfig, ByteSize, ConfigError, CpuCount, CpusConfig, DiskConfig, FsConfig, MemoryConfig,
+    NetConfig, Output, PayloadConfig, Resize, Restore, Snapshot, VmConfig, VsockConfig,
+};
 use protocol::contract::{POD_PARAMETER, SHARE_TAG};
 use rustix::process::{Signal, set_parent_process_death_signal};
-use serde_json::{Value, json};
+use serde_json::json;
 
 use self::output::log_lines;
 use crate::config::{Config, Size};
@@ -50,6 +52,8 @@ pub(crate) enum Error {
         act: &'static str,
         source: ClientError,
     },
+    #[error("describe the VM")]
+    Config(#[from] ConfigError),
     #[error(transparent)]
     Network(#[from] network::Error),
     #[error("write down what is to be cleaned up")]
@@ -203,7 +207,7 @@ impl Vm {
         let made = record
             .write(plan.place)
             .map_err(Error::Record)
-            .and_then(|()| vm.make(plan, &links));
+            .and_then(|()| vm.make(plan, links));
         match made {
             Ok(()) => Ok((vm, settings)),
             Err(_) if vm.fail() => Err(Error::Killed),
@@ -211,9 +215,8 @@ impl Vm {
         }
     }
 
-    fn make(&mut self, plan: &Plan<'_>, links: &[Link]) -> Result<(), Error> {
+    fn make(&mut self, plan: &Plan<'_>, links: Vec<Link>) -> Result<(), Error> {
         let mut client = self.client()?;
-        let pods = pods_part(plan.place);
         // One may have come or gone since they were counted.
         let same = |template: &&Template| template.interfaces() == links.len();
         let template = plan.template.filter(same);
@@ -221,55 +224,46 @@ impl Vm {
         match template.map(|it| (it, it.way(patience))) {
             Some((template, Way::Clone(snapshot))) => {
                 (self.start, self.size) = (Start::Clone(snapshot), template.size);
-                return restore(&mut client, template, pods, links);
+                return restore(&mut client, template, plan.place, links);
             }
             Some((template, Way::Model(claim))) => {
                 (self.start, self.size) = (Start::Model(claim), template.size);
             }
             Some((_, Way::Boot)) | None => {}
         }
-        let mut vm = definition(plan.config, self.size);
-        for (part, value) in pods.as_object().into_iter().flatten() {
-            vm[part] = value.clone();
-        }
-        put(&mut client, "make the VM", "vm.create", Some(vm), &[])?;
+        let vm = VmConfig {
+            fs: vec![pods_share(plan.place)],
+            vsock: Some(pods_vsock(plan.place)),
+            ..definition(plan.config, self.size)?
+        };
+        client.create(&vm).map_err(failed("make the VM"))?;
         for link in links {
-            let tap = [link.tap.as_fd()];
-            put(
-                &mut client,
-                "add a network",
-                "vm.add-net",
-                Some(net(link)),
-                &tap,
-            )?;
+            let added = client.add_net(&net(link)?);
+            added.map_err(failed("add a network"))?;
         }
-        put(&mut client, "boot the VM", "vm.boot", None, &[])
+        client.boot().map_err(failed("boot the VM"))
     }
 
-    /// Writes it to a folder, from which others can go on. It goes on itself, too.
-    pub(crate) fn write_down(&self, folder: &Path) -> Result<(), Error> {
-        let url = format!("file://{}", folder.display());
-        let body = json!({ "destination_url": url });
+    /// Takes a snapshot of it, and lets it go on.
+    pub(crate) fn snapshot(&self, folder: &Path) -> Result<(), Error> {
+        let snapshot = Snapshot {
+            folder: folder.into(),
+            incremental: false,
+        };
         self.pause()?;
-        let written = put(
-            &mut self.client()?,
-            "write the VM down",
-            "vm.snapshot",
-            Some(body),
-            &[],
-        );
+        let written = self.client()?.snapshot(&snapshot);
         // One that stands still would be waited for in vain.
         self.resume().inspect_err(|_| self.process.kill())?;
-        written
+        written.map_err(failed("take a snapshot of the VM"))
     }
 
     /// Has it stand still. What waits for the guest meanwhile waits for [`Vm::resume`].
     pub(crate) fn pause(&self) -> Result<(), Error> {
-        put(&mut self.client()?, "pause the VM", "vm.pause", None, &[])
+        self.client()?.pause().map_err(failed("pause the VM"))
     }
 
     pub(crate) fn resume(&self) -> Result<(), Error> {
-        put(&mut self.client()?, "resume the VM", "vm.resume", None, &[])
+        self.client()?.resume().map_err(failed("resume the VM"))
     }
 
     /// The folder that it was made in has another path now.
@@ -304,17 +298,13 @@ impl Vm {
 
     /// Tells podvmm how large the VM is to be. The guest follows when it can.
     pub(crate) fn resize(&self, size: Size) -> Result<(), Error> {
-        let body = json!({
-            "desired_vcpus": size.vcpus,
-            "desired_ram": size.memory_mib * MIB,
-        });
-        put(
-            &mut self.client()?,
-            "resize the VM",
-            "vm.resize",
-            Some(body),
-            &[],
-        )
+        let sizes = Resize {
+            desired_vcpus: Some(vcpus(size.vcpus)?),
+            desired_ram: Some(ByteSize(size.memory_mib * MIB)),
+            desired_balloon: None,
+        };
+        let resized = self.client()?.resize(sizes);
+        resized.map_err(failed("resize the VM"))
     }
 
     pub(crate) fn pid(&self) -> u32 {
@@ -344,83 +334,96 @@ impl Vm {
     }
 }
 
-fn put(
-    client: &mut Client,
-    act: &'static str,
-    path: &str,
-    body: Option<Value>,
-    fds: &[BorrowedFd<'_>],
-) -> Result<(), Error> {
-    let body = body.map(|body| body.to_string());
-    let path = format!("{PREFIX}{path}");
-    let answer = client.call("PUT", &path, body.as_deref(), fds);
-    answer
-        .map(drop)
-        .map_err(|source| Error::Api { act, source })
+fn failed(act: &'static str) -> impl FnOnce(ClientError) -> Error {
+    move |source| Error::Api { act, source }
 }
 
 /// Restores the VM from a template, with the pod's own share and sockets.
 fn restore(
     client: &mut Client,
     template: &Template,
-    mut config: Value,
-    links: &[Link],
+    place: &Place,
+    links: Vec<Link>,
 ) -> Result<(), Error> {
-    config["net"] = links.iter().map(net).collect();
-    let body = json!({
-        "source_url": format!("file://{}", template.folder().display()),
-        "config": config,
-        "resume": true,
-    });
-    let taps: Vec<_> = links.iter().map(|link| link.tap.as_fd()).collect();
-    put(client, "restore the VM", "vm.restore", Some(body), &taps)
+    let mut restore = Restore::new(template.folder().into());
+    restore.patch["fs"] = json!([pods_share(place)]);
+    restore.patch["vsock"] = json!(pods_vsock(place));
+    restore.patch["net"] = links
+        .iter()
+        .map(|link| json!({ "mac": link.mac }))
+        .collect();
+    restore.fds = links.into_iter().map(|link| link.tap).collect();
+    restore.resume = true;
+    client.restore(&restore).map_err(failed("restore the VM"))
 }
 
-fn net(link: &Link) -> Value {
-    json!({ "mac": link.mac })
+fn net(link: Link) -> Result<NetConfig, Error> {
+    let mut net = NetConfig::on(vec![link.tap]);
+    net.mac = link.mac.parse()?;
+    Ok(net)
 }
 
-/// What of a VM is one pod's.
-fn pods_part(place: &Place) -> Value {
-    json!({
-        "fs": [{ "tag": SHARE_TAG, "shared_dir": place.shared() }],
-        "vsock": { "cid": CID, "socket": place.vsock() },
-    })
+fn pods_share(place: &Place) -> FsConfig {
+    FsConfig {
+        tag: SHARE_TAG.into(),
+        shared_dir: Some(place.shared()),
+        ..FsConfig::default()
+    }
+}
+
+fn pods_vsock(place: &Place) -> VsockConfig {
+    VsockConfig {
+        cid: CID,
+        socket: place.vsock(),
+        ..VsockConfig::default()
+    }
+}
+
+fn vcpus(count: u8) -> Result<CpuCount, ConfigError> {
+    Ok(CpuCount::try_from(u32::from(count))?)
 }
 
 /// What all pods' VMs of a size have in common.
-pub(crate) fn definition(config: &Config, size: Size) -> Value {
+pub(crate) fn definition(config: &Config, size: Size) -> Result<VmConfig, ConfigError> {
     let most = config.most();
     // A kernel that has failed may hold what all of the pod waits for, so it is not to go on.
     let mut cmdline = format!("{POD_PARAMETER} quiet oops=panic panic=1 reboot=k console=ttyS0");
     let mut disks = Vec::new();
     if let Some(image) = &config.image {
-        disks.push(json!({ "path": image, "readonly": true }));
+        disks.push(DiskConfig {
+            path: image.clone(),
+            readonly: true,
+            ..DiskConfig::default()
+        });
         cmdline.push_str(" root=/dev/vda ro");
     }
     if !config.kernel_params.is_empty() {
         cmdline.push(' ');
         cmdline.push_str(&config.kernel_params);
     }
-    json!({
-        "payload": {
-            "kernel": config.kernel,
-            "initramfs": config.initramfs,
-            "cmdline": cmdline,
+    // podvmm rounds it to what the guest can plug.
+    let hotplug_mib = most.memory_mib.saturating_sub(size.memory_mib);
+    Ok(VmConfig {
+        payload: PayloadConfig {
+            kernel: config.kernel.clone(),
+            initramfs: config.initramfs.clone(),
+            cmdline,
+            ..PayloadConfig::default()
         },
-        "cpus": {
-            "boot_vcpus": size.vcpus,
-            "max_vcpus": most.vcpus.max(size.vcpus),
+        cpus: CpusConfig::new(vcpus(size.vcpus)?, vcpus(most.vcpus.max(size.vcpus))?)?,
+        memory: MemoryConfig {
+            size: ByteSize(size.memory_mib * MIB).try_into()?,
+            hotplug_size: ByteSize(hotplug_mib.next_multiple_of(128) * MIB),
+            ..MemoryConfig::default()
         },
-        "memory": {
-            "size": size.memory_mib * MIB,
-            "hotplug_size": most.memory_mib.saturating_sub(size.memory_mib)
-                .next_multiple_of(128) * MIB,
-        },
-        "balloon": { "size": 0, "deflate_on_oom": true, "free_page_reporting": true },
-        "disks": disks,
-        "serial": { "mode": "Tty" },
-        "console": { "mode": "Off" },
+        balloon: Some(BalloonConfig {
+            deflate_on_oom: true,
+            free_page_reporting: true,
+            ..BalloonConfig::default()
+        }),
+        disks,
+        serial: Output::Tty,
+        ..VmConfig::default()
     })
 }
 

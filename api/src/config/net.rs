@@ -29,6 +29,7 @@ pub struct NetConfig {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub mtu: Option<u16>,
     /// Two for each pair, of 1 to 16 pairs. None are two for each descriptor.
+    #[serde(skip_serializing_if = "Option::is_none")]
     num_queues: Option<u16>,
     /// Descriptors in each queue, a power of two from 16 to 1024.
     pub queue_size: u16,
@@ -128,6 +129,14 @@ impl From<MacAddr> for String {
 }
 
 impl NetConfig {
+    /// A device whose host's side are these open taps, one for each pair of queues.
+    pub fn on(taps: Vec<OwnedFd>) -> Self {
+        Self {
+            fds: passed(taps.into_iter()),
+            ..Self::default()
+        }
+    }
+
     /// The host's side. Descriptors come before a name.
     pub fn source(&self) -> Result<TapSource<'_>, ConfigError> {
         match (&self.fds, &self.tap) {

@@ -23,6 +23,9 @@ pub enum ClientError {
     Connect { path: PathBuf, source: io::Error },
     #[error("talk to podvmm")]
     Io(#[from] io::Error),
+    /// A path that JSON cannot say.
+    #[error("write the request: {0}")]
+    Body(String),
     #[error("podvmm's answer makes no sense: {0}")]
     Answer(String),
     /// podvmm said no, and why.

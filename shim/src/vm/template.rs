@@ -348,7 +348,7 @@ impl Claim {
     /// down each clone has: Linux ends connections, and reports free memory two seconds later.
     pub(crate) fn make(&self, vm: &Vm, settling: Duration) -> Result<(), vm::Error> {
         thread::sleep(settling);
-        vm.write_down(&self.folder)?;
+        vm.snapshot(&self.folder)?;
         if let Some(templates) = self.folder.parent() {
             remove_stale(templates);
         }
@@ -371,7 +371,9 @@ impl Inputs {
             files: files
                 .map(|file| Stamp::of(file))
                 .collect::<Result<_, _>>()?,
-            vm: vm::definition(config, size),
+            vm: vm::definition(config, size)
+                .map_err(io::Error::other)?
+                .json(),
             interfaces,
         })
     }

@@ -85,7 +85,7 @@ impl Loaded {
             prefetch,
             verify,
             memory_socket,
-            resume: _,
+            ..
         } = restore;
         let state = read_state(&folder)?;
         let path = folder.join(CONFIG);

@@ -528,7 +528,7 @@ impl Vm {
             .ok_or_else(|| self.wrong("vm.info", "created"))?;
         let size = config.memory.size.bytes();
         Ok(VmInfo {
-            config: config.json(),
+            config: config.clone(),
             state: self.phase.state(),
             memory_actual_size: match self.phase.machine() {
                 Some(machine) => machine.memory.actual(size),
@@ -574,8 +574,8 @@ fn done((): ()) -> Answer {
 
 fn ping() -> Ping {
     Ping {
-        version: env!("CARGO_PKG_VERSION"),
-        build_version: env!("CARGO_PKG_VERSION"),
+        version: env!("CARGO_PKG_VERSION").into(),
+        build_version: env!("CARGO_PKG_VERSION").into(),
         pid: std::process::id(),
         features: Vec::new(),
     }

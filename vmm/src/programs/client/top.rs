@@ -14,8 +14,7 @@ const EVERY: Duration = Duration::from_secs(1);
 /// Prints what each device and the vCPUs did in the last second, until `out` or podvmm is gone.
 pub(crate) fn run(client: &mut Client, out: &mut impl Write) -> Result<(), CallError> {
     let mut counters = || -> Result<(Instant, Value), CallError> {
-        let answer = client.call("GET", "/api/v1/vm.counters", None, &[])?;
-        let counters = serde_json::from_slice(&answer).map_err(CallError::Answer)?;
+        let counters = client.counters()?;
         Ok((Instant::now(), counters))
     };
     let (mut then, mut before) = counters()?;
