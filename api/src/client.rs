@@ -6,9 +6,9 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
-use crate::config::{NetConfig, TapSource, VmConfig};
+use crate::config::{NetConfig, Resize, TapSource, VmConfig};
 use crate::http::{Client, ClientError};
-use crate::request::{Ping, Resize, Restore, Snapshot, VmInfo};
+use crate::request::{Ping, Restore, Snapshot, VmInfo};
 use crate::route::PREFIX;
 
 /// Each returns what podvmm answered, or why it refused: [`ClientError::Refused`].

@@ -5,7 +5,7 @@ use std::fmt;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
-use crate::config::ConfigError;
+use crate::config::JsonError;
 
 /// A refusal.
 #[derive(Debug, Error)]
@@ -45,26 +45,6 @@ pub enum ApiError {
     /// podvmm is on its way out.
     #[error("podvmm is ending")]
     Ending,
-}
-
-/// Why JSON was refused.
-#[derive(Debug, Error)]
-pub enum JsonError {
-    #[error("{path}")]
-    Value {
-        /// Where in the body, `.` for all of it.
-        path: String,
-        #[source]
-        source: serde_json::Error,
-    },
-    #[error("{path}: {why}")]
-    Unsupported { path: String, why: &'static str },
-    #[error("{path}")]
-    Config {
-        path: &'static str,
-        #[source]
-        source: ConfigError,
-    },
 }
 
 /// Where in its life a VM is, in Cloud Hypervisor's words.

@@ -2,20 +2,28 @@
 
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
+use thiserror::Error;
 
-use crate::error::JsonError;
+/// Why a body is not what is wanted.
+#[derive(Debug, Error)]
+#[error("{path}")]
+pub struct Misread {
+    /// Where in the body, `.` for all of it.
+    path: String,
+    source: serde_json::Error,
+}
 
 /// Reads `body`. Where it is no JSON, the error says in which line.
-pub(crate) fn value(body: &[u8]) -> Result<Value, JsonError> {
-    serde_json::from_slice(body).map_err(|source| JsonError::Value {
+pub(crate) fn value(body: &[u8]) -> Result<Value, Misread> {
+    serde_json::from_slice(body).map_err(|source| Misread {
         path: ".".into(),
         source,
     })
 }
 
 /// Reads a `T` of `value`. Where it is none, the error names the field.
-pub(crate) fn from_value<T: DeserializeOwned>(value: Value) -> Result<T, JsonError> {
-    serde_path_to_error::deserialize(value).map_err(|error| JsonError::Value {
+pub(crate) fn from_value<T: DeserializeOwned>(value: Value) -> Result<T, Misread> {
+    serde_path_to_error::deserialize(value).map_err(|error| Misread {
         path: error.path().to_string(),
         source: error.into_inner(),
     })

@@ -1,9 +1,24 @@
-//! What a user may ask of podvmm: a VM's configuration, its units and ranges,
-//! and how they are written on a command line.
+//! What can be asked of podvmm: what a VM is made of, its units and ranges, as JSON and on a command line;
+//! the requests of the HTTP API, a server for them, and a client.
 //!
-//! A leaf crate that knows no KVM. Parsing is where nonsense ends: a
-//! [`VmConfig`] that exists is within its documented ranges, so the crates
-//! behind it check only against the host.
+//! A leaf crate that knows no KVM. Parsing is where nonsense ends: a [`VmConfig`] that was parsed is
+//! within its documented ranges, so the crates behind it check only against the host.
+//!
+//! A client of a podvmm that serves its API:
+//!
+//! ```no_run
+//! use api::http::Client;
+//! use api::{PayloadConfig, VmConfig};
+//!
+//! let mut podvmm = Client::connect("/run/vm.api".as_ref())?;
+//! podvmm.create(&VmConfig {
+//!     payload: PayloadConfig { kernel: "/boot/vmlinux".into(), ..PayloadConfig::default() },
+//!     ..VmConfig::default()
+//! })?;
+//! podvmm.boot()?;
+//! println!("{} bytes", podvmm.info()?.memory_actual_size);
+//! # Ok::<(), api::http::ClientError>(())
+//! ```
 #![forbid(unsafe_code)]
 
 mod client;
@@ -18,10 +33,11 @@ mod units;
 
 pub use config::{
     Addition, BalloonConfig, ConfigError, CpusConfig, DiskConfig, FsCache, FsConfig, FsSource,
-    ImageType, MacAddr, MemoryConfig, NetConfig, Others, Output, Part, PayloadConfig, RateLimit,
-    RateLimits, RngConfig, RngSource, TapSource, VmConfig, VsockConfig,
+    ImageType, JsonError, MacAddr, MemoryConfig, NetConfig, Others, Output, Part, PayloadConfig,
+    RateLimit, RateLimits, Resize, RngConfig, RngSource, TapSource, VmConfig, VsockConfig,
 };
-pub use error::{ApiError, JsonError, State, chain};
+pub use error::{ApiError, State, chain};
+pub use json::Misread;
 pub use options::OptionsError;
-pub use request::{Answer, Ping, Request, Resize, Restore, Snapshot, VmInfo};
+pub use request::{Answer, Ping, Request, Restore, Snapshot, VmInfo};
 pub use units::{ByteSize, CpuCount, RamSize, UnitError};

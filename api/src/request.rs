@@ -6,9 +6,8 @@ use std::path::PathBuf;
 use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::{Map, Value};
 
-use crate::config::{Addition, VmConfig};
+use crate::config::{Addition, Resize, VmConfig};
 use crate::error::State;
-use crate::units::{ByteSize, CpuCount};
 
 /// One request, understood.
 #[derive(Debug)]
@@ -40,18 +39,6 @@ pub enum Request {
     Delete,
     /// What Prometheus reads.
     Metrics,
-}
-
-/// Absolute sizes; what is not given stays.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(default)]
-pub struct Resize {
-    /// vCPUs the guest may use.
-    pub desired_vcpus: Option<CpuCount>,
-    /// All memory of the VM.
-    pub desired_ram: Option<ByteSize>,
-    /// What the balloon takes from it.
-    pub desired_balloon: Option<ByteSize>,
 }
 
 /// Writes a paused VM to a folder.

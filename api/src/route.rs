@@ -3,8 +3,10 @@
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 
-use crate::config::{Addition, DiskConfig, FsConfig, NetConfig, Part, VmConfig, VsockConfig};
-use crate::error::{ApiError, JsonError};
+use crate::config::{
+    Addition, DiskConfig, FsConfig, JsonError, NetConfig, Part, VmConfig, VsockConfig,
+};
+use crate::error::ApiError;
 use crate::http;
 use crate::http::{Method, Response};
 
@@ -158,7 +160,7 @@ fn json<T: DeserializeOwned>(request: &'static str, body: &[u8]) -> Result<T, Ap
     let value = crate::json::value(body);
     value
         .and_then(crate::json::from_value)
-        .map_err(body_of(request))
+        .map_err(|error| body_of(request)(error.into()))
 }
 
 #[cfg(test)]

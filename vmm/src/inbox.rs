@@ -10,7 +10,7 @@ use api::{Answer, ApiError, Request, route};
 use protocol::contract::Status;
 
 pub use self::ending::{EXIT_FAILURE, Ending};
-pub(crate) use self::site::Site;
+pub use self::site::Site;
 
 /// What others tell `control`.
 #[derive(Debug)]
@@ -29,33 +29,52 @@ pub(crate) enum Event {
 
 /// The way to answer a client. Without an answer it learns that podvmm is ending.
 #[derive(Debug)]
-pub(crate) struct Reply(Option<http::Reply>);
+pub(crate) struct Reply(Option<To>);
+
+/// Where an answer goes.
+#[derive(Debug)]
+enum To {
+    Http(http::Reply),
+    Thread(Sender<Result<Answer, ApiError>>),
+}
 
 impl Reply {
     /// Answers by HTTP.
-    pub(crate) fn new(reply: http::Reply) -> Self {
-        Self(Some(reply))
+    pub(crate) fn to_http(reply: http::Reply) -> Self {
+        Self(Some(To::Http(reply)))
+    }
+
+    /// Answers a thread that waits for it.
+    pub(crate) fn to_thread() -> (Self, Receiver<Result<Answer, ApiError>>) {
+        let (sender, receiver) = channel();
+        (Self(Some(To::Thread(sender))), receiver)
     }
 
     /// A client that left does not get its answer.
-    pub(crate) fn send(mut self, answer: &Result<Answer, ApiError>) {
+    pub(crate) fn send(mut self, answer: Result<Answer, ApiError>) {
         self.give(answer);
     }
 
-    fn give(&mut self, answer: &Result<Answer, ApiError>) {
-        if let Some(reply) = self.0.take() {
-            let response = route::response(answer);
-            reply.send(match answer {
-                Ok(Answer::Exiting) => Next::AnswerAndStop(response),
-                _ => Next::Answer(response),
-            });
+    fn give(&mut self, answer: Result<Answer, ApiError>) {
+        match self.0.take() {
+            None => {}
+            Some(To::Http(reply)) => {
+                let response = route::response(&answer);
+                reply.send(match answer {
+                    Ok(Answer::Exiting) => Next::AnswerAndStop(response),
+                    _ => Next::Answer(response),
+                });
+            }
+            Some(To::Thread(sender)) => {
+                let _ = sender.send(answer);
+            }
         }
     }
 }
 
 impl Drop for Reply {
     fn drop(&mut self) {
-        self.give(&Err(ApiError::Ending));
+        self.give(Err(ApiError::Ending));
     }
 }
 

@@ -1,4 +1,14 @@
-//! podvmm: one microVM, from its configuration to its end.
+//! podvmm: one microVM on KVM, from its configuration to its end.
+//!
+//! [`VmBuilder`] starts a VM, booted or from a snapshot, [`Vm::run`] sees it to its [`Ending`], and a
+//! [`Handle`] asks and orders it meanwhile. What it is made of says a [`VmConfig`](api::VmConfig); its
+//! parts, and requests, are those of the HTTP API ([`api`]). `examples/boot.rs` and
+//! `examples/restore.rs` are whole programs.
+//!
+//! A VM needs `/dev/kvm`, and descriptors: a few for each device, one for each connection. It changes
+//! nothing of its process, which should ignore SIGXFSZ if its files may be limited in size.
+//!
+//! # The house
 //!
 //! ```text
 //! main ─▶ programs ─▶ vm::control ─▶ vm::lifecycle ─▶ build ─▶ Machine {vcpus, transports, io, ram}
@@ -26,9 +36,13 @@ mod host;
 mod inbox;
 mod machine;
 mod memory;
-pub mod programs;
+mod programs;
 mod snapshot;
 mod vm;
 
-pub use inbox::{EXIT_FAILURE, Ending};
+pub use api;
+pub use inbox::{EXIT_FAILURE, Ending, Site};
+pub use programs::main;
 pub use snapshot::{FormatError, Loaded, RestoreError};
+pub use vm::service::ServiceError;
+pub use vm::{Handle, StartError, Vm, VmBuilder};

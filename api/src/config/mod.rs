@@ -16,6 +16,7 @@ mod memory;
 mod net;
 mod output;
 mod rate;
+mod resize;
 mod unsupported;
 mod vsock;
 
@@ -27,10 +28,8 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 use thiserror::Error;
 
-use crate::error::JsonError;
-use crate::json;
+use crate::json::{self, Misread};
 use crate::options::{Options, OptionsError};
-use crate::request::Resize;
 use crate::units::{ByteSize, CpuCount, RamSize, UnitError};
 
 pub use self::balloon::BalloonConfig;
@@ -41,6 +40,7 @@ pub use self::memory::MemoryConfig;
 pub use self::net::{MacAddr, NetConfig, TapSource};
 pub use self::output::Output;
 pub use self::rate::{RateLimit, RateLimits};
+pub use self::resize::Resize;
 pub use self::vsock::VsockConfig;
 
 use self::rate::RATES;
@@ -174,7 +174,7 @@ fn part<T: Part>(body: &[u8]) -> Result<T, JsonError> {
     // Of some there is one in a VM, of others an array.
     unsupported::refuse(&json!({ T::SECTION: json }))?;
     unsupported::refuse(&json!({ T::SECTION: [json] }))?;
-    json::from_value(json)
+    Ok(json::from_value(json)?)
 }
 
 /// A device to be added to a VM.
@@ -278,26 +278,6 @@ impl VmConfig {
             || remove(&mut self.net, "net", id, |net| &net.id)
             || remove(&mut self.fs, "fs", id, |share| &share.id)
     }
-
-    /// Has the VM be of these sizes from now on, also when it boots again. Sizes of devices that it does
-    /// not have are left out.
-    pub fn resize(&mut self, sizes: Resize) -> Result<(), ConfigError> {
-        if let Some(count) = sizes.desired_vcpus {
-            self.cpus = self.cpus.with_boot(count)?;
-        }
-        if let Some(ByteSize(bytes)) = sizes.desired_ram {
-            let plugged = ByteSize(bytes.saturating_sub(self.memory.size.bytes()));
-            let memory = MemoryConfig {
-                hotplugged_size: plugged,
-                ..self.memory.clone()
-            };
-            self.memory = memory.checked()?;
-        }
-        if let (Some(bytes), Some(balloon)) = (sizes.desired_balloon, &mut self.balloon) {
-            balloon.size = bytes;
-        }
-        Ok(())
-    }
 }
 
 fn checked<T: Part>(part: T) -> Result<T, JsonError> {
@@ -320,6 +300,31 @@ fn remove<T>(
         id(device).as_deref() == Some(wanted) || format!("{kind}{index}") == wanted
     });
     found.map(|index| devices.remove(index)).is_some()
+}
+
+/// Why JSON was refused.
+#[derive(Debug, Error)]
+pub enum JsonError {
+    /// It is no JSON, or not of the right kind.
+    #[error(transparent)]
+    Misread(#[from] Misread),
+    /// It asks for what podvmm does not have.
+    #[error("{path}: {why}")]
+    Unsupported {
+        /// The field.
+        path: String,
+        /// Why there is none.
+        why: &'static str,
+    },
+    /// It is out of range.
+    #[error("{path}")]
+    Config {
+        /// The part of the VM.
+        path: &'static str,
+        /// What is wrong with it.
+        #[source]
+        source: ConfigError,
+    },
 }
 
 /// Why an option was refused.

@@ -9,8 +9,7 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
-use super::{ConfigError, Others, Part, RATES, RateLimits, check_queues, checked, part};
-use crate::error::JsonError;
+use super::{ConfigError, JsonError, Others, Part, RATES, RateLimits, check_queues, checked, part};
 use crate::options::Options;
 
 /// A network device.

@@ -2,7 +2,7 @@
 
 use serde_json::Value;
 
-use crate::error::JsonError;
+use super::JsonError;
 
 /// Where, `*` being each element of an array, and why not. Null, false, 0 and what is empty ask
 /// for nothing and are let through.

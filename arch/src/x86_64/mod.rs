@@ -3,6 +3,7 @@
 
 pub mod boot;
 pub mod cpuid;
+mod error;
 pub mod irqchip;
 pub mod layout;
 #[cfg(test)]

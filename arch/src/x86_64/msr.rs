@@ -6,7 +6,7 @@ use kvm_bindings::{CpuId, KVM_MAX_MSR_ENTRIES, Msrs, kvm_msr_entry};
 use kvm_ioctls::{Kvm, VcpuFd};
 
 use super::cpuid;
-use super::vcpu::VcpuError;
+use super::error::VcpuError;
 
 use self::kept::is_vital;
 pub(super) use self::kept::kept;

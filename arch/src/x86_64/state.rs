@@ -11,32 +11,21 @@ use kvm_bindings::{
 };
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 use serde::{Deserialize, Serialize};
-use thiserror::Error;
 
+use super::error::{VcpuError, failed};
 use super::mitigations;
 use super::msr;
 use super::raw::{Raw, RawList};
 use super::tsc::{self, Tsc};
-use super::vcpu::{Identity, VcpuError, power_on};
+use super::vcpu::{Identity, power_on};
+
+pub use super::error::StateError;
 
 const CHIPS: [u32; 3] = [
     KVM_IRQCHIP_PIC_MASTER,
     KVM_IRQCHIP_PIC_SLAVE,
     KVM_IRQCHIP_IOAPIC,
 ];
-
-/// Why state could not be read from KVM or given to it.
-#[derive(Debug, Error)]
-#[error("{act}")]
-pub struct StateError {
-    act: &'static str,
-    source: kvm_ioctls::Error,
-}
-
-/// For `map_err`.
-pub(super) fn failed(act: &'static str) -> impl Fn(kvm_ioctls::Error) -> StateError {
-    move |source| StateError { act, source }
-}
 
 /// Interrupt controllers, timer and clock.
 #[derive(Clone, Debug, Serialize, Deserialize)]

@@ -11,9 +11,8 @@ use kvm_ioctls::{VcpuFd, VmFd};
 use vmm_sys_util::ioctl::ioctl_with_val;
 use vmm_sys_util::ioctl_io_nr;
 
+use super::error::{StateError, VcpuError, failed};
 use super::msr;
-use super::state::{StateError, failed};
-use super::vcpu::VcpuError;
 
 ioctl_io_nr!(KVM_SET_TSC_KHZ, KVMIO, 0xa2);
 

@@ -2,11 +2,11 @@
 
 use kvm_bindings::CpuId;
 use kvm_ioctls::VcpuFd;
-use thiserror::Error;
 
 use super::boot::Entry;
-use super::state::StateError;
 use super::{cpuid, msr, regs};
+
+pub use super::error::VcpuError;
 
 /// Offsets of the two local interrupt registers in the APIC's register page
 /// (Intel SDM volume 3, table 11-1), and the delivery modes they get.
@@ -14,32 +14,6 @@ const APIC_LVT0: usize = 0x350;
 const APIC_LVT1: usize = 0x360;
 const DELIVER_NMI: u32 = 0x400;
 const DELIVER_EXTINT: u32 = 0x700;
-
-/// Which part of a vCPU could not be set up.
-#[derive(Debug, Error)]
-pub enum VcpuError {
-    /// KVM_SET_CPUID2 failed.
-    #[error("set CPUID")]
-    SetCpuid(#[source] kvm_ioctls::Error),
-    /// KVM_SET_MSRS failed.
-    #[error("set model-specific registers")]
-    SetMsrs(#[source] kvm_ioctls::Error),
-    /// KVM_SET_MSRS stopped early.
-    #[error("KVM refuses model-specific register {0:#x}")]
-    MsrRefused(u32),
-    /// KVM_GET_LAPIC or KVM_SET_LAPIC failed.
-    #[error("set up the local APIC")]
-    SetLapic(#[source] kvm_ioctls::Error),
-    /// KVM_GET_SREGS or KVM_SET_SREGS failed.
-    #[error("set system registers")]
-    SetSregs(#[source] kvm_ioctls::Error),
-    /// KVM_SET_REGS failed.
-    #[error("set general registers")]
-    SetRegs(#[source] kvm_ioctls::Error),
-    /// What a snapshot says of it was refused.
-    #[error(transparent)]
-    State(#[from] StateError),
-}
 
 /// Which vCPU of which VM one is.
 #[derive(Clone, Copy, Debug)]

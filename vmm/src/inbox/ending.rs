@@ -25,6 +25,8 @@ pub enum Ending {
     Memory(String),
     /// podvmm was asked to end by this signal.
     Signal(i32),
+    /// A client told podvmm to end.
+    Dismissed,
 }
 
 /// podvmm itself failed: bad arguments, a missing file, a host that refuses.
@@ -38,7 +40,7 @@ impl Ending {
             Self::Command(status) => *status,
             Self::Agent(_) => 124,
             Self::Reset | Self::Halted if had_command => 123,
-            Self::Reset | Self::Halted => 0,
+            Self::Reset | Self::Halted | Self::Dismissed => 0,
             Self::Panic(_) => 122,
             Self::TripleFault(_) => 121,
             Self::Kvm(_) => 120,
@@ -64,13 +66,14 @@ impl Ending {
             Self::Kvm(_) => "kvm",
             Self::Memory(_) => "memory",
             Self::Signal(_) => "signal",
+            Self::Dismissed => "api",
         }
     }
 
     /// Whether this is what the user asked for.
     pub fn is_orderly(&self, had_command: bool) -> bool {
         match self {
-            Self::Command(_) | Self::Signal(_) => true,
+            Self::Command(_) | Self::Signal(_) | Self::Dismissed => true,
             Self::Reset | Self::Halted => !had_command,
             Self::Agent(_)
             | Self::Panic(_)
@@ -96,6 +99,7 @@ impl fmt::Display for Ending {
             Self::Kvm(why) => f.write_str(why),
             Self::Memory(why) => write!(f, "the VM cannot go on: {why}"),
             Self::Signal(signal) => write!(f, "ended by signal {signal}"),
+            Self::Dismissed => f.write_str("a client ended it"),
         }
     }
 }

@@ -27,7 +27,7 @@ const CAPABILITIES: [(Cap, &str); 6] = [
 ];
 
 /// The report, a line for each finding and an indented one for each remedy.
-pub fn report() -> String {
+pub(crate) fn report() -> String {
     let mut findings = kvm();
     findings.extend([
         device("network", "/dev/net/tun", "needed for --net: modprobe tun"),

@@ -12,7 +12,7 @@ use thiserror::Error;
 
 /// What the user wants.
 #[derive(Debug)]
-pub enum Action {
+pub(crate) enum Action {
     /// Print [`help`](super::help::text).
     Help,
     /// Print the version.
@@ -25,7 +25,7 @@ pub enum Action {
 
 /// How log lines are written.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum LogFormat {
+pub(crate) enum LogFormat {
     /// For people.
     #[default]
     Text,
@@ -35,7 +35,7 @@ pub enum LogFormat {
 
 /// Where events go.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum EventMonitor {
+pub(crate) enum EventMonitor {
     /// A file or FIFO, to its end.
     Path(PathBuf),
     /// A descriptor that podvmm was started with.
@@ -53,7 +53,7 @@ impl fmt::Display for EventMonitor {
 
 /// A VM as the arguments describe it.
 #[derive(Debug, Default)]
-pub struct RunOptions {
+pub(crate) struct RunOptions {
     /// `--kernel`
     pub kernel: Option<PathBuf>,
     /// `--rootfs`
@@ -88,7 +88,7 @@ pub struct RunOptions {
 
 impl RunOptions {
     /// Whether clients are to say what to boot.
-    pub fn only_serves(&self) -> bool {
+    pub(crate) fn only_serves(&self) -> bool {
         self.api_socket.is_some()
             && self.kernel.is_none()
             && self.rootfs.is_none()
@@ -124,13 +124,13 @@ impl RunOptions {
     }
 
     /// How much to log.
-    pub fn log_level(&self) -> LevelFilter {
+    pub(crate) fn log_level(&self) -> LevelFilter {
         log_level(self.verbosity)
     }
 }
 
 /// How much to log for so many `-v`.
-pub fn log_level(verbosity: u8) -> LevelFilter {
+pub(crate) fn log_level(verbosity: u8) -> LevelFilter {
     match verbosity {
         0 => LevelFilter::Warn,
         1 => LevelFilter::Info,
@@ -141,7 +141,7 @@ pub fn log_level(verbosity: u8) -> LevelFilter {
 
 /// Why the arguments make no sense.
 #[derive(Debug, Error)]
-pub enum CliError {
+pub(crate) enum CliError {
     /// Unknown, incomplete or superfluous.
     #[error(transparent)]
     Arguments(#[from] lexopt::Error),
@@ -158,7 +158,7 @@ pub enum CliError {
 }
 
 /// Parses the arguments after the program's name.
-pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Action, CliError> {
+pub(crate) fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Action, CliError> {
     let mut parser = Parser::from_args(arguments);
     let mut options = RunOptions::default();
     while let Some(argument) = next(&mut parser, &mut options)? {

@@ -17,11 +17,11 @@ mod top;
 use self::console::ConsoleError;
 
 /// What `podvmm api --help` prints.
-pub const HELP: &str = include_str!("client.txt");
+pub(crate) const HELP: &str = include_str!("client.txt");
 
 /// One request to be made.
 #[derive(Debug)]
-pub struct Call {
+pub(crate) struct Call {
     socket: PathBuf,
     method: &'static str,
     path: &'static str,
@@ -49,7 +49,7 @@ enum Body {
 
 /// Why a request was not made, or is refused.
 #[derive(Debug, Error)]
-pub enum CallError {
+pub(crate) enum CallError {
     /// Unknown, incomplete or superfluous arguments.
     #[error(transparent)]
     Arguments(#[from] lexopt::Error),
@@ -181,7 +181,9 @@ struct Field {
 }
 
 /// Parses the arguments after `api`. None if they ask for help.
-pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Option<Call>, CallError> {
+pub(crate) fn parse(
+    arguments: impl IntoIterator<Item = OsString>,
+) -> Result<Option<Call>, CallError> {
     let mut parser = Parser::from_args(arguments);
     let (mut socket, mut command, mut operand) = (None, None, None);
     let mut fields = Vec::new();
@@ -289,7 +291,7 @@ fn url(folder: PathBuf) -> Result<String, CallError> {
 
 impl Call {
     /// Makes the request and prints the answer to `out`.
-    pub fn make(&self, out: &mut impl Write) -> Result<(), CallError> {
+    pub(crate) fn make(&self, out: &mut impl Write) -> Result<(), CallError> {
         match self.then {
             Then::Print => {
                 let answer = self.text()?;

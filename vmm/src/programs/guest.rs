@@ -13,7 +13,7 @@ use thiserror::Error;
     "no {file} in {}: run resources/guest/build to make it, or give {option}",
     .folder.display()
 )]
-pub struct MissingPart {
+pub(crate) struct MissingPart {
     file: &'static str,
     folder: PathBuf,
     option: &'static str,

@@ -8,7 +8,7 @@ use api::{
 const WIDTH: usize = 80;
 
 /// All of it.
-pub fn text() -> String {
+pub(crate) fn text() -> String {
     let usages = [
         ("cpus", CpusConfig::USAGE),
         ("memory", MemoryConfig::USAGE),

@@ -25,11 +25,11 @@ use crate::host::signals;
 use crate::snapshot::{self, RestoreError};
 
 /// What `podvmm pages --help` prints.
-pub const HELP: &str = include_str!("pages.txt");
+pub(crate) const HELP: &str = include_str!("pages.txt");
 
 /// What it is to do.
 #[derive(Debug)]
-pub enum Task {
+pub(crate) enum Task {
     /// Print [`HELP`].
     Help,
     /// Give VMs pages.
@@ -50,7 +50,7 @@ pub enum Task {
 
 /// Why no pages are given.
 #[derive(Debug, Error)]
-pub enum PagesError {
+pub(crate) enum PagesError {
     /// Unknown, incomplete or superfluous arguments.
     #[error(transparent)]
     Arguments(#[from] lexopt::Error),
@@ -86,7 +86,7 @@ pub enum PagesError {
 }
 
 /// Parses the arguments after `pages`.
-pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Task, PagesError> {
+pub(crate) fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Task, PagesError> {
     let mut parser = Parser::from_args(arguments);
     let (mut socket, mut folder, mut verbosity) = (None, None, 0_u8);
     let mut compress = None;
@@ -114,7 +114,7 @@ pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Task, Page
 }
 
 /// Gives pages until a signal ends the process.
-pub fn serve(socket: PathBuf, folder: PathBuf) -> Result<(), PagesError> {
+pub(crate) fn serve(socket: PathBuf, folder: PathBuf) -> Result<(), PagesError> {
     let source = Source::open(&folder).map_err(|source| PagesError::Snapshot { folder, source })?;
     let source = Arc::new(source);
     let listener = Listener::bind(&socket)?;
@@ -142,7 +142,7 @@ pub fn serve(socket: PathBuf, folder: PathBuf) -> Result<(), PagesError> {
 }
 
 /// Writes a compressed file beside each that is RAM in a snapshot, and a line about it to `out`.
-pub fn compress(folder: &Path, out: &mut impl Write) -> Result<(), PagesError> {
+pub(crate) fn compress(folder: &Path, out: &mut impl Write) -> Result<(), PagesError> {
     let failed = |path: &Path| {
         let path = path.to_path_buf();
         move |source| PagesError::Compress { path, source }

@@ -6,32 +6,26 @@ use std::io;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
-use api::{
-    ApiError, DiskConfig, FsCache, FsConfig, Output, PayloadConfig, Restore, TapSource, VmConfig,
-};
+use api::{DiskConfig, FsCache, FsConfig, Output, PayloadConfig, Restore, TapSource, VmConfig};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
-use serde_json::{Value, json};
+use serde_json::json;
 use thiserror::Error;
 
 use crate::console::command::Command;
-use crate::console::transcript::Transcript;
 use crate::host::terminal::{self, RawTerminal};
 use crate::host::{inherited, signals};
-use crate::inbox::{Ending, Event, Inbox};
+use crate::inbox::Ending;
 use crate::programs::cli::{EventMonitor, RunOptions};
 use crate::programs::guest::{GuestFolder, MissingPart};
 use crate::snapshot::{Loaded, RestoreError};
-use crate::vm::control::{self, Outcome};
-use crate::vm::events::Events;
-use crate::vm::lifecycle::{Surround, Vm};
-use crate::vm::service::{Service, ServiceError};
+use crate::vm::{StartError, Vm, VmBuilder};
 
 /// Lines of its console shown when a guest ends badly.
 const LAST_LINES: usize = 12;
 
 /// Why there was no VM to run.
 #[derive(Debug, Error)]
-pub enum RunError {
+pub(crate) enum RunError {
     /// A default part is missing.
     #[error(transparent)]
     Guest(#[from] MissingPart),
@@ -42,9 +36,9 @@ pub enum RunError {
         path: PathBuf,
         source: io::Error,
     },
-    /// It could not be built.
-    #[error("{0}")]
-    Build(ApiError),
+    /// It could not be started.
+    #[error(transparent)]
+    Start(#[from] StartError),
     /// There is no such snapshot.
     #[error("--restore {}", .folder.display())]
     Restore {
@@ -59,9 +53,6 @@ pub enum RunError {
         fd: i32,
         source: io::Error,
     },
-    /// There is no API.
-    #[error(transparent)]
-    Service(#[from] ServiceError),
     /// Events cannot go there.
     #[error("--event-monitor {monitor}")]
     EventMonitor {
@@ -79,72 +70,50 @@ pub enum RunError {
 
 /// Runs podvmm to its end and returns its exit code: with `--api-socket` and
 /// nothing to boot it serves clients, otherwise it runs the VM of the options.
-pub fn run(options: &RunOptions) -> Result<u8, RunError> {
+pub(crate) fn run(options: &RunOptions) -> Result<u8, RunError> {
     allow_many_descriptors();
     signals::survive_file_size_limit().map_err(RunError::Signals)?;
-    let (inbox, events) = Inbox::new();
-    watch_signals(inbox.clone())?;
-    let transcript = Transcript::default();
-    let mut monitor = Events::new(event_monitor(options)?);
-    monitor.vmm("started");
-    let has_command = !options.command.is_empty();
-    let service = |inbox: &Inbox| match &options.api_socket {
-        None => Ok(None),
-        Some(socket) => Service::start(socket, inbox.clone()).map(Some),
-    };
-    if options.only_serves() {
-        let service = service(&inbox)?;
-        let mut vm = Vm::new(Surround {
-            inbox,
-            command: None,
-            transcript: transcript.clone(),
-            terminal: false,
-            events: monitor,
-        });
-        let outcome = control::serve(&mut vm, events);
-        drop(service);
-        return Ok(conclude(outcome, false, &mut vm, &transcript));
+    let mut builder = VmBuilder::new();
+    let handle = builder.handle();
+    signals::watch(move |signal| handle.signal(signal)).map_err(RunError::Signals)?;
+    if let Some(monitor) = &options.event_monitor {
+        builder = builder.events(event_monitor(monitor)?);
     }
-
-    let (config, snapshot) = match &options.restore {
-        None => (config(options)?, None),
-        Some(folder) => {
-            let (config, loaded) = restored(options, folder)?;
-            (config, Some(loaded))
-        }
+    if let Some(socket) = &options.api_socket {
+        builder = builder.api_socket(socket);
+    }
+    builder = builder.started();
+    let (mut vm, terminal) = if options.only_serves() {
+        (builder.serve()?, None)
+    } else if let Some(folder) = &options.restore {
+        let (config, loaded) = restored(options, folder)?;
+        let terminal = terminal(&config, None)?;
+        let builder = builder.streams(None, terminal.is_some());
+        (builder.revive(config, loaded, true)?, terminal)
+    } else {
+        let (config, command) = (config(options)?, command(options));
+        let terminal = terminal(&config, command.as_ref())?;
+        let builder = builder.streams(command, terminal.is_some());
+        (builder.boot(config)?, terminal)
     };
-    let command = command(options);
-    let terminal = terminal(&config, command.as_ref())?;
-    let service = service(&inbox)?;
-    let mut vm = Vm::new(Surround {
-        inbox,
-        command,
-        transcript: transcript.clone(),
-        terminal: terminal.is_some(),
-        events: monitor,
-    });
-    vm.start(config, snapshot).map_err(RunError::Build)?;
-    let outcome = control::serve(&mut vm, events);
-    drop(service);
+    let ending = vm.run();
     drop(terminal);
-    Ok(conclude(outcome, has_command, &mut vm, &transcript))
+    report(&ending, !options.command.is_empty(), &vm);
+    Ok(vm.exited(&ending))
 }
 
 /// Where events are to go.
-fn event_monitor(options: &RunOptions) -> Result<Option<File>, RunError> {
-    let Some(monitor) = &options.event_monitor else {
-        return Ok(None);
-    };
+fn event_monitor(monitor: &EventMonitor) -> Result<File, RunError> {
     let open = match monitor {
         EventMonitor::Path(path) => OpenOptions::new()
             .append(true)
             .create(true)
-            // A FIFO that nobody reads is an error, and not waited for.
+            // A FIFO that no process reads is an error, and not waited for.
             .custom_flags(libc::O_NONBLOCK)
             .open(path),
         EventMonitor::Fd(fd) => inherited::duplicate(*fd).map(File::from),
     };
-    open.map(Some).map_err(|source| RunError::EventMonitor {
+    open.map_err(|source| RunError::EventMonitor {
         monitor: monitor.to_string(),
         source,
     })
@@ -161,22 +130,6 @@ fn allow_many_descriptors() {
     if let Err(error) = setrlimit(Resource::Nofile, all) {
         log::debug!("keep the limit of {:?} descriptors: {error}", limit.current);
     }
-}
-
-/// Says how it ended, if that needs to be said, and gives the exit code.
-fn conclude(outcome: Outcome, has_command: bool, vm: &mut Vm, transcript: &Transcript) -> u8 {
-    let (code, reason, detail) = match outcome {
-        Outcome::Dismissed => (0, "api", Value::Null),
-        Outcome::Ended(ending) => {
-            let ending = with_panic(ending, transcript);
-            report(&ending, has_command, vm.config(), transcript);
-            let code = ending.exit_code(has_command);
-            (code, ending.reason(), ending.to_string().into())
-        }
-    };
-    let properties = json!({ "reason": reason, "detail": detail, "code": code });
-    vm.events().vm("exited", properties);
-    code
 }
 
 /// The VM that `options` describe.
@@ -312,14 +265,6 @@ fn consoles(options: &RunOptions, wants_agent: bool) -> String {
     words.join(" ")
 }
 
-fn watch_signals(inbox: Inbox) -> Result<(), RunError> {
-    signals::watch(move |signal| {
-        // After the end of the VM nobody listens, and nobody need.
-        let _ = inbox.send(Event::Signal(signal));
-    })
-    .map_err(RunError::Signals)
-}
-
 /// The command for the agent, which gets a terminal where podvmm has one.
 fn command(options: &RunOptions) -> Option<Command> {
     let argv = options.command.clone();
@@ -338,27 +283,21 @@ fn terminal(config: &VmConfig, command: Option<&Command>) -> Result<Option<RawTe
     }
 }
 
-/// A panicked Linux resets itself; what it printed tells the two apart.
-fn with_panic(ending: Ending, transcript: &Transcript) -> Ending {
-    match ending {
-        Ending::Reset | Ending::Halted | Ending::TripleFault(_) => {
-            transcript.panic().map_or(ending, Ending::Panic)
-        }
-        other => other,
+/// Says how it ended, if that needs to be said.
+fn report(ending: &Ending, had_command: bool, vm: &Vm) {
+    if *ending == Ending::Dismissed {
+        return;
     }
-}
-
-fn report(ending: &Ending, has_command: bool, config: Option<&VmConfig>, transcript: &Transcript) {
-    if ending.is_orderly(has_command) {
+    if ending.is_orderly(had_command) {
         log::info!("{ending}");
         return;
     }
     log::error!("{ending}");
-    // Whoever has the console on the terminal has seen it.
+    // What went to the terminal was seen there.
     let unseen =
         |config: &VmConfig| config.serial == Output::Null || config.console == Output::Null;
-    if config.is_some_and(unseen) {
-        for line in transcript.last_lines(LAST_LINES) {
+    if vm.config().is_some_and(unseen) {
+        for line in vm.last_lines(LAST_LINES) {
             log::error!("guest: {line}");
         }
     }

@@ -11,26 +11,17 @@ use protocol::contract::Status;
 use serde_json::Value;
 
 use crate::inbox::{Ending, Event};
-use crate::vm::lifecycle::Vm;
+use crate::vm::lifecycle::Lifecycle;
 
 /// How often to look at what nobody reports: KVM keeps a halted vCPU to itself.
 const TICK: Duration = Duration::from_secs(1);
 
-/// Why podvmm is done.
-#[derive(Debug)]
-pub(crate) enum Outcome {
-    /// The guest ended, or podvmm was told to end by a signal.
-    Ended(Ending),
-    /// A client told podvmm to end.
-    Dismissed,
-}
-
-/// Serves the inbox until podvmm is done. The VM is stopped by then, if it can be, and who
+/// Serves the inbox until the VM ends. It is stopped by then, if it can be, and a client that
 /// still waits for an answer learns that there will be none.
-pub(crate) fn serve(vm: &mut Vm, events: Receiver<(u32, Event)>) -> Outcome {
+pub(crate) fn serve(vm: &mut Lifecycle, events: Receiver<(u32, Event)>) -> Ending {
     let mut looked = Instant::now();
     let mut due = looked + TICK;
-    let outcome = loop {
+    let ending = loop {
         // By the clock, not by silence: whoever asks or says much is not to keep it away.
         let now = Instant::now();
         if now >= due {
@@ -39,35 +30,35 @@ pub(crate) fn serve(vm: &mut Vm, events: Receiver<(u32, Event)>) -> Outcome {
             if now >= looked + TICK {
                 looked = now;
                 if vm.has_halted() {
-                    break Outcome::Ended(Ending::Halted);
+                    break Ending::Halted;
                 }
             }
             due = now + sooner.map_or(TICK, |sooner| sooner.min(TICK));
         }
         match events.recv_timeout(due.duration_since(now)) {
-            Ok((_, Event::Signal(signal))) => break Outcome::Ended(Ending::Signal(signal)),
+            Ok((_, Event::Signal(signal))) => break Ending::Signal(signal),
             Ok((_, Event::Call(request, reply))) => match *request {
                 Request::Exit => {
                     // The client is to hear it when it is so.
                     vm.stop();
-                    reply.send(&Ok(Answer::Exiting));
-                    break Outcome::Dismissed;
+                    reply.send(Ok(Answer::Exiting));
+                    break Ending::Dismissed;
                 }
                 Request::Snapshot(snapshot) => vm.snapshot(snapshot, reply),
-                request => reply.send(&vm.answer(request)),
+                request => reply.send(vm.answer(request)),
             },
             Ok((_, Event::Saved)) => vm.saved(),
             Ok((life, _)) if life != vm.life() => {}
-            Ok((_, Event::Ended(ending))) => break Outcome::Ended(ending),
+            Ok((_, Event::Ended(ending))) => break ending,
             Ok((_, Event::Status(Status::Ready))) => {
                 log::info!("the agent starts the command");
                 vm.events().vm("agent-ready", Value::Null);
             }
             Ok((_, Event::Status(Status::Exit(status)))) => {
-                break Outcome::Ended(Ending::Command(status));
+                break Ending::Command(status);
             }
             Ok((_, Event::Status(Status::Error(why)))) => {
-                break Outcome::Ended(Ending::Agent(why));
+                break Ending::Agent(why);
             }
             Err(RecvTimeoutError::Timeout) => {}
             Err(RecvTimeoutError::Disconnected) => {
@@ -76,9 +67,9 @@ pub(crate) fn serve(vm: &mut Vm, events: Receiver<(u32, Event)>) -> Outcome {
         }
     };
     drop(events);
-    match outcome {
-        Outcome::Ended(Ending::Memory(_)) => vm.abandon(),
+    match ending {
+        Ending::Memory(_) => vm.abandon(),
         _ => vm.stop(),
     }
-    outcome
+    ending
 }

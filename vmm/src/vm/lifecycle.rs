@@ -54,7 +54,7 @@ pub(crate) struct Surround {
 
 /// A VM and where it is in its life.
 #[derive(Debug)]
-pub(crate) struct Vm {
+pub(crate) struct Lifecycle {
     around: Surround,
     phase: Phase,
 }
@@ -122,7 +122,7 @@ impl Phase {
     }
 }
 
-impl Vm {
+impl Lifecycle {
     /// No VM yet.
     pub(crate) fn new(around: Surround) -> Self {
         Self {
@@ -185,21 +185,9 @@ impl Vm {
     }
 
     /// Has the VM run, where there is none yet.
-    pub(crate) fn start(
-        &mut self,
-        config: VmConfig,
-        snapshot: Option<Loaded>,
-    ) -> Result<(), ApiError> {
-        match snapshot {
-            None => {
-                self.create(Box::new(config))?;
-                self.boot()
-            }
-            Some(loaded) => {
-                self.revive(Box::new(config), loaded)?;
-                self.resume()
-            }
-        }
+    pub(crate) fn start(&mut self, config: Box<VmConfig>) -> Result<(), ApiError> {
+        self.create(config)?;
+        self.boot()
     }
 
     /// Adds a device to what the VM is defined as: the guest finds devices when it boots.
@@ -277,7 +265,7 @@ impl Vm {
     /// Has a thread take the snapshot, and the client answered when it is done.
     pub(crate) fn snapshot(&mut self, snapshot: Snapshot, reply: Reply) {
         if !matches!(self.phase, Phase::Paused(..)) {
-            return reply.send(&Err(self.wrong("vm.snapshot", "Paused")));
+            return reply.send(Err(self.wrong("vm.snapshot", "Paused")));
         }
         let (metrics, info, counters) = (self.metrics(), self.info(), self.counters());
         let Phase::Paused(config, machine) = std::mem::replace(&mut self.phase, Phase::None) else {
@@ -304,7 +292,7 @@ impl Vm {
             Err(error) => {
                 self.phase = Phase::Paused(config, machine);
                 let why = format!("start a thread: {error}");
-                return reply.send(&Err(ApiError::Host(vec![why])));
+                return reply.send(Err(ApiError::Host(vec![why])));
             }
         };
         self.around.events.vm("snapshotting", folder.clone());
@@ -329,7 +317,7 @@ impl Vm {
                 if saved.is_ok() {
                     self.around.events.vm("snapshotted", saving.folder);
                 }
-                saving.reply.send(&saved.map(done).map_err(not_saved));
+                saving.reply.send(saved.map(done).map_err(not_saved));
             }
             other => self.phase = other,
         }
@@ -354,11 +342,16 @@ impl Vm {
         let resume = restore.resume;
         let opened = Loaded::open(restore);
         let (loaded, config) = opened.map_err(|error| ApiError::Impossible(chain(&error)))?;
-        self.revive(Box::new(config), loaded)?;
-        if resume { self.resume() } else { Ok(()) }
+        self.revive(Box::new(config), loaded, resume)
     }
 
-    fn revive(&mut self, config: Box<VmConfig>, loaded: Loaded) -> Result<(), ApiError> {
+    /// Makes the VM of a snapshot that was opened, where there is none yet.
+    pub(crate) fn revive(
+        &mut self,
+        config: Box<VmConfig>,
+        loaded: Loaded,
+        resume: bool,
+    ) -> Result<(), ApiError> {
         config.check().map_err(contradiction)?;
         self.around.events.vm("restoring", Value::Null);
         let around = self.surroundings();
@@ -367,7 +360,7 @@ impl Vm {
         self.phase = Phase::Paused(config, Box::new(machine));
         let events = &mut self.around.events;
         events.vm("restored", json!({ "phases_us": phases }));
-        Ok(())
+        if resume { self.resume() } else { Ok(()) }
     }
 
     fn pause(&mut self) -> Result<(), ApiError> {

@@ -64,9 +64,9 @@ impl Service {
 }
 
 fn ask(inbox: &Inbox, request: Request, reply: http::Reply) {
-    let reply = Reply::new(reply);
+    let reply = Reply::to_http(reply);
     match route::request(request) {
-        Err(error) => reply.send(&Err(error)),
+        Err(error) => reply.send(Err(error)),
         Ok(request) => {
             // Without `control` the event is dropped, and the reply with it.
             let _ = inbox.send(Event::Call(Box::new(request), reply));

@@ -7,9 +7,9 @@ use std::sync::Arc;
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use vm_memory::GuestAddressSpace;
 
-use super::device::Target;
 use super::discard::Discard;
 use super::statistics::Statistics;
+use super::target::Target;
 use crate::virtio::queue::LAST_TURNS;
 use crate::virtio::{
     Chain, Counters, GuestRam, Handler, Interrupt, Memory, Ring, RingState, Thread,

@@ -5,20 +5,20 @@ use std::sync::Arc;
 
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_MQ,
-    VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_WRITE_ZEROES, VIRTIO_BLK_ID_BYTES,
+    VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_WRITE_ZEROES,
 };
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 
 use super::handler::BlkHandler;
 use super::image::{BlkError, Image};
-use super::request::{Limits, MAX_DISCARD, MAX_DISCARD_RANGES, MAX_ZERO_RANGES, MAX_ZEROES};
+use super::request::{
+    ID_LEN, Limits, MAX_DISCARD, MAX_DISCARD_RANGES, MAX_ZERO_RANGES, MAX_ZEROES,
+};
 use crate::virtio::limiter::Limiter;
 use crate::virtio::{
     self, ActivateError, Activation, Counters, DeviceState, Handler, StateError, VirtioDevice,
     read_config_bytes,
 };
-
-pub(super) const ID_LEN: usize = VIRTIO_BLK_ID_BYTES as usize;
 
 /// A disk to be opened.
 #[derive(Clone, Debug)]

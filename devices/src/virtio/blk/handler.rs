@@ -10,9 +10,8 @@ use virtio_bindings::virtio_blk::{
 };
 use vm_memory::{Bytes, GuestAddressSpace};
 
-use super::device::ID_LEN;
 use super::image::Image;
-use super::request::{Limits, Range, Refusal, Request};
+use super::request::{ID_LEN, Limits, Range, Refusal, Request};
 use crate::virtio::limiter::Limiter;
 use crate::virtio::queue::LAST_TURNS;
 use crate::virtio::{Chain, Counters, GuestRam, Handler, Memory, Ring, RingState, Thread};

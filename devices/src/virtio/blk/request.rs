@@ -2,8 +2,9 @@
 //! anything is done (virtio 1.3 §5.2.6, Device Operation).
 
 use virtio_bindings::virtio_blk::{
-    VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN,
-    VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES, VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP,
+    VIRTIO_BLK_ID_BYTES, VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID,
+    VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES,
+    VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP,
 };
 
 use super::SECTOR;
@@ -21,6 +22,8 @@ pub(super) const MAX_ZERO_RANGES: u32 = 4;
 /// Sectors one zeroed range may have: 16 MiB, as they may have to be written.
 pub(super) const MAX_ZEROES: u32 = 1 << 15;
 
+/// Bytes that the guest reads as the disk's serial number.
+pub(super) const ID_LEN: usize = VIRTIO_BLK_ID_BYTES as usize;
 /// Length of `struct virtio_blk_discard_write_zeroes`.
 const RANGE_LEN: usize = 16;
 

@@ -10,9 +10,9 @@ use std::sync::Arc;
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use vm_memory::GuestAddressSpace;
 
-use super::device::{ConsoleState, Window};
-use super::port::LivePort;
+use super::port::{ConsoleState, LivePort};
 use super::protocol::{FromDriver, HEADER_LEN, Untold};
+use super::window::Window;
 use crate::virtio::{Counters, DeviceState, GuestRam, Handler, Memory, Ring, RingState, Thread};
 
 /// What an event is about, as it is carried in the event's data.

@@ -3,7 +3,7 @@
 //! A port carries bytes each way between a guest's character device and a host's descriptor. One
 //! may be the guest's console (hvc); others are found in the guest by name. [`device`] is what
 //! the driver configures, [`port`] one stream with its back-pressure, [`protocol`] the messages of
-//! the control queues, and [`handler`] the loop around them.
+//! the control queues, [`window`] the size of the terminal, and [`handler`] the loop around them.
 //!
 //! # When input ends
 //! The end of a port's input reaches the guest as PORT_OPEN 0, upon which reads there return 0
@@ -21,10 +21,13 @@ mod port;
 mod protocol;
 #[cfg(test)]
 mod tests;
+mod window;
 
 use crate::host::{Input, Output};
 
-pub use self::device::{Console, ConsoleError, ConsoleHandle, ConsoleState};
+pub use self::device::{Console, ConsoleError};
+pub use self::port::ConsoleState;
+pub use self::window::ConsoleHandle;
 
 /// A stream to be offered to the guest.
 #[derive(Debug)]

@@ -54,6 +54,12 @@ pub(super) struct PortState {
     sent: usize,
 }
 
+/// What the driver knows of the ports in use, and how far they are.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ConsoleState {
+    pub(super) ports: Vec<PortState>,
+}
+
 /// Why a port stopped sending.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Stop {

@@ -27,9 +27,22 @@ use std::sync::Arc;
 
 use rustix::io::Errno;
 
+use serde::{Deserialize, Serialize};
+
 use super::abi::ROOT;
 use super::host::{self, Identity, LastingIdentity, Status};
-use super::state::NodeState;
+
+/// What a snapshot keeps of a file that the guest knows.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct NodeState {
+    pub(super) nodeid: u64,
+    pub(super) parent: u64,
+    pub(super) name: Vec<u8>,
+    pub(super) lookups: u64,
+    pub(super) orphan: bool,
+    #[serde(default)]
+    pub(super) identity: Option<LastingIdentity>,
+}
 
 /// How much the guest can make the host keep.
 #[derive(Clone, Copy, Debug)]

@@ -13,6 +13,7 @@ use serde::{Deserialize, Serialize};
 use super::abi::ROOT;
 use super::handles::{Handle, Lost};
 use super::host::LastingIdentity;
+use super::nodes::NodeState;
 use super::server::{Server, is_name};
 use crate::virtio::StateError;
 
@@ -30,18 +31,6 @@ pub struct FsState {
     next: u64,
     nodes: Vec<NodeState>,
     handles: Vec<HandleState>,
-}
-
-/// A file the guest knows.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub(super) struct NodeState {
-    pub(super) nodeid: u64,
-    pub(super) parent: u64,
-    pub(super) name: Vec<u8>,
-    pub(super) lookups: u64,
-    pub(super) orphan: bool,
-    #[serde(default)]
-    pub(super) identity: Option<LastingIdentity>,
 }
 
 /// A file the guest has open.

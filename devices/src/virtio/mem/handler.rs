@@ -10,8 +10,8 @@ use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use vm_memory::{GuestAddress, GuestAddressSpace};
 
 use super::blocks::Blocks;
-use super::device::{MemState, Target};
 use super::plugmap::Plugged;
+use super::target::{MemState, Target};
 use crate::virtio::queue::LAST_TURNS;
 use crate::virtio::{
     Chain, Counters, DeviceState, GuestRam, Handler, Interrupt, Lent, Memory, Ring, RingState,

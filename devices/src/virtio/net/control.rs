@@ -4,15 +4,28 @@
 use std::sync::Arc;
 
 use event_manager::{EventOps, Events, MutEventSubscriber};
+use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_net::{
     VIRTIO_NET_CTRL_MQ, VIRTIO_NET_CTRL_MQ_VQ_PAIRS_SET, VIRTIO_NET_ERR, VIRTIO_NET_OK,
 };
 use vm_memory::GuestAddressSpace;
 
-use super::device::NetState;
 use super::tap::Tap;
 use crate::virtio::queue::LAST_TURNS;
 use crate::virtio::{Counters, DeviceState, Handler, Memory, Ring, RingState, Thread};
+
+/// What a snapshot keeps of a network device: of what taps hold, a guest relies on no more.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NetState {
+    /// How many pairs of rings the driver uses.
+    pub(super) pairs: u16,
+}
+
+impl Default for NetState {
+    fn default() -> Self {
+        Self { pairs: 1 }
+    }
+}
 
 #[derive(Debug)]
 pub(super) struct ControlHandler {

@@ -3,11 +3,10 @@
 
 use std::sync::Arc;
 
-use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_ids::VIRTIO_ID_NET;
 use virtio_bindings::virtio_net::*;
 
-use super::control::ControlHandler;
+use super::control::{ControlHandler, NetState};
 use super::handler::NetHandler;
 use super::tap::{Tap, TapError, offload};
 use crate::virtio::limiter::Limiter;
@@ -71,19 +70,6 @@ pub enum NetError {
     QueueSize(u16),
     #[error(transparent)]
     Tap(#[from] TapError),
-}
-
-/// What a snapshot keeps of a network device: of what taps hold, a guest relies on no more.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct NetState {
-    /// How many pairs of rings the driver uses.
-    pub(super) pairs: u16,
-}
-
-impl Default for NetState {
-    fn default() -> Self {
-        Self { pairs: 1 }
-    }
 }
 
 /// A network device.

@@ -15,5 +15,6 @@ mod tap;
 #[cfg(test)]
 mod tests;
 
-pub use self::device::{Net, NetConfig, NetError, NetState, Offloads};
+pub use self::control::NetState;
+pub use self::device::{Net, NetConfig, NetError, Offloads};
 pub use self::tap::{Tap, TapError};

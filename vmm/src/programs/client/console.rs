@@ -16,7 +16,7 @@ const LEAVE: u8 = 0x1d;
 
 /// Why there is no console to be on.
 #[derive(Debug, Error)]
-pub enum ConsoleError {
+pub(crate) enum ConsoleError {
     /// The VM was defined without.
     #[error("neither console nor serial has mode Socket")]
     None,
