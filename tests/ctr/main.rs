@@ -18,7 +18,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::Value;
 use tests::containerd::{self, Containerd, Ran, has_templates};
-use tests::ctr::{Container, Events};
+use tests::ctr::{Container, Events, run_has};
 use tests::guest;
 use tests::network::{PodNetwork, one_caller};
 use tests::node::{Node, eventually, step};
@@ -75,6 +75,9 @@ fn a_command_has_its_streams_and_its_status() {
 #[test]
 fn a_user_has_its_streams_and_its_folder() {
     on_a_node(|node| {
+        if !run_has(&node.containerd, "--user") {
+            return;
+        }
         let container = Container::new(node, "user");
         let script =
             "id -u; pwd; echo out >/dev/stdout; echo err >/dev/stderr; ls -ldn . | cut -c -10";

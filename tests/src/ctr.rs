@@ -23,6 +23,15 @@ pub struct Container {
     config: Option<PathBuf>,
 }
 
+/// Whether this `ctr run` has an option, which the machine's may be too old for.
+pub fn run_has(containerd: &Containerd, option: &str) -> bool {
+    let has = containerd.ctr_must(&["run", "--help"]).contains(option);
+    if !has {
+        eprintln!("SKIPPED: this ctr run has no {option}");
+    }
+    has
+}
+
 impl Container {
     pub fn new(node: &Node, name: &str) -> Self {
         let id = format!("{name}-{}", std::process::id());
