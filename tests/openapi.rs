@@ -18,7 +18,7 @@ fn all_of_a_vm() -> Value {
         "memory": {"size": 1 << 30, "hotplug_size": 1 << 30, "hotplugged_size": 1 << 27,
                    "hugepages": false, "thp": false, "shared": true},
         "disks": [{"path": "/d", "readonly": true, "direct": true, "num_queues": 2,
-                   "queue_size": 64, "serial": "s", "image_type": "Unknown",
+                   "queue_size": 64, "serial": "s", "image_type": "Unknown", "disable_io_uring": true,
                    "rate_limiter_config": rates, "id": "_disk0"}],
         "net": [{"tap": "t", "mac": "02:00:00:00:00:01", "mtu": 1400, "num_queues": 4,
                  "queue_size": 64, "offload_tso": false, "offload_ufo": false,

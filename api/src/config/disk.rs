@@ -28,6 +28,8 @@ pub struct DiskConfig {
     pub rate_limiter_config: RateLimits,
     /// What the image is said to be. It is read as a raw one.
     pub image_type: ImageType,
+    /// Not to use io_uring, which podvmm does not use in any case.
+    pub disable_io_uring: bool,
     /// What vm.remove-device may call it, besides `disk0`, `disk1`, ...
     #[serde(skip_serializing_if = "Option::is_none")]
     pub id: Option<String>,
@@ -57,6 +59,7 @@ impl Default for DiskConfig {
             serial: None,
             rate_limiter_config: RateLimits::default(),
             image_type: ImageType::Raw,
+            disable_io_uring: false,
             id: None,
             others: Others::new(),
         }
