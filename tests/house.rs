@@ -255,6 +255,27 @@ fn the_words_are_the_fields() {
     }
 }
 
+/// A kind of part touches few places: its folder, its configuration, where it is built and where it is resized.
+#[test]
+fn a_device_is_named_in_few_files() {
+    const MOST: usize = 8;
+    let workspace = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap();
+    let folders = ["api", "arch", "devices", "protocol", "shim", "vmm"];
+    let sources = folders
+        .iter()
+        .flat_map(|folder| files(&workspace.join(folder), &["rs"]));
+    let named: Vec<_> = sources
+        .filter(|path| {
+            let path = path.to_string_lossy();
+            !["/virtio/balloon/", "/tests", "/hostile.rs"]
+                .iter()
+                .any(|other| path.contains(other))
+        })
+        .filter(|path| fs::read_to_string(path).unwrap().contains("alloon"))
+        .collect();
+    assert!(named.len() <= MOST, "balloons are named in {named:?}");
+}
+
 /// What is named as a dependency is used, and each package is there in one version: of those of rust-vmm another
 /// one would have types of its own.
 #[test]

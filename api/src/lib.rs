@@ -31,11 +31,7 @@ mod request;
 pub mod route;
 mod units;
 
-pub use config::{
-    Addition, BalloonConfig, ConfigError, CpusConfig, DiskConfig, FsCache, FsConfig, FsSource,
-    ImageType, JsonError, MacAddr, MemoryConfig, NetConfig, Others, Output, Part, PayloadConfig,
-    RateLimit, RateLimits, Resize, RngConfig, RngSource, TapSource, VmConfig, VsockConfig,
-};
+pub use config::*;
 pub use error::{ApiError, State, chain};
 pub use json::Misread;
 pub use options::OptionsError;

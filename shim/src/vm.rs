@@ -301,7 +301,7 @@ impl Vm {
         let sizes = Resize {
             desired_vcpus: Some(vcpus(size.vcpus)?),
             desired_ram: Some(ByteSize(size.memory_mib * MIB)),
-            desired_balloon: None,
+            ..Resize::default()
         };
         let resized = self.client()?.resize(sizes);
         resized.map_err(failed("resize the VM"))

@@ -177,6 +177,17 @@ fn part<T: Part>(body: &[u8]) -> Result<T, JsonError> {
     Ok(json::from_value(json)?)
 }
 
+/// Options of podvmm's command line that each describe a part of a VM, and how they are written.
+pub const PARTS: &[(&str, &[&str])] = &[
+    ("cpus", CpusConfig::USAGE),
+    ("memory", MemoryConfig::USAGE),
+    ("balloon", BalloonConfig::USAGE),
+    ("disk", DiskConfig::USAGE),
+    ("net", NetConfig::USAGE),
+    ("fs", FsConfig::USAGE),
+    ("vsock", VsockConfig::USAGE),
+];
+
 /// A device to be added to a VM.
 #[derive(Clone, Debug)]
 #[expect(missing_docs, reason = "each is what it holds")]
@@ -254,6 +265,21 @@ impl VmConfig {
     /// What `vm.info` and a snapshot's config.json say of it.
     pub fn json(&self) -> Value {
         serde_json::to_value(self).expect("`check` has seen that it can be written")
+    }
+
+    /// Adds or replaces the part that `option`, one of [`PARTS`], describes by `text`.
+    pub fn give(&mut self, option: &str, text: &str) -> Result<(), ConfigError> {
+        match option {
+            "cpus" => self.cpus = Part::from_options(text)?,
+            "memory" => self.memory = Part::from_options(text)?,
+            "balloon" => self.balloon = Some(Part::from_options(text)?),
+            "disk" => self.disks.push(Part::from_options(text)?),
+            "net" => self.net.push(Part::from_options(text)?),
+            "fs" => self.fs.push(Part::from_options(text)?),
+            "vsock" => self.vsock = Some(Part::from_options(text)?),
+            other => return Err(ConfigError::NoSuchPart(other.into())),
+        }
+        Ok(())
     }
 
     /// Adds a device.
@@ -336,6 +362,9 @@ pub enum ConfigError {
     /// A number or size out of range.
     #[error(transparent)]
     Unit(#[from] UnitError),
+    /// None of [`PARTS`].
+    #[error("there is no option --{0} for a part of a VM")]
+    NoSuchPart(String),
     /// Nothing could be made without it.
     #[error("'{0}' is missing")]
     Missing(&'static str),

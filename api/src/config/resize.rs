@@ -17,6 +17,15 @@ pub struct Resize {
     pub desired_balloon: Option<ByteSize>,
 }
 
+impl Resize {
+    /// Options of `podvmm api resize`, and the field that each sets.
+    pub const OPTIONS: &[(&str, &str)] = &[
+        ("cpus", "desired_vcpus"),
+        ("memory", "desired_ram"),
+        ("balloon", "desired_balloon"),
+    ];
+}
+
 impl VmConfig {
     /// Has the VM be of these sizes from now on, also when it boots again. Sizes of devices that it does
     /// not have are left out.

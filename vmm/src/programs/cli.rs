@@ -5,10 +5,13 @@ use std::fmt;
 use std::os::unix::ffi::OsStringExt;
 use std::path::PathBuf;
 
-use api::{ConfigError, CpusConfig, MemoryConfig, Output, Part, VmConfig};
+use api::{ConfigError, Output, PARTS, VmConfig};
 use lexopt::{Arg, Parser, ValueExt};
 use log::LevelFilter;
 use thiserror::Error;
+
+/// Parts of a VM that may be others than those of the snapshot it is restored from.
+const REPLACEABLE: [&str; 4] = ["disk", "net", "fs", "vsock"];
 
 /// What the user wants.
 #[derive(Debug)]
@@ -64,6 +67,8 @@ pub(crate) struct RunOptions {
     pub cmdline: String,
     /// The parts of a VM, but what it boots and where it prints.
     pub vm: VmConfig,
+    /// Which of [`PARTS`] are given.
+    pub parts: Vec<&'static str>,
     /// `--serial`
     pub serial: Option<Output>,
     /// `--console`
@@ -107,18 +112,13 @@ impl RunOptions {
     fn describes_a_guest(&self) -> bool {
         self.initramfs.is_some()
             || !self.cmdline.is_empty()
-            || self.vm.cpus != CpusConfig::default()
-            || self.vm.memory != MemoryConfig::default()
-            || self.vm.balloon.is_some()
+            || self.parts.iter().any(|part| !REPLACEABLE.contains(part))
     }
 
     /// Whether they say anything about a VM besides what to boot.
     fn describes_a_vm(&self) -> bool {
         self.describes_a_guest()
-            || !self.vm.disks.is_empty()
-            || !self.vm.net.is_empty()
-            || !self.vm.fs.is_empty()
-            || self.vm.vsock.is_some()
+            || !self.parts.is_empty()
             || self.serial.is_some()
             || self.console.is_some()
     }
@@ -170,13 +170,6 @@ pub(crate) fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Act
             Arg::Long("rootfs") => options.rootfs = Some(parser.value()?.into()),
             Arg::Long("initramfs") => options.initramfs = Some(parser.value()?.into()),
             Arg::Long("cmdline") => options.cmdline = parser.value()?.string()?,
-            Arg::Long("cpus") => options.vm.cpus = part(&mut parser, "cpus")?,
-            Arg::Long("memory") => options.vm.memory = part(&mut parser, "memory")?,
-            Arg::Long("balloon") => options.vm.balloon = Some(part(&mut parser, "balloon")?),
-            Arg::Long("disk") => options.vm.disks.push(part(&mut parser, "disk")?),
-            Arg::Long("net") => options.vm.net.push(part(&mut parser, "net")?),
-            Arg::Long("fs") => options.vm.fs.push(part(&mut parser, "fs")?),
-            Arg::Long("vsock") => options.vm.vsock = Some(part(&mut parser, "vsock")?),
             Arg::Long("serial") => options.serial = Some(output(&mut parser, "serial")?),
             Arg::Long("console") => options.console = Some(output(&mut parser, "console")?),
             Arg::Long("restore") => options.restore = Some(parser.value()?.into()),
@@ -194,6 +187,14 @@ pub(crate) fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Act
                 }
             }
             Arg::Short('v') => options.verbosity = options.verbosity.saturating_add(1),
+            Arg::Long(option) => {
+                let Some((option, _)) = PARTS.iter().find(|(name, _)| *name == option) else {
+                    return Err(argument.unexpected().into());
+                };
+                let given = options.vm.give(option, &parser.value()?.string()?);
+                given.map_err(|source| CliError::Value { option, source })?;
+                options.parts.push(option);
+            }
             unexpected => return Err(unexpected.unexpected().into()),
         }
     }
@@ -213,11 +214,6 @@ fn next<'a>(
         return Ok(None);
     }
     parser.next()
-}
-
-fn part<T: Part>(parser: &mut Parser, option: &'static str) -> Result<T, CliError> {
-    let text = parser.value()?.string()?;
-    T::from_options(&text).map_err(|source| CliError::Value { option, source })
 }
 
 fn output(parser: &mut Parser, option: &'static str) -> Result<Output, CliError> {

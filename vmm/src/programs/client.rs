@@ -5,8 +5,8 @@ use std::fs;
 use std::io::{self, Read, Write};
 use std::path::PathBuf;
 
-use api::ByteSize;
 use api::http::{Client, ClientError};
+use api::{ByteSize, Resize};
 use lexopt::{Arg, Parser, ValueExt};
 use serde_json::{Map, Value};
 use thiserror::Error;
@@ -68,7 +68,7 @@ pub(crate) enum CallError {
         what: &'static str,
     },
     /// An option of another command.
-    #[error("{0} goes with the command {1}; see podvmm api --help")]
+    #[error("--{0} goes with the command {1}; see podvmm api --help")]
     Option(&'static str, &'static str),
     /// A folder that cannot be named in JSON.
     #[error("{} is not UTF-8, as the API's JSON must be", .0.display())]
@@ -82,8 +82,12 @@ pub(crate) enum CallError {
         source: io::Error,
     },
     /// A size that is none.
-    #[error("--memory or --balloon")]
-    Size(#[source] api::UnitError),
+    #[error("--{option}")]
+    Size {
+        /// Of which option.
+        option: &'static str,
+        source: api::UnitError,
+    },
     /// The definition cannot be read.
     #[error("read {}", .path.display())]
     Read {
@@ -201,22 +205,21 @@ pub(crate) fn parse(
             Arg::Long("help") | Arg::Short('h') => return Ok(None),
             Arg::Long("socket") => socket = Some(PathBuf::from(parser.value()?)),
             Arg::Long("json") => json = true,
-            Arg::Long("cpus") => {
-                let count = parser.value()?.parse::<u8>()?;
-                field("--cpus", "resize", "desired_vcpus", count.into());
-            }
-            Arg::Long("memory") => {
-                field("--memory", "resize", "desired_ram", size(&mut parser)?);
-            }
-            Arg::Long("balloon") => {
-                field("--balloon", "resize", "desired_balloon", size(&mut parser)?);
-            }
             Arg::Long("incremental") => {
-                field("--incremental", "snapshot", "incremental", true.into());
+                field("incremental", "snapshot", "incremental", true.into());
             }
-            Arg::Long("prefetch") => field("--prefetch", "restore", "prefetch", true.into()),
-            Arg::Long("verify") => field("--verify", "restore", "verify", true.into()),
-            Arg::Long("resume") => field("--resume", "restore", "resume", true.into()),
+            Arg::Long("prefetch") => field("prefetch", "restore", "prefetch", true.into()),
+            Arg::Long("verify") => field("verify", "restore", "verify", true.into()),
+            Arg::Long("resume") => field("resume", "restore", "resume", true.into()),
+            Arg::Long(option) => {
+                let known = Resize::OPTIONS.iter().find(|(name, _)| *name == option);
+                let Some(&(option, name)) = known else {
+                    return Err(argument.unexpected().into());
+                };
+                let size = parser.value()?.string()?.parse();
+                let size: ByteSize = size.map_err(|source| CallError::Size { option, source })?;
+                field(option, "resize", name, size.0.into());
+            }
             Arg::Value(value) if command.is_none() => command = Some(value.string()?),
             Arg::Value(value) if operand.is_none() => operand = Some(value),
             unexpected => return Err(unexpected.unexpected().into()),
@@ -240,11 +243,6 @@ pub(crate) fn parse(
             _ => Then::Print,
         },
     }))
-}
-
-fn size(parser: &mut Parser) -> Result<Value, CallError> {
-    let size: ByteSize = parser.value()?.string()?.parse().map_err(CallError::Size)?;
-    Ok(size.0.into())
 }
 
 /// What a request brings. `None` if it has no body.

@@ -1,25 +1,14 @@
 //! What `--help` prints: a text, with the keys of each part of a VM from where they are read.
 
-use api::{
-    BalloonConfig, CpusConfig, DiskConfig, FsConfig, MemoryConfig, NetConfig, Part, VsockConfig,
-};
+use api::PARTS;
 
 /// Columns of a terminal.
 const WIDTH: usize = 80;
 
 /// All of it.
 pub(crate) fn text() -> String {
-    let usages = [
-        ("cpus", CpusConfig::USAGE),
-        ("memory", MemoryConfig::USAGE),
-        ("balloon", BalloonConfig::USAGE),
-        ("disk", DiskConfig::USAGE),
-        ("net", NetConfig::USAGE),
-        ("fs", FsConfig::USAGE),
-        ("vsock", VsockConfig::USAGE),
-    ];
     let mut text = include_str!("help.txt").to_owned();
-    for (option, usage) in usages {
+    for (option, usage) in PARTS {
         let line = format!("  --{option} ");
         let place = format!("{line}{{}}");
         text = text.replace(&place, &wrapped(&line, &usage.concat()));
@@ -58,6 +47,8 @@ fn words(usage: &str) -> impl Iterator<Item = &str> {
 
 #[cfg(test)]
 mod tests {
+    use api::{DiskConfig, NetConfig, Part};
+
     use super::*;
 
     #[test]

@@ -500,14 +500,7 @@ impl Lifecycle {
             .request(&memory, sizes)
             .map_err(|why| ApiError::Host(vec![why]))?;
         config.resize(sizes).map_err(contradiction)?;
-        self.around.events.vm(
-            "resized",
-            json!({
-                "desired_vcpus": sizes.desired_vcpus,
-                "desired_ram": sizes.desired_ram,
-                "desired_balloon": sizes.desired_balloon,
-            }),
-        );
+        self.around.events.vm("resized", json!(sizes));
         Ok(())
     }
 

@@ -298,7 +298,7 @@ mod tests {
         ram.memory().read_obj(GuestAddress(at)).unwrap()
     }
 
-    /// As a balloon does.
+    /// As a guest that gives memory back has it done.
     fn discard(ram: &Ram, at: u64, len: usize) {
         let slice = ram.memory().get_slice(GuestAddress(at), len).unwrap();
         let host = slice.ptr_guard_mut().as_ptr();
