@@ -294,7 +294,7 @@ impl Family {
     }
 
     fn is_there(&self) -> bool {
-        // One that nobody has waited for yet is gone.
+        // A process that has ended counts as gone, even if its parent has not waited for it yet.
         let lives = |pid: u32| {
             let stat = Stat::of(Path::new(&format!("/proc/{pid}")));
             stat.is_some_and(|stat| stat.state != 'Z')

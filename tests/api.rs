@@ -178,7 +178,8 @@ fn a_vm_has_after_a_reboot_what_it_grew_to() {
     service.dismiss();
 }
 
-/// KVM tells nobody that a guest halted, so podvmm looks by itself, however much it is asked meanwhile.
+/// KVM does not tell podvmm that a guest halted, so podvmm looks by itself, however many requests
+/// clients send meanwhile.
 #[test]
 fn a_halted_guest_is_noticed_while_a_client_asks_without_a_pause() {
     if !kvm_is_here() {

@@ -1,5 +1,5 @@
-//! Death in a pod's family: whoever is killed, at whatever time, containerd learns how the pod
-//! ended, and nothing of it is left on the host. Needs root.
+//! Deaths in a pod: if its VMM, its guest or its shim dies, at any time, containerd learns how the
+//! pod ended, and nothing of the pod is left on the host. Needs root.
 
 #![expect(clippy::unwrap_used, reason = "its steps are functions of their own")]
 
@@ -19,7 +19,7 @@ use tests::node::{self, Node, eventually, step};
 /// A pod that has ended with its VM is said to have been killed.
 const KILLED: &str = "\"exit_status\":137";
 
-/// Longer than whoever cleans up takes.
+/// Longer than the shim and containerd take to clean up.
 const PATIENCE: Duration = Duration::from_secs(10);
 
 /// Runs `cases` on a node, which has to be clean afterwards.
@@ -76,7 +76,7 @@ fn the_vmm(node: &Node) {
     let script = ["sh", "-c", "echo it runs; exec sleep 1000"];
     let mut exec = container.exec_command(&node.containerd, &[], &script);
     let mut exec = exec.stdout(Stdio::piped()).spawn().unwrap();
-    // Until it runs there is nobody to be told of its end.
+    // ctr can be told of the script's end only once the script runs.
     let mut said = [0; 7];
     exec.stdout.as_mut().unwrap().read_exact(&mut said).unwrap();
     signal(container.vmm(), libc::SIGKILL);

@@ -121,7 +121,7 @@ fn trees() -> io::Result<(TempDir, TempDir)> {
     Ok((shared, own))
 }
 
-/// A stream to `port` of the guest. Held until somebody listens there.
+/// A stream to `port` of the guest. podvmm holds it until a program in the guest listens there.
 fn call_vsock(socket: &Path, port: u32) -> io::Result<UnixStream> {
     let mut stream = UnixStream::connect(socket)?;
     stream.set_read_timeout(Some(PATIENCE))?;

@@ -493,7 +493,7 @@ fn disks(agent: &Agent) {
         devices,
         ..CreateContainerRequest::default()
     };
-    // What lies far in nobody has read before.
+    // No process in the guest has read the far part of the disk before.
     let mut disk = spec(
         "test -b /dev/data && dd if=/dev/data bs=8 count=1 2>/dev/null
         dd if=/dev/data of=/dev/null bs=4096 skip=200 count=1 2>/dev/null
@@ -546,7 +546,7 @@ fn refusals(agent: &Agent) {
     assert_eq!(code, Code::AlreadyExists);
     agent.remove("nowhere");
 
-    assert_eq!(refusal(agent.start("nobody")).0, Code::NotFound);
+    assert_eq!(refusal(agent.start("absent")).0, Code::NotFound);
     assert_eq!(
         refusal(agent.ask("Dance", &Empty {})).0,
         Code::Unimplemented

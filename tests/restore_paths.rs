@@ -221,7 +221,8 @@ fn a_process_gives_vms_the_memory_of_a_snapshot() {
     assert_eq!((other.count(), other.read_all()), ('B', 'r'));
     assert_eq!((clone.read_all(), clone.count()), ('r', 'D'));
 
-    // A snapshot has what was never touched, too, and needs nobody any more: nor does who wrote it.
+    // A snapshot also has the memory that the guest never touched. Neither the snapshot nor the VM
+    // that wrote it needs the process that gave the memory any more.
     let whole = TempDir::new().unwrap();
     let mut third = handler.restore(bare.path());
     assert_eq!(third.count(), 'B');
@@ -268,7 +269,7 @@ fn a_process_gives_memory_that_is_compressed() {
     [clone, other].into_iter().for_each(Counter::end);
     handler.end();
 
-    // A block that is damaged is not given: whoever waits for it ends.
+    // A block that is damaged is not given: the VM that waits for it ends.
     let memory = memory_files(folder.path()).remove(0);
     let file = fs::OpenOptions::new().write(true).open(&memory).unwrap();
     file.write_all_at(&[0x55; 4096], 100).unwrap();

@@ -13,7 +13,8 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use rustix::ioctl::{Opcode, Updater, ioctl, opcode};
 
-/// Between readings where nobody else asks for one. Clocks drift by some 20 ppm, 0.2 ms meanwhile.
+/// The time between readings that the host does not ask for. Clocks drift by some 20 ppm, which is
+/// 0.2 ms in this time.
 const PERIOD: Duration = Duration::from_secs(10);
 
 /// What poll(2) can wait for at least.

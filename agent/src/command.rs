@@ -75,7 +75,7 @@ impl Command {
         Self { argv }
     }
 
-    /// The shell of somebody who gave no command.
+    /// The shell for a user who gave no command.
     pub(crate) fn shell() -> Self {
         Self {
             argv: vec![c"/bin/sh".to_owned()],
@@ -139,7 +139,7 @@ impl Command {
         if let Some(failure) = failure {
             let message = failure_message(&self.argv[0], &failure);
             let stderr = stdio[2].try_clone_to_owned().map(File::from);
-            // Without its standard error there is nobody to tell.
+            // Without the command's standard error the agent has nowhere to write this.
             let _ = stderr.and_then(|mut stderr| stderr.write_all(message.as_bytes()));
         }
         Ok(pid)

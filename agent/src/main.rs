@@ -194,11 +194,11 @@ fn settle_disks() {
 
 /// Says it on the console, in one write: each is slow.
 fn say(text: &str) {
-    // Without a console there is nobody to tell.
+    // Without a console the agent has nowhere to write this.
     let _ = io::stderr().write_all(format!("podvmm-agent: {text}\n").as_bytes());
 }
 
-/// Mentions on the console what went wrong but stops nobody.
+/// Mentions on the console what went wrong. The agent goes on all the same.
 fn complain(act: &str, result: io::Result<()>) {
     if let Err(error) = result {
         say(&format!("{act}: {error}"));

@@ -115,7 +115,7 @@ pub(crate) fn update_interface(wanted: Interface) -> Result<Interface> {
     let (link, hardware) = found.ok_or_else(no_link)?;
     let act = |what: &str| format!("{what} {}", link.name);
     if hardware.is_some() {
-        // Before it is up: nobody is to hear of it by the template's.
+        // This comes before the interface is up: no other host is to see the template's address.
         let change = Change {
             hardware,
             ..Change::default()

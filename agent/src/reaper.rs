@@ -160,7 +160,8 @@ impl Birth {
 
     /// A pidfd of a child. None if it has ended and was taken note of.
     pub(crate) fn handle(&self, pid: pid_t) -> io::Result<Option<OwnedFd>> {
-        // Its number is its own until it is taken note of, which nobody does meanwhile.
+        // Its number is its own until it is taken note of, which the reaper's thread cannot do
+        // while this lock is held.
         let children = self.0.children();
         let pid = Pid::from_raw(pid).filter(|_| children.expected.contains_key(&pid));
         let handle = pid.map(|pid| pidfd_open(pid, PidfdFlags::empty()));
@@ -199,7 +200,8 @@ impl Reaper {
         spawn: impl FnOnce() -> io::Result<pid_t>,
     ) -> io::Result<(pid_t, Arc<End>, Birth)> {
         let end = Arc::new(End::new()?);
-        // Whoever has just ended is not looked up before it is here.
+        // With this lock, the reaper's thread looks up a child that ends at once only after it was
+        // added here.
         let mut children = self.0.children();
         let pid = spawn()?;
         children.expect(pid, &end);
@@ -252,7 +254,7 @@ mod tests {
         assert_eq!(end.wait_for(Duration::ZERO), Some(5));
     }
     #[test]
-    fn what_is_to_end_with_a_process_does_whoever_comes_first() {
+    fn the_rest_is_killed_whether_the_end_is_known_before_or_after() {
         let killed = |is_known_first: bool| {
             let (mut kills, kill) = io::pipe().unwrap();
             let end = End::new().unwrap();

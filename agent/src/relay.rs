@@ -2,7 +2,7 @@
 //! that becomes an orphan meanwhile.
 //!
 //! One thread, one poll. Each stream is read only when what was read before has gone out, so a
-//! side that does not take its bytes stops the other one and nobody else.
+//! side that does not take its bytes stops only the side that sends them.
 //!
 //! Bytes are read and written rather than spliced: the console driver's splice takes bytes off the
 //! pipe before it knows whether its ring has room for so many buffers, and drops them if not.
@@ -96,7 +96,7 @@ impl Pump {
                 self.send();
             }
             Err(error) if is_for_later(&error) => (),
-            // A terminal nobody has open any more reads as an error.
+            // Reading a terminal that no process has open any more gives an error.
             Err(_) => self.say_goodbye(),
         }
     }

@@ -126,7 +126,7 @@ impl Sandbox {
     /// Ends the guest, if the sandbox is destroyed.
     pub(crate) fn end(&self) {
         if self.destroyed.load(Ordering::Relaxed) {
-            // If nobody hears it, it ends already.
+            // If no thread receives this, the guest is ending already.
             let _ = self.ended.send(());
         }
     }
@@ -246,7 +246,7 @@ impl Sandbox {
         storages.try_for_each(|storage| self.storages.update(storage))
     }
 
-    /// Waits for a container in which somebody was killed for want of memory.
+    /// Waits for a container in which a process was killed for want of memory.
     pub(crate) fn next_oom(&self, call: &Call<'_>) -> Result<String, Status> {
         let ooms = self.ooms.lock().expect("a panic ends the process");
         let id = ooms.recv().map_err(internal)?;
@@ -257,7 +257,7 @@ impl Sandbox {
         Ok(id)
     }
 
-    /// Tells of each container in which somebody was killed for want of memory.
+    /// Tells of each container in which a process was killed for want of memory.
     fn watch_kills(&self) {
         // Which file it was is of no matter: all are looked at.
         let mut events = [0; 4096];

@@ -79,7 +79,7 @@ impl Service for Sandbox {
         }
     }
 
-    /// The sandbox's end is the guest's, and whoever asked for it is to know first.
+    /// The sandbox's end is the guest's, and the client that asked for it is to know first.
     fn answered(&self, call: &Call<'_>) {
         if (call.service, call.method) == (AGENT_SERVICE, "DestroySandbox") {
             self.end();
@@ -195,7 +195,8 @@ impl Sandbox {
             "WaitProcess" => call.answer(|request: WaitProcessRequest| {
                 let process = self.process(&request.container_id, &request.exec_id)?;
                 let status = process.end.wait().into();
-                // Whoever comes after one that is gone is to find it.
+                // If this client is gone, the process is kept, so that the next client that waits
+                // for it finds it.
                 if !call.is_orphan()
                     && let Ok(container) = self.container(&request.container_id)
                 {
@@ -298,7 +299,7 @@ fn details(request: GuestDetailsRequest) -> GuestDetailsResponse {
                 .map(String::from)
                 .to_vec(),
         }),
-        // Memory comes and goes by virtio-mem, which needs nobody's help.
+        // Memory comes and goes by virtio-mem, which needs no help from the agent.
         support_mem_hotplug_probe: false,
     }
 }

@@ -101,7 +101,7 @@ pub(crate) fn loopback_up() -> io::Result<()> {
     // SAFETY: plain integers in, a new descriptor out.
     let socket =
         check(unsafe { libc::socket(libc::AF_INET, libc::SOCK_DGRAM | libc::SOCK_CLOEXEC, 0) })?;
-    // SAFETY: `socket` is open and nobody else's.
+    // SAFETY: `socket` is open, and nothing else owns it.
     let socket = unsafe { OwnedFd::from_raw_fd(socket) };
     // SAFETY: ifreq is integers and unions of them, for which zero is a value.
     let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
@@ -200,7 +200,7 @@ pub(crate) fn child_signals() -> io::Result<OwnedFd> {
     let fd = check(unsafe {
         libc::signalfd(-1, &raw const set, libc::SFD_CLOEXEC | libc::SFD_NONBLOCK)
     })?;
-    // SAFETY: `fd` is open and nobody else's.
+    // SAFETY: `fd` is open, and nothing else owns it.
     let fd = unsafe { OwnedFd::from_raw_fd(fd) };
     // SAFETY: as above.
     unsafe { libc::sigaddset(&raw mut set, libc::SIGPIPE) };
@@ -448,8 +448,8 @@ pub(crate) fn attach_device_filter(cgroup: &Path, program: &[u64]) -> io::Result
     }
 }
 
-/// Asks a child to end. One that has ended and was not waited for keeps its number, so nobody else
-/// is meant.
+/// Asks a child to end. A child that has ended keeps its number until it is waited for, so the
+/// signal reaches no other process.
 pub(crate) fn terminate(child: pid_t) {
     // SAFETY: takes no pointers.
     unsafe { libc::kill(child, libc::SIGTERM) };
@@ -466,14 +466,14 @@ pub(crate) fn open_terminal(rows: u16, columns: u16) -> io::Result<(OwnedFd, Own
     let flags = libc::O_RDWR | libc::O_NOCTTY | libc::O_CLOEXEC;
     // SAFETY: the path is NUL-terminated.
     let master = check(unsafe { libc::open(c"/dev/ptmx".as_ptr(), flags | libc::O_NONBLOCK) })?;
-    // SAFETY: `master` is open and nobody else's.
+    // SAFETY: `master` is open, and nothing else owns it.
     let master = unsafe { OwnedFd::from_raw_fd(master) };
     let locked: c_int = 0;
     // SAFETY: TIOCSPTLCK reads an int.
     check(unsafe { libc::ioctl(master.as_raw_fd(), libc::TIOCSPTLCK, &raw const locked) })?;
     // SAFETY: TIOCGPTPEER takes open flags as its argument.
     let slave = check(unsafe { libc::ioctl(master.as_raw_fd(), libc::TIOCGPTPEER, flags) })?;
-    // SAFETY: `slave` is open and nobody else's.
+    // SAFETY: `slave` is open, and nothing else owns it.
     let slave = unsafe { OwnedFd::from_raw_fd(slave) };
     let size = libc::winsize {
         ws_row: rows,

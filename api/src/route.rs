@@ -211,7 +211,7 @@ mod tests {
     }
 
     #[test]
-    fn a_resize_may_have_nulls_and_fields_nobody_knows() {
+    fn a_resize_may_have_nulls_and_unknown_fields() {
         let body = r#"{"desired_vcpus":2,"desired_ram":null,"color":"red"}"#;
         let Ok(Request::Resize(resize)) = ask("PUT", "/api/v1/vm.resize", body) else {
             panic!("refused");

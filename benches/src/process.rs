@@ -93,7 +93,7 @@ fn range(line: &str) -> Option<Range<u64>> {
 pub struct Stat {
     /// The first bytes of it.
     pub name: String,
-    /// Z is one that has ended and that nobody has waited for.
+    /// Z is one that has ended and that its parent has not waited for.
     pub state: char,
     /// Processor time, in user space and in the kernel.
     pub ticks: u64,

@@ -13,7 +13,7 @@ use serde::Deserialize;
 
 pub(crate) use self::size::Size;
 
-/// Where it is unless somebody says otherwise.
+/// Where the file is unless the user or containerd names another.
 pub(crate) const DEFAULT_PATH: &str = "/etc/podvmm/config.toml";
 
 /// Below it a guest does not come up.

@@ -64,7 +64,7 @@ fn main() -> ExitCode {
     match run(&arguments) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            // Of one that serves nobody sees the other.
+            // No user sees the standard error of a shim that serves, so the log has it too.
             log::error!("{}", api::chain(&*error).join(": "));
             eprintln!(
                 "containerd-shim-podvmm-v2: {}",
@@ -196,7 +196,7 @@ fn serve(
 fn listener() -> Result<UnixListener, Box<dyn Error>> {
     let number = std::env::var(containerd::start::LISTENER);
     let number = number.map_err(|_| "containerd starts the shim by itself; see -help")?;
-    // SAFETY: whoever started this process opened it for this process, and nobody else has it.
+    // SAFETY: the shim that started this process opened it for this one, and nothing else owns it.
     let fd = unsafe { OwnedFd::from_raw_fd(number.parse()?) };
     rustix::io::fcntl_setfd(&fd, rustix::io::FdFlags::CLOEXEC)?;
     Ok(fd.into())

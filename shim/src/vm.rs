@@ -74,7 +74,7 @@ pub(crate) struct Life {
 /// How a VM ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum End {
-    /// By this shim or somebody else, such as a host out of memory.
+    /// By this shim, by another process, or by the kernel of a host that is out of memory.
     Killed,
     /// By itself.
     Left,
@@ -178,7 +178,7 @@ impl Vm {
                     let pid = child.id();
                     let process = Process::open(pid).map_err(Error::Watch);
                     if process.is_err() {
-                        // Whoever cannot watch it does not have it.
+                        // The shim does not keep a VMM that it cannot watch.
                         let _ = child.kill();
                     }
                     let started = process.map(|process| (pid, process, links, settings));
@@ -186,7 +186,7 @@ impl Vm {
                 }
                 Err(error) => (None, Err(error)),
             };
-            // Whoever asked has waited for it.
+            // The thread that asked for it waits for it.
             let _ = born.send(started);
             ends.end(child.map_or(End::Left, watch));
         };
@@ -320,7 +320,7 @@ impl Vm {
             .unwrap_or(u64::MAX)
     }
 
-    /// Ends it as one that does not work. Whether it is because somebody killed it.
+    /// Ends it as one that does not work. Returns whether it had been killed before.
     pub(crate) fn fail(&self) -> bool {
         let was_killed = self.life.was_killed();
         self.kill();

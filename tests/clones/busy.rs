@@ -46,7 +46,7 @@ pub(crate) fn check(template: &Template) {
     let agent = first.agent();
     start(&agent);
     assert_eq!(call.recv_timeout(PATIENCE), Ok("came"));
-    // As a shim has it: somebody waits for output all the time.
+    // As with a shim, a thread waits for output all the time.
     let reads = thread::spawn(move || read(&agent));
     let records = share.path().join("one/rootfs/records");
     until("work is under way", || {
@@ -149,7 +149,7 @@ fn written(records: &Path) -> u64 {
     fs::metadata(records).map_or(0, |metadata| metadata.len() / RECORD_LEN as u64)
 }
 
-/// How many records there are, once nobody writes. Each is whole.
+/// How many records there are, once no guest writes any more. Each is whole.
 fn whole(records: &Path) -> u64 {
     let bytes = fs::read(records).unwrap();
     let mut count = 0;

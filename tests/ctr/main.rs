@@ -41,7 +41,7 @@ fn a_command_has_its_streams_and_its_status() {
         let events = Events::of(&node.containerd);
         let container = Container::new(node, "command");
         let script = "uname -r; echo $COLOUR; pwd; hostname; head -n 1; echo oops >&2; exit 7";
-        // This ctr tells nobody that the input has ended.
+        // This ctr does not tell containerd that the input has ended.
         let mut command = container.run(
             &node.containerd,
             &["--rm", "--env", "COLOUR=green paint", "--cwd", "/tmp"],

@@ -95,7 +95,8 @@ fn pods_take_vms_that_wait() {
         pool(1);
         let network = PodNetwork::new(1);
         let first = run(node, "first", &config, &network);
-        // Nobody waited for its guest, which differs from all others restored from the template.
+        // The shim did not wait for this guest, which differs from all others restored from the
+        // template.
         assert_eq!((log(&phase("guest")), log(&phase("renewal"))), (0, 1));
         // By now another waits.
         pool(1);
@@ -122,7 +123,7 @@ fn pods_take_vms_that_wait() {
         eventually("it ends", || fourth.state(&node.containerd) == "STOPPED");
         fourth.delete(&node.containerd);
         pool(0);
-        eventually("nobody waits", || waiting().is_empty());
+        eventually("no shim waits", || waiting().is_empty());
     });
 }
 

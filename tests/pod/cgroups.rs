@@ -19,7 +19,8 @@ fn manager(script: &str) -> Spec {
     spec
 }
 
-/// Whoever divides its cgroup, as systemd does, is joined where its first process is.
+/// If a container divides its cgroup, as systemd does, a new process joins it in the cgroup of its
+/// first process.
 pub(crate) fn divided(agent: &Agent) {
     let script = "cd /sys/fs/cgroup; mkdir init init/deep other; echo 1 >init/cgroup.procs
         echo +memory >cgroup.subtree_control; cat cgroup.subtree_control; exec sleep 1000";

@@ -143,7 +143,7 @@ impl Containerd {
         self.wait_until_it_answers();
     }
 
-    /// A containerd that was asked to end may wait for somebody's call: it is given 10 s.
+    /// A containerd that was asked to end may wait for a client's call: it is given 10 s.
     fn wait_for_its_end(&mut self) {
         let deadline = Instant::now() + Duration::from_secs(10);
         while self

@@ -41,7 +41,8 @@ const PROGRAMS: [&str; 7] = [
     "cloud-hypervis",
 ];
 
-/// What a host's systemd starts by itself, in namespaces of its own, when devices come and go or somebody asks.
+/// What a host's systemd starts by itself, in namespaces of its own, when devices come and go or
+/// when a process asks systemd for something.
 const SYSTEMDS: [&str; 3] = ["(udev-worker", "(sd-", "systemd-"];
 
 /// What there was at one time.

@@ -105,7 +105,7 @@ pub fn one_caller(address: &str) -> (u16, JoinHandle<String>) {
     let listener = TcpListener::bind((address, 0)).expect("it is the host's own address");
     let port = listener.local_addr().expect("it listens").port();
     let server = thread::spawn(move || {
-        let (mut stream, _) = listener.accept().expect("somebody calls");
+        let (mut stream, _) = listener.accept().expect("the caller connects");
         let mut text = [0; 5];
         stream.read_exact(&mut text).expect("the caller speaks");
         let thanks = stream.write_all(b"well received\n");

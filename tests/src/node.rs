@@ -134,7 +134,7 @@ impl Node {
             ..
         } = self;
         drop(cri);
-        // Before anybody cleans up: what was removed has nobody left.
+        // This is checked before the test cleans up: a pod that was removed has no shim left.
         let socket = containerd.socket().display().to_string();
         eventually("shims end with their pods", || {
             processes_with(&["containerd-shim-", &socket]).is_empty()

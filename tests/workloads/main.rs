@@ -135,7 +135,7 @@ impl Bench<'_> {
         }
     }
 
-    /// A folder of the pod's on the host, which everybody may write to.
+    /// A folder of the pod's on the host, which every user may write to.
     fn folder(&self, name: &str) -> PathBuf {
         let uid = &self.pod.config.metadata.as_ref().unwrap().uid;
         let folder = self.node.volume(uid, "empty-dir", name);

@@ -1,4 +1,5 @@
-//! What everybody tells the one thread that decides what happens to the VM, and how.
+//! What other threads tell `control`, the one thread that decides what happens to the VM, and how
+//! they tell it.
 
 mod ending;
 mod site;
@@ -93,7 +94,7 @@ impl Inbox {
         (Self { sender, life: 0 }, receiver)
     }
 
-    /// Fails when there is nobody to listen any more.
+    /// Fails when `control` no longer listens.
     pub(crate) fn send(&self, event: Event) -> Result<(), SendError<(u32, Event)>> {
         self.sender.send((self.life, event))
     }

@@ -28,7 +28,7 @@
 //! | `machine` | what exists while a guest lives: vCPUs, devices on their loops |
 //! | `console` | what goes between the guest's consoles and the host |
 //! | `memory` | the guest's RAM, also as files, and from other processes |
-//! | `inbox`, `host` | what everybody tells `control`; what the host is and offers |
+//! | `inbox`, `host` | what other threads tell `control`; what the host is and offers |
 
 mod build;
 mod console;

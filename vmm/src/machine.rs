@@ -53,7 +53,8 @@ pub(crate) struct Source {
 }
 
 /// A guest with its vCPUs, devices and RAM. Fields are dropped in this order:
-/// first nobody runs, then nobody serves, then KVM lets go of RAM, then RAM goes.
+/// first the vCPUs end, then the threads that serve devices, then KVM lets go of
+/// RAM, then RAM goes.
 #[derive(Debug)]
 pub(crate) struct Machine {
     pub(crate) vcpus: Vcpus,

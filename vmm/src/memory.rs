@@ -261,7 +261,8 @@ impl Ram {
             return Err(failed(io::Error::last_os_error()));
         }
         self.mapped.extend(self.offsets(start, mapped));
-        // What follows in the file belongs to somebody else; here follow zeros.
+        // What follows in the file is not part of this RAM. In its place, the rest of the page gets
+        // zeros.
         let tail = usize::try_from(mapped - file_bytes).expect("less than a page");
         self.memory
             .write_slice(&PAGE[..tail], start.unchecked_add(file_bytes))
@@ -347,7 +348,7 @@ fn memfd(len_bytes: u64, hugepages: bool) -> io::Result<File> {
     if fd < 0 {
         return Err(io::Error::last_os_error());
     }
-    // SAFETY: `fd` was just opened and nobody else owns it.
+    // SAFETY: `fd` was just opened and nothing else owns it.
     let file = unsafe { File::from_raw_fd(fd) };
     file.set_len(len_bytes)?;
     Ok(file)

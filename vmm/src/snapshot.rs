@@ -14,8 +14,8 @@
 //! What is read of the guest is distrusted: the header says whether it is whole, KVM and the devices check
 //! what they are given, and RAM is mapped only where the configuration has RAM. `config.json` names the
 //! files, folders and sockets of the host that the VM uses, as a command line does, and `state.json` holds
-//! a copy of it. Whoever writes them decides what podvmm opens, so they are read only if no other user than
-//! podvmm's own and root can have written them.
+//! a copy of it. The user who writes them decides what podvmm opens, so they are read only if no
+//! other user than podvmm's own and root can have written them.
 
 mod files;
 mod format;

@@ -19,7 +19,7 @@ use crate::wait;
 
 const ROOT: &str = "/sys/fs/cgroup";
 
-/// Dropping it removes it, once nobody is in it.
+/// Dropping this removes the cgroup, once no process is in it.
 #[derive(Debug)]
 pub(crate) struct Cgroup {
     path: PathBuf,
@@ -91,7 +91,7 @@ impl Cgroup {
                 _ => {}
             }
         }
-        // Whoever shares one would be killed with the other.
+        // If two containers shared a cgroup, killing one would kill the other, too.
         let procs = here.join("cgroup.procs");
         if fs::read(&procs).is_ok_and(|pids| !pids.is_empty()) {
             return Err(Error::Taken(here));
@@ -152,12 +152,12 @@ impl Cgroup {
         self.write("cgroup.freeze", u8::from(frozen))
     }
 
-    /// The file that changes when somebody in it was killed for want of memory.
+    /// The file that changes when a process in it was killed for want of memory.
     pub(crate) fn events(&self) -> PathBuf {
         self.path.join("memory.events")
     }
 
-    /// How often somebody in it was killed for want of memory.
+    /// How often a process in it was killed for want of memory.
     pub(crate) fn oom_kills(&self) -> u64 {
         entry(&self.read("memory.events"), "oom_kill")
     }

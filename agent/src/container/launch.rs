@@ -108,7 +108,8 @@ pub(crate) fn hear(channel: BorrowedFd<'_>) -> io::Result<Option<Word>> {
         Err(rustix::io::Errno::CONNRESET) => return Ok(None),
         other => other?.bytes,
     };
-    let nonsense = || io::Error::other("the container's process says what nobody understands");
+    let nonsense =
+        || io::Error::other("the container's process says what the agent does not understand");
     let fd = control.drain().find_map(|message| match message {
         RecvAncillaryMessage::ScmRights(mut fds) => fds.next(),
         _ => None,

@@ -21,7 +21,8 @@ pub(crate) struct Process {
     streams: Streams,
 }
 
-/// The agent's ends, none of which blocks: whoever waits for one waits for the process's end too.
+/// The agent's ends of the streams. None of them blocks: a thread that waits for one waits for the
+/// process's end, too.
 #[derive(Debug)]
 pub(super) struct Streams {
     /// None once it is closed.
@@ -134,9 +135,10 @@ impl Process {
         status.is_ok_and(|status| minded(&status, signal))
     }
 
-    /// Waits for output, of standard error if `error`. Nothing is the end: nobody can write any
-    /// more, or the process has ended and what it wrote has been read. Its children may live on
-    /// with its streams. Nothing is taken once `caller` hangs up: the next one is to have it.
+    /// Waits for output, of standard error if `error`. An empty answer is the end: no process can
+    /// write any more, or this process has ended and what it wrote has been read. Its children may
+    /// live on with its streams. Nothing is taken once `caller` hangs up: the next caller is to
+    /// have it.
     pub(crate) fn read(&self, error: bool, len: usize, caller: BorrowedFd<'_>) -> Vec<u8> {
         let mut data = Vec::new();
         let stream = match error {
@@ -156,7 +158,7 @@ impl Process {
                         return data;
                     }
                 }
-                // A terminal nobody is on says EIO, which is an end like others.
+                // A terminal that no process has open says EIO, which is an end like others.
                 _ => return data,
             }
         }
@@ -298,7 +300,7 @@ mod tests {
     }
 
     #[test]
-    fn input_that_is_not_read_holds_up_nobody_else() {
+    fn input_that_is_not_read_holds_up_no_other_caller() {
         let (process, _stdin, _stdout, _stderr) = process();
         let process = Arc::new(process);
         let (done, written) = channel();

@@ -42,7 +42,8 @@ pub(crate) fn enter(spec: &Spec) -> Result<(), Error> {
     let linux = spec.linux.clone().unwrap_or_default();
     let root = spec.root.clone().unwrap_or_default();
     let propagation = match linux.rootfs_propagation.as_str() {
-        // The guest shares what is mounted with nobody, so a container has nobody to share with.
+        // The guest shares its mounts with no other mount namespace, so a container has none to
+        // share with.
         "" | "shared" | "rshared" | "slave" | "rslave" => MountPropagationFlags::DOWNSTREAM,
         "private" | "rprivate" => MountPropagationFlags::PRIVATE,
         other => return Err(format!("there is no propagation {other}").into()),

@@ -43,7 +43,7 @@ pub(crate) fn run() -> u8 {
             }
         },
     };
-    // Without the agent there is nobody to tell.
+    // If the agent is gone, no process can receive this.
     let _ = say(channel.as_fd(), &Word::Failed(why));
     code
 }
@@ -58,7 +58,7 @@ struct Given {
 
 impl Given {
     fn take() -> Self {
-        // SAFETY: the agent starts this process with the channel there, and nobody else has it.
+        // SAFETY: the agent starts this process with the channel there, and nothing else owns it.
         let channel = unsafe { OwnedFd::from_raw_fd(CHANNEL) };
         // SAFETY: as above, with what is to be read.
         let launch = unsafe { OwnedFd::from_raw_fd(LAUNCH) };
@@ -170,7 +170,7 @@ fn enter(spec: &Spec) -> Result<(), Error> {
 }
 
 fn unshare_cgroup() -> io::Result<()> {
-    // SAFETY: descriptors stay shared with nobody: this process has one thread.
+    // SAFETY: no other thread shares this one's descriptors: this process has one thread.
     unsafe { rustix::thread::unshare_unsafe(UnshareFlags::NEWCGROUP) }?;
     Ok(())
 }

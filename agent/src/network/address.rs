@@ -15,8 +15,8 @@ const FIXED_LEN: usize = 8;
 const ADDRESS: u16 = 1;
 const LOCAL: u16 = 2;
 const BROADCAST: u16 = 4;
-/// The host's network knows the address to be the pod's, so nobody is asked whether it is free
-/// (IFA_F_NODAD).
+/// The host's network knows the address to be the pod's, so the guest's kernel does not ask other
+/// hosts whether it is free (IFA_F_NODAD).
 const NO_DETECTION: u8 = 2;
 
 pub(super) const V4: u8 = 2;

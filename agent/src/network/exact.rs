@@ -1,6 +1,6 @@
 //! Routes and routing rules as a kernel lists them, made into requests that set them in this one
-//! (linux/rtnetlink.h, linux/fib_rules.h). They stay as they are but for the numbers of interfaces and for
-//! what a kernel says of a route that nobody can set.
+//! (linux/rtnetlink.h, linux/fib_rules.h). They stay as they are, except for the numbers of
+//! interfaces and for what a kernel says of a route but no request can set.
 
 use std::collections::HashMap;
 
@@ -139,7 +139,7 @@ mod tests {
         })
     }
 
-    /// What ip(8) says of all routes that somebody set, and of all rules.
+    /// What ip(8) says of all routes that the kernel did not set itself, and of all rules.
     fn said() -> Vec<String> {
         let listed = ["-4", "-6"].map(|family| {
             let routes = ip(&format!("{family} route show table all"));

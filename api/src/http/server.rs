@@ -1,8 +1,9 @@
 //! One thread that serves every client of a unix socket.
 //!
-//! It waits for all of them at once, so a slow one delays nobody, and for the answers that others give, so a
-//! request that takes long delays nobody either. It reads from no client whose last request has no answer, or
-//! whose last answer is not taken yet, so none makes it hold more than a request and an answer.
+//! It waits for all clients at once, so a slow one delays no other client. It also waits for the
+//! answers that other threads give, so a request that takes long delays no other client either. It
+//! reads from no client whose last request has no answer, or whose last answer is not taken yet, so
+//! no client makes it hold more than a request and an answer.
 
 use std::collections::HashMap;
 use std::io::{self, IoSliceMut, Write};
@@ -33,7 +34,7 @@ const STOP: u64 = u64::MAX;
 #[derive(Debug)]
 pub enum Next {
     Answer(Response),
-    /// Answer, and serve nobody any more once the client has the answer or is gone.
+    /// Answer, and serve no client any more once this one has the answer or is gone.
     AnswerAndStop(Response),
 }
 
@@ -177,8 +178,8 @@ impl Server {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) => {
-                    // No descriptor is free, say. Whoever waits does so until a client leaves, or
-                    // something else does.
+                    // No descriptor is free, say. A new client waits until another one leaves, or
+                    // until a descriptor is closed elsewhere.
                     log::warn!("accept a client of the API: {error}");
                     thread::sleep(RETRY);
                     break;

@@ -107,9 +107,9 @@ pub(super) fn read(
     let is_deadline = |entry: &&mut kvm_msr_entry| entry.index == IA32_TSC_DEADLINE;
     let now = tsc(&read).unwrap_or(0);
     if let Some(deadline) = read.iter_mut().find(is_deadline).filter(|it| it.data == 0) {
-        // No deadline, or one that has passed but whose interrupt has not reached the vCPU: which of
-        // them nobody can tell. A timer that fires once too often does no harm, one that never fires
-        // stops the guest.
+        // Either there is no deadline, or it has passed and its interrupt has not reached the vCPU:
+        // podvmm cannot tell which. A timer that fires once too often does no harm, but one that
+        // never fires stops the guest.
         deadline.data = now;
     }
     Ok(read)

@@ -1,9 +1,9 @@
 //! Unix sockets on which the host's programs reach podvmm or something of the guest.
 //!
 //! A socket is bound and listened on under a temporary name beside its path, and only then linked to
-//! it. So whoever finds the path can connect, and a path that refuses connections belongs to a process
-//! that is gone: that socket is replaced. One that is served is never taken over, also if two
-//! processes start at the same time.
+//! it. So a client that finds the path can connect, and a path that refuses connections belongs to
+//! a process that is gone: that socket is replaced. A socket that is served is never taken over,
+//! even if two processes start at the same time.
 
 use std::fs;
 use std::io;

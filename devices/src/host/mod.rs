@@ -1,8 +1,8 @@
 //! The host's side of a stream: a terminal, pipe, socket or file that podvmm was given.
 //!
-//! Such descriptors are shared with whoever started podvmm. Setting O_NONBLOCK would change them
-//! for a parent shell too, so they stay as they are: a descriptor is read or written only when it
-//! says it is ready, and then by no more than it is sure to take.
+//! Such descriptors are shared with the process that started podvmm. Setting O_NONBLOCK would
+//! change them for a parent shell too, so they stay as they are: a descriptor is read or written
+//! only when it says it is ready, and then by no more than it is sure to take.
 
 mod input;
 mod listener;

@@ -43,7 +43,7 @@ pub enum Progress {
     Moved(usize),
     /// Nothing fits now; [`Output::watch`] tells when to try again.
     Full,
-    /// It will not be written: nobody reads any more, or the disk is full.
+    /// It will not be written: no process reads any more, or the disk is full.
     Lost,
 }
 
@@ -167,7 +167,7 @@ fn can_be_reopened(device: libc::dev_t) -> bool {
     matches!(libc::major(device), 4 | 136..=143)
 }
 
-/// A second open file description of the same terminal, whose flags are nobody else's.
+/// A second open file description of the same terminal, whose flags no other process shares.
 fn reopen(file: &File) -> io::Result<File> {
     OpenOptions::new()
         .write(true)
@@ -240,7 +240,7 @@ mod tests {
     }
 
     #[test]
-    fn what_nobody_reads_is_lost() {
+    fn output_without_a_reader_is_lost() {
         let (read_end, write_end) = io::pipe().unwrap();
         let mut output = Output::new(write_end.into()).unwrap();
         drop(read_end);
@@ -270,7 +270,7 @@ mod tests {
         let status =
             unsafe { libc::openpty(&raw mut master, &raw mut slave, name, settings, size) };
         assert_eq!(status, 0);
-        // SAFETY: openpty gave us both descriptors, and nobody else has them.
+        // SAFETY: openpty gave us both descriptors, and nothing else owns them.
         let slave = unsafe { OwnedFd::from_raw_fd(slave) };
         // SAFETY: as above.
         let master = unsafe { OwnedFd::from_raw_fd(master) };

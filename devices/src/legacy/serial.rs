@@ -301,7 +301,7 @@ mod tests {
         port.write(MODEM_CONTROL.into(), 0);
         port.write(FIFO_CONTROL, 0x01);
         assert_eq!(port.read(INTERRUPT_ID) >> 6, 0b11);
-        // The transmitter is always empty, so nobody polls for it.
+        // The transmitter is always empty, so the driver does not poll for it.
         assert_eq!(port.read(LINE_STATUS), 0x60);
     }
 

@@ -109,7 +109,7 @@ impl Interrupt {
         }
     }
 
-    /// Whoever restores replays what is pending once the device goes on.
+    /// The session replays what is pending once the device goes on.
     pub(super) fn restore(&self, state: InterruptState) {
         self.0.pending.store(state.pending, Ordering::SeqCst);
         self.0

@@ -92,7 +92,7 @@ pub trait VirtioDevice: Send + Debug {
         let _ = (offset, data);
     }
 
-    /// Shared with the device's handlers and whoever gathers metrics.
+    /// Shared with the device's handlers and with the code that gathers metrics.
     fn counters(&self) -> &Arc<Counters>;
 
     /// What a snapshot must keep that neither the configuration nor the transport says. Handlers
@@ -151,13 +151,13 @@ pub enum ActivateError {
 ///
 /// `init` registers the fds to watch and may be called again, on another loop, after a pause.
 /// `process` must return soon on [`Thread::Io`], and in the time of one batch of requests
-/// elsewhere: whoever recalls the handler waits for it.
+/// elsewhere: the thread that recalls the handler waits for it.
 pub trait Handler: MutEventSubscriber + Send + Debug {
     /// The thread it must run on.
     fn thread(&self) -> Thread;
 
-    /// Called when it was taken off its loop: whoever works on its behalf elsewhere, must stop. Put
-    /// back on a loop, it sees to it in `init` that they go on.
+    /// Called when the handler was taken off its loop: it must stop any process that works for it
+    /// elsewhere. When the handler is put back on a loop, its `init` lets that process go on.
     fn rest(&mut self) {}
 
     /// Finishes what the guest has queued so far and can be finished, so that nothing it said is

@@ -100,7 +100,7 @@ impl Ring {
         self.index
     }
 
-    /// Where it lies, for whoever serves it instead.
+    /// Where the queue lies, for a process that serves it in podvmm's place.
     pub(super) fn queue(&self) -> &Queue {
         &self.queue
     }
@@ -227,7 +227,7 @@ impl Ring {
         None
     }
 
-    /// Chains that the driver has made available and nobody has taken.
+    /// How many chains the driver has made available and the device has not taken.
     pub fn offered(&self, ram: &GuestRam) -> u16 {
         let available = self.queue.avail_idx(ram, Ordering::Acquire);
         available.map_or(0, |index| index.0.wrapping_sub(self.queue.next_avail()))

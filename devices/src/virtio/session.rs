@@ -408,7 +408,7 @@ fn drain_within(
     let drain = move || {
         if let Ok(mut handlers) = take.recv() {
             handlers.iter_mut().for_each(|handler| handler.drain());
-            // Nobody waits any more if it is late.
+            // If this thread is late, the caller no longer waits for it.
             let _ = done.send(handlers);
         }
     };

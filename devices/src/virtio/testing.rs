@@ -1,8 +1,8 @@
 //! A guest made of a driver alone: it finds a device by its registers, negotiates, sets up queues
 //! in RAM and exchanges buffers, with no KVM and no thread. For tests, benches and fuzzers.
 //!
-//! [`Guest`] does what a good driver does. Whoever wants a bad one writes registers and RAM
-//! directly.
+//! [`Guest`] does what a good driver does. A caller that wants a bad driver writes registers and
+//! RAM directly.
 
 mod lifecycle;
 mod steps;

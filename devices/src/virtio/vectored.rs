@@ -92,9 +92,9 @@ pub fn write_at(
     })
 }
 
-/// Like [`write_at`], to where the file ends, as with O_APPEND. That is one write, between whose bytes
-/// nobody else's come, however many pieces there are: more than a call takes are copied first. `len` is
-/// for the caller to bound.
+/// Like [`write_at`], but to the end of the file, as with O_APPEND. This is one write, however many
+/// pieces there are: no other writer's bytes come between its bytes. If there are more pieces than
+/// a call takes, they are copied first. The caller has to bound `len`.
 pub fn append(
     file: impl AsFd,
     ram: &GuestRam,

@@ -72,7 +72,7 @@ impl Client {
             .stack_size(64 << 10)
             .spawn(move || {
                 hear(reader, &waiting);
-                // Whoever waits learns that nothing comes.
+                // Each caller that waits learns that no answer comes.
                 lock(&waiting).waiting = None;
             })?;
         Ok(Self {
@@ -160,7 +160,7 @@ fn lock(calls: &Mutex<Calls>) -> MutexGuard<'_, Calls> {
     calls.lock().expect("a panic ends the process")
 }
 
-/// Hands each answer to whoever waits for it, until there are no more.
+/// Hands each answer to the caller that waits for it, until there are no more answers.
 fn hear(mut reader: UnixStream, calls: &Mutex<Calls>) {
     while let Ok(Some(frame)) = frame::read(&mut reader) {
         let mut calls = lock(calls);

@@ -1,6 +1,6 @@
-//! Takes in connections. Whoever takes one in serves it, and the first requests of it before anybody
-//! else is woken to wait for the next: where the kernel is interpreted, a thread that is made or woken
-//! costs more than an answer.
+//! Takes in connections. The thread that takes one in serves it, and answers its first requests
+//! before another thread is woken to wait for the next connection: where the kernel is interpreted,
+//! a thread that is made or woken costs more than an answer.
 
 use std::io::{self, Read, Write};
 use std::os::fd::OwnedFd;
@@ -25,7 +25,7 @@ type Accept = Box<dyn Fn() -> io::Result<Option<OwnedFd>> + Send>;
 struct Reception {
     /// Held by who waits for the next connection.
     accept: Mutex<Accept>,
-    /// Threads that serve nobody.
+    /// How many threads serve no connection.
     free: AtomicUsize,
     service: Arc<dyn Service>,
     workers: Workers,
@@ -69,7 +69,8 @@ impl Reception {
         spawned.map(drop)
     }
 
-    /// Answers what nobody asks, so that the memory this takes is this thread's before somebody waits.
+    /// Answers a request that no client made, so that this thread has the memory for an answer
+    /// before a client waits for one.
     fn rehearse(&self) {
         let mut nonsense = Vec::new();
         let written = frame::write(&mut nonsense, 0, frame::REQUEST, &[]);

@@ -35,8 +35,9 @@ impl Call<'_> {
         Ok(answer(request)?.encode_to_vec())
     }
 
-    /// Hangs up, as poll(2) has it, once the caller is gone. Whoever waits to take something for the
-    /// answer waits for this too, or takes it from the next caller. Not for quick calls.
+    /// Hangs up, as poll(2) has it, once the caller is gone. A service that waits to take something
+    /// for the answer must wait for this too; otherwise the next caller may miss what it takes. Not
+    /// for quick calls.
     pub fn caller(&self) -> BorrowedFd<'_> {
         self.caller.expect("a quick call does not wait").as_fd()
     }
@@ -67,7 +68,7 @@ pub trait Service: Send + Sync + 'static {
     /// May take as long as it likes. The answer is an encoded message.
     fn call(&self, call: &Call<'_>) -> Result<Vec<u8>, Status>;
 
-    /// Hears that a call's answer is written, or that nobody is there to take it.
+    /// Hears that a call's answer is written, or that no caller is there to take it.
     fn answered(&self, _call: &Call<'_>) {}
 }
 
@@ -87,7 +88,7 @@ pub fn serve(
     let mut presence = None;
     while let Some(frame) = frame::read(&mut reader)? {
         if frame.kind != frame::REQUEST {
-            // Streaming is not offered, so this is for nobody.
+            // Streaming is not offered, so no call takes this frame.
             continue;
         }
         let stream = frame.stream;

@@ -146,7 +146,7 @@ fn a_refusal_says_what_and_why() {
 }
 
 #[test]
-fn nobody_waits_for_an_answer_that_cannot_come() {
+fn no_caller_waits_for_an_answer_that_cannot_come() {
     let client = Client::new(server()).unwrap();
     let patience = Some(Duration::from_millis(20));
     let late = client.call::<Empty>("echo", "Sleep", &Empty {}, patience);

@@ -95,7 +95,7 @@ impl Outlets {
 }
 
 impl Stdio {
-    /// Opens them, which waits for nobody but a program for output.
+    /// Opens them. This waits for no other process, except for a program that takes the output.
     pub(crate) fn open(paths: &Paths, owner: Owner<'_>) -> Result<Self, Error> {
         let input = |path: &str| {
             let mut options = OpenOptions::new();
@@ -251,7 +251,8 @@ fn carry_output(
                 return;
             }
         };
-        // Output that nobody wants is taken all the same, or the process would wait.
+        // Output that the client does not want is taken all the same, or the container's process
+        // would wait.
         if let Some(open) = &mut file
             && let Err(error) = write_all(open, &data, given_up)
         {
@@ -275,7 +276,7 @@ fn write_all(mut file: &File, mut data: &[u8], given_up: &dyn Fn() -> bool) -> i
                 let mut wait = [PollFd::from_borrowed_fd(file.as_fd(), PollFlags::OUT)];
                 let ready = rustix::event::poll(&mut wait, Some(&pause)).unwrap_or(0);
                 if ready == 0 && given_up() {
-                    return Err(io::Error::other("nobody reads it"));
+                    return Err(io::Error::other("no process reads it"));
                 }
             }
             Err(error) => return Err(error),
@@ -393,7 +394,7 @@ mod tests {
     }
 
     #[test]
-    fn output_nobody_reads_is_given_up_when_told() {
+    fn output_that_no_process_reads_is_given_up_when_told() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("fifo");
         rustix::fs::mknodat(
@@ -407,6 +408,6 @@ mod tests {
         let file = existing(&path).unwrap();
         let much = vec![0; 1 << 20];
         let error = write_all(&file, &much, &|| true).unwrap_err();
-        assert_eq!(error.to_string(), "nobody reads it");
+        assert_eq!(error.to_string(), "no process reads it");
     }
 }

@@ -1,9 +1,9 @@
 //! The pool: VMs that wait for pods, as many for each size as the configuration says.
 //!
 //! Each has a shim of its own, which waits with it, in a folder laid out as a pod's. `start` renames
-//! the folder to its pod's place, so that nobody else has it, tells the shim which pod it has become,
-//! and starts another that waits. One that nobody took for long, or that no pod could go on with
-//! any more, ends by itself.
+//! the folder to its pod's place, so that no other `start` can take it, tells the shim which pod it
+//! has become, and starts another shim that waits. A VM that no pod took for a long time, or that
+//! no pod could go on with any more, ends by itself.
 
 use std::fs::{self, File};
 use std::io::{self, BufRead, BufReader, Read, Write};
@@ -33,7 +33,7 @@ const IDLE: Duration = Duration::from_secs(3600);
 const CHECK: Duration = Duration::from_secs(5);
 /// How long the two shims may take to talk.
 const PATIENCE: Duration = Duration::from_secs(2);
-/// Between looks for a template that somebody is making.
+/// Between looks at how many VMs wait.
 const PAUSE: Duration = Duration::from_millis(200);
 /// Of orders, in bytes.
 const LONGEST: u64 = 16 << 10;
@@ -93,14 +93,14 @@ impl Pool {
 
     /// Makes the folder of one that waits that of a pod. Whether there was one.
     pub(crate) fn take(&self, place: &Place) -> bool {
-        // Where it fails somebody else was faster.
+        // If the rename fails, another process was faster.
         self.ready()
             .any(|folder| fs::rename(folder, place.path()).is_ok())
     }
 
     /// Starts as many that are to wait as are missing.
     pub(crate) fn fill(&self) -> io::Result<()> {
-        // Of other sizes, too: nobody may ever ask for those again.
+        // Members of other sizes, too: perhaps no pod ever asks for those again.
         for member in members(&self.folder) {
             if !lives(&member) {
                 leave(&member);
@@ -237,7 +237,7 @@ pub(crate) fn wait(path: &Path, memory_mib: u64) -> Result<Option<Called>, Error
             } else if taken || waiting.vm.life.has_ended() {
                 return Ok(None);
             } else if since.elapsed() > IDLE || !shim.holds() || !is_wanted(&waiting) {
-                // Somebody may have taken it just now, and then comes.
+                // `start` may have taken the folder just now; then it still connects.
                 if leave(&folder) {
                     return Ok(None);
                 }
@@ -309,7 +309,7 @@ pub(crate) fn adjust(path: &Path, config: &Config) -> Result<usize, Error> {
         for member in members(&folder) {
             leave(&member);
         }
-        // Unless one comes at this moment, nobody is there.
+        // Unless a VM joins at this moment, the pool is empty.
         let above = folder.ancestors().take(2);
         above.for_each(|folder| drop(fs::remove_dir(folder)));
         return Ok(0);
@@ -410,7 +410,7 @@ mod tests {
             let mut stream = UnixStream::connect(place.shim()).unwrap();
             thread::scope(|scope| {
                 let heard = scope.spawn(|| answer(&listener).unwrap_err());
-                // Whoever listens may have heard enough before the end.
+                // The thread that listens may have read enough before the end.
                 let _ = stream.write_all(nonsense);
                 drop(stream);
                 heard.join().unwrap();

@@ -197,7 +197,8 @@ impl Tasks {
         if self.pod.is_empty() || request.now {
             self.pod.end();
             self.pod.flush();
-            // The answer is on its way before whoever hears of it ends the process.
+            // The main thread receives this. It ends the process only after this answer had
+            // time to go out.
             let _ = self.end.send(());
         }
         Empty {}

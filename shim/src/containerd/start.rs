@@ -167,7 +167,8 @@ fn shim(arguments: &Arguments, bundle: &Path, asked: &Asked) -> Result<String, E
         (false, true) => {}
         (true, false) => {
             if place.path().exists() {
-                // Of a pod whose shim was killed, and after which nobody cleaned up.
+                // The folder is left from a pod whose shim was killed; no other process has
+                // cleaned up after it.
                 teardown::pod(&place);
             }
             let pool = pool(&spec, asked);

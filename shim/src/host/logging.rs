@@ -28,8 +28,8 @@ struct Lines {
 /// From now on logs what the pod `pod` is about, into the FIFO `log` of `bundle`; to standard error
 /// without it.
 pub(crate) fn start(bundle: Option<&Path>, pod: &str, level: LevelFilter) {
-    // For reading too: opening it waits for nobody, and what is written while containerd is away is
-    // there when it comes back.
+    // It is opened for reading too: then opening it does not wait for containerd, and what is
+    // written while containerd is away is there when it comes back.
     let open = |path: &Path| {
         let mut options = OpenOptions::new();
         options
@@ -71,7 +71,7 @@ impl Log for Logger {
             "level={level} msg={text:?} pod={:?} runtime=podvmm\n",
             lines.pod
         );
-        // What nobody takes is lost: the pod is not to wait for its log.
+        // A line that cannot be written is lost: the pod is not to wait for its log.
         let _ = match &lines.fifo {
             Some(fifo) => {
                 let mut fifo: &File = fifo;

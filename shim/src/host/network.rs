@@ -1,6 +1,7 @@
-//! The pod's network: a network namespace that somebody prepared (CNI, for the CRI), in which each
-//! interface is connected to a tap of the VM's. All frames that arrive at one leave by the other
-//! (tc's `redirect`), so that the guest takes the interface's place: its MAC and its addresses.
+//! The pod's network: a network namespace that containerd or its client prepared (for the CRI, by
+//! CNI), in which each interface is connected to a tap of the VM's. All frames that arrive at one
+//! leave by the other (tc's `redirect`), so that the guest takes the interface's place: its MAC and
+//! its addresses.
 
 mod netlink;
 mod tap;
@@ -78,7 +79,7 @@ struct Found {
 
 impl Found {
     /// Whether frames may come to it. Modules of tunnels make interfaces in each namespace that lead
-    /// nowhere (`gretap0`, `erspan0`): nobody turns them on, or gives them an address.
+    /// nowhere (`gretap0`, `erspan0`): no program turns them on, or gives them an address.
     fn is_in_use(&self, addresses: &[Address]) -> bool {
         let has_address = addresses.iter().any(|address| address.index == self.index);
         self.mac.iter().any(|byte| *byte != 0) && (self.is_up || has_address)

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 
-/// A process, whoever has its number later.
+/// A process. It stays the same one even if another process has its number later.
 #[derive(Debug)]
 pub(crate) struct Process(OwnedFd);
 

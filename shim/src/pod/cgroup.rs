@@ -269,7 +269,8 @@ impl Cgroup {
                     Err(source) => return Err(Error::File { path, source }),
                 }
                 if !place.is_unified() && place.has("cpuset") {
-                    // A new one of version 1 takes nobody before it is told where they may run.
+                    // A new cpuset of version 1 takes no process before it is told where its
+                    // processes may run.
                     for file in ["cpuset.cpus", "cpuset.mems"] {
                         inherit(&parent.join(file), &path.join(file));
                     }
@@ -280,7 +281,7 @@ impl Cgroup {
     }
 
     /// Moves a process there; 0 is this one. What it has used so far stays where it was. systemd
-    /// leaves what is in a delegated scope to whoever asked for it.
+    /// leaves what is in a delegated scope to the shim that asked for the scope.
     pub(crate) fn take(&self, pid: u32) -> Result<(), Error> {
         let mut places = self.places.iter();
         places.try_for_each(|place| move_to(&place.path, pid))
@@ -395,7 +396,7 @@ fn enable_controllers(folder: &Path) {
     }
 }
 
-/// Removes cgroups, the last made first, as far as nobody is in them.
+/// Removes cgroups, the last made first, as far as no process is in them.
 pub(crate) fn remove(made: &[PathBuf]) {
     for path in made.iter().rev() {
         if let Err(error) = fs::remove_dir(path)

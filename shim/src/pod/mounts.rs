@@ -439,7 +439,7 @@ pub(crate) fn clear(folder: &Path) -> io::Result<()> {
 pub(crate) fn unmount_below(folder: &Path) -> io::Result<()> {
     let mounted = || fs::read("/proc/self/mountinfo").map(|text| mounted_below(&text, folder));
     for place in mounted()?.iter().rev() {
-        // Whoever has a file of it open keeps that alone.
+        // A process that has a file of the mount open keeps only that file.
         let flags = UnmountFlags::DETACH | UnmountFlags::NOFOLLOW;
         if let Err(errno) = rustix::mount::unmount(place, flags) {
             log::warn!("unmount {}: {errno}", place.display());

@@ -17,7 +17,7 @@ use protocol::containerd::timestamp;
 const PATIENCE: Duration = Duration::from_secs(5);
 /// Between tries to reach it.
 const PAUSE: Duration = Duration::from_millis(200);
-/// How long events that nobody took are kept when the shim ends.
+/// How long events that containerd has not taken are kept when the shim ends.
 const FAREWELL: Duration = Duration::from_secs(2);
 
 /// Where events go in.

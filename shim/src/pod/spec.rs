@@ -210,7 +210,7 @@ pub(crate) fn see_processes_of(spec: &mut Spec, container: &str) {
     }
 }
 
-/// The path of the network namespace that somebody made for the pod.
+/// The path of the network namespace that containerd or its client made for the pod.
 pub(crate) fn network_namespace(spec: &Spec) -> Option<&Path> {
     let mut namespaces = spec.linux.iter().flat_map(|linux| &linux.namespaces);
     let network = namespaces.find(|namespace| namespace.r#type == "network")?;

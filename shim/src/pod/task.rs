@@ -78,7 +78,7 @@ pub(crate) struct Process {
     changed: Condvar,
     /// The agent is starting it.
     pub(crate) starts: AtomicBool,
-    /// It was told to end at once, so nobody waits for its readers.
+    /// It was told to end at once, so the shim does not wait for the readers of its output.
     pub(crate) killed: AtomicBool,
     /// What ends its input, while it runs.
     pub(crate) close: Mutex<Option<Arc<Close>>>,
@@ -253,7 +253,7 @@ mod tests {
         assert!(process.enter(State::Running));
         assert!(!process.ends_within(Duration::from_millis(1)));
         let soon = Duration::from_millis(1);
-        assert_eq!(process.wait_for(soon, || true), None, "nobody hears of it");
+        assert_eq!(process.wait_for(soon, || true), None, "the caller is gone");
         assert!(process.enter(State::Stopped(Exit::now(7))));
         let exit = process.wait_for(soon, || true);
         assert_eq!(exit.map(|exit| exit.status), Some(7));

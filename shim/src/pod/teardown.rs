@@ -1,5 +1,6 @@
-//! Takes away what a pod has on the host, whoever made it: the shim at the end of its pod, or another
-//! that containerd starts when the shim is gone. Each step is done whatever became of the others.
+//! Takes away what a pod has on the host. The pod's shim does this at the end of its pod, or
+//! another shim that containerd starts when the first is gone. Each step is done even if others
+//! failed.
 
 use std::fs;
 use std::path::Path;
@@ -14,12 +15,12 @@ use crate::pod::{cgroup, mounts};
 /// How long a VMM that was killed may take to be gone.
 const PATIENCE: Duration = Duration::from_secs(2);
 
-/// All of a pod. Its socket goes as well, so that nobody comes any more.
+/// Takes away all of a pod. Its socket goes as well, so that no client connects any more.
 pub(crate) fn pod(place: &Place) {
     let record = Record::read(place);
     vm(place, &record);
     for file in [place.record(), place.shim()] {
-        // Whoever made them may have taken them away.
+        // The shim that made them may have taken them away.
         let _ = fs::remove_file(file);
     }
     complain(place.path(), fs::remove_dir(place.path()));
@@ -65,7 +66,7 @@ pub(crate) fn container(place: &Place, id: &str) {
     complain(&folder, mounts::unmount_below(&folder));
 }
 
-/// The interfaces of a namespace that is somebody else's.
+/// Disconnects the interfaces of a network namespace that the shim did not make.
 fn disconnect(path: &Path) {
     // Often it is gone with its pod.
     if !path.exists() {

@@ -34,7 +34,7 @@ const MOST_MIB: u64 = 4096;
 const INPUTS: &str = "inputs.json";
 /// What a snapshot is not without.
 const STATE: &str = "state.json";
-/// Between looks for one that somebody is making.
+/// Between looks for a template that another shim is making.
 const PAUSE: Duration = Duration::from_millis(200);
 
 /// How the VM of a pod that has a template starts.
@@ -44,7 +44,7 @@ pub(crate) enum Way {
     Clone(Stamp),
     /// By booting, to make the snapshot on the way.
     Model(Claim),
-    /// By booting, for there is none and nobody makes it.
+    /// By booting, because there is no snapshot and this shim does not make one.
     Boot,
 }
 
@@ -179,8 +179,8 @@ impl Template {
         Failures::read(&self.folder)
     }
 
-    /// Waits for whoever makes it, as long as `still` says and no longer than `patience`. Whether it
-    /// is there then.
+    /// Waits until another shim has made it, as long as `still` says and no longer than `patience`.
+    /// Returns whether it is there then.
     pub(crate) fn await_made(&self, patience: Duration, still: impl Fn() -> bool) -> bool {
         let deadline = Instant::now() + patience;
         while !self.is_ready() {
@@ -219,8 +219,8 @@ impl Template {
         locked.is_err_and(|error| error.kind() == io::ErrorKind::WouldBlock)
     }
 
-    /// The right to make it. None if somebody else has that, or it cannot be, or it is too early
-    /// after other snapshots of it were set aside.
+    /// The right to make it. None if another shim has that right, if it is there already, if it
+    /// cannot be made, or if it is too early after other snapshots of it were set aside.
     pub(crate) fn claim(&self) -> Option<Claim> {
         let claim = || {
             make_private(&self.folder)?;
@@ -231,7 +231,8 @@ impl Template {
             }
             let failures = self.failures();
             if self.is_ready() || !failures.pause().is_zero() {
-                // Somebody has made it meanwhile. Making it again would take it from under others.
+                // If another shim has made it meanwhile, making it again would take it away from
+                // the pods that start from it.
                 return Err(io::ErrorKind::WouldBlock.into());
             }
             if let Some(why) = failures.reason() {
@@ -343,9 +344,10 @@ pub(crate) struct Claim {
 }
 
 impl Claim {
-    /// Makes the template of a VM whose agent has answered and which nobody is connected to, after it
-    /// was left to itself for so long; then it goes on. What it has still to do when it is written
-    /// down each clone has: Linux ends connections, and reports free memory two seconds later.
+    /// Makes the template of a VM whose agent has answered and to which no client is connected. The
+    /// VM is left to itself for the time `settling` first, and goes on afterwards. Work that its
+    /// guest has not done when the snapshot is taken, each clone has to do: Linux ends connections,
+    /// and reports free memory two seconds later.
     pub(crate) fn make(&self, vm: &Vm, settling: Duration) -> Result<(), vm::Error> {
         thread::sleep(settling);
         vm.snapshot(&self.folder)?;
@@ -382,7 +384,7 @@ impl Inputs {
         serde_json::to_vec(self).expect("paths and numbers are JSON")
     }
 
-    /// Whether anybody could still ask for what was made of them.
+    /// Whether a shim could still ask for what was made of them.
     fn hold(&self, host: &str) -> bool {
         self.host == host && self.files.iter().all(Stamp::holds)
     }

@@ -55,7 +55,7 @@ pub(crate) enum LoadError {
 }
 
 /// Opens `path` as a regular file to read. A directory or device is refused
-/// here, before somebody reads from it.
+/// here, before podvmm reads from it.
 pub(crate) fn open(path: &Path) -> Result<File, LoadError> {
     let failed = |source| LoadError::Open {
         path: path.into(),

@@ -49,7 +49,8 @@ pub(crate) fn restore(
     Ok(machine)
 }
 
-/// Devices first: they decide which RAM there is. Returns who else gives RAM, if somebody does.
+/// Restores devices, then RAM: the devices decide which RAM there is. Returns the connection to the
+/// process that gives RAM, if there is one.
 fn refill(
     config: &VmConfig,
     loaded: &mut Loaded,
@@ -60,7 +61,7 @@ fn refill(
     let allowed = loaded.memory(&config.memory)?;
     let states = loaded.take_devices(transports.iter().map(|(id, _)| id.as_str()))?;
     for ((id, transport), state) in transports.iter().zip(states) {
-        let mut transport = transport.lock().expect("nobody else has it yet");
+        let mut transport = transport.lock().expect("no other thread has it yet");
         transport
             .restore(state)
             .map_err(|source| BuildError::DeviceState {

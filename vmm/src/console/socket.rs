@@ -1,5 +1,5 @@
-//! A console on a unix socket. Whoever connects is shown what the guest prints from then on, and
-//! types to it; one at a time, the rest are turned away.
+//! A console on a unix socket. A client that connects is shown what the guest prints from then on,
+//! and types to it. There is one client at a time; others are turned away.
 //!
 //! A thread of its own waits for the guest's end, the socket and the client. Without a client, what
 //! the guest prints goes nowhere. A client that takes nothing for half a second is dropped: it would
@@ -184,7 +184,7 @@ impl Relay {
             return;
         };
         if self.client.is_some() {
-            let _ = (&client).write_all(b"podvmm: somebody else is on this console\r\n");
+            let _ = (&client).write_all(b"podvmm: another client is on this console\r\n");
         } else if client.set_write_timeout(Some(PATIENCE)).is_ok() {
             self.client = Some(client);
         }
@@ -211,7 +211,7 @@ mod tests {
         let folder = TempDir::new().unwrap();
         let path = folder.as_path().join("console");
         let (mut guest, console) = SocketConsole::start(&path).unwrap();
-        // Nobody listens: the guest is not held up.
+        // No client listens, and the guest is not held up.
         guest.write_all(&[b'x'; 1 << 20]).unwrap();
         for _ in 0..2 {
             let mut client = UnixStream::connect(&path).unwrap();
@@ -230,7 +230,7 @@ mod tests {
             let mut other = String::new();
             let mut second = UnixStream::connect(&path).unwrap();
             second.read_to_string(&mut other).unwrap();
-            assert!(other.contains("somebody else"));
+            assert!(other.contains("another client"));
         }
         drop(console);
         assert!(!path.exists());

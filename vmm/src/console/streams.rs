@@ -42,7 +42,7 @@ pub(crate) struct HostEnd {
     pub(crate) input: Option<OwnedFd>,
     /// None if what is printed goes nowhere.
     output: Option<Output>,
-    /// Joins it to whoever connects, as long as it is kept.
+    /// Joins it to the client that connects, as long as this is kept.
     pub(crate) socket: Option<SocketConsole>,
 }
 
@@ -124,7 +124,7 @@ pub(crate) fn command(inbox: Inbox) -> Result<([Port; 4], PowerButton), StreamEr
     let mut parser = StatusParser::default();
     let status = Says(move |bytes: &[u8]| {
         parser.feed(bytes, |status| {
-            // Nobody listens any more when the machine is being taken down.
+            // `control` no longer listens when the machine is being taken down.
             let _ = inbox.send(Event::Status(status));
         });
     });
@@ -175,7 +175,7 @@ fn own(name: &'static str, stream: impl AsFd) -> Result<OwnedFd, StreamError> {
 }
 
 /// A serial port's output. It is written by a vCPU thread, which must not wait
-/// for ever for a terminal that somebody stopped: what is not taken in time is
+/// for ever for a terminal that a user stopped: what is not taken in time is
 /// dropped, and so is all that follows until there is room again.
 #[derive(Debug)]
 struct Hasty {

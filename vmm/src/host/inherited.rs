@@ -9,8 +9,8 @@ pub(crate) fn duplicate(fd: RawFd) -> io::Result<OwnedFd> {
         return Err(io::Error::from_raw_os_error(libc::EBADF));
     }
     // SAFETY: it is no negative number, which would be undefined. It is borrowed for one call, which
-    // fails if it is not open. Whoever names a number says what it is for, and the duplicate is
-    // podvmm's own.
+    // fails if it is not open. The starter that names a number says what it is for, and the
+    // duplicate is podvmm's own.
     let inherited = unsafe { BorrowedFd::borrow_raw(fd) };
     inherited.try_clone_to_owned()
 }

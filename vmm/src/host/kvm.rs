@@ -36,7 +36,7 @@ const ALWAYS: &[&str] = &[
     "no_timer_check",     // KVM's timers work; do not measure it
     "noreplace-smp",      // keep lock prefixes: CPUs come and go
     "pci=off",            // there is none
-    "dummy.numdummies=0", // no dummy0 that nobody asked for
+    "dummy.numdummies=0", // no dummy0 that the user did not ask for
     "ifb.numifbs=0",      // nor ifb0 and ifb1
     "fb_tunnels=none",    // nor tunl0, gre0 and the like, in any network namespace
     // IPsec brings the jitter random number generator, which measures the processor at each boot, for minutes

@@ -1,9 +1,10 @@
 //! The threads that serve devices: one loop they share, named `io`, and one of
 //! its own for each handler that blocks.
 //!
-//! A loop waits only on epoll. Handlers reach it and leave it by ownership;
-//! whoever adds one waits for the event the loop is at, and whoever recalls one
-//! does so for a while: the host may never finish what a handler asked of it.
+//! A loop waits only on epoll. Handlers reach it and leave it by ownership. A
+//! thread that adds a handler waits until the loop is done with the event it is
+//! at. A thread that recalls a handler waits for this only for a while: the host
+//! may never finish what a handler asked of it.
 
 use std::collections::HashMap;
 use std::io;
@@ -175,7 +176,7 @@ impl Loop {
                 .lock()
                 .expect("no thread panics while it holds it");
             if *wanted && let Ok(handler) = manager.remove_subscriber(subscriber) {
-                // Dropped here if nobody waits for it any more.
+                // The handler is dropped here if no thread waits for it any more.
                 let _ = leave.send(handler);
             }
         })?;

@@ -163,8 +163,8 @@ impl Vcpu {
     }
 
     fn send(&self, command: Command) {
-        // The receiver is gone only when the thread has ended; then there is
-        // nobody to tell.
+        // The receiver is gone only when the thread has ended. Then there is
+        // no thread to tell.
         let _ = self.commands.send(command);
         if let Some(thread) = &self.thread {
             kick::kick(thread);

@@ -89,7 +89,7 @@ pub(crate) fn send(
     stream.write_all(&text.as_bytes()[sent..])
 }
 
-/// Takes what a VM, whose RAM should have `ram_len` bytes, hands over. Whoever sends it is not trusted.
+/// Takes what a VM, whose RAM should have `ram_len` bytes, hands over. The sender is not trusted.
 pub(crate) fn receive(stream: &UnixStream, ram_len: u64) -> io::Result<(Userfault, Vec<Mapping>)> {
     let invalid = |why: &str| io::Error::new(io::ErrorKind::InvalidData, why);
     let mut userfault = None;

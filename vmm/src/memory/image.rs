@@ -96,7 +96,7 @@ impl Layer {
     }
 }
 
-/// Which RAM of `ram_len` bytes the extents of a file are, which somebody else wrote down.
+/// Which RAM of `ram_len` bytes the extents of a file are. Another process may have written them.
 pub(crate) fn check_extents(
     extents: &[Extent],
     ram_len: u64,
@@ -238,7 +238,7 @@ impl Ram {
     }
 
     /// Has the host read the files that RAM is mapped from, ahead of the guest: all of them, for which
-    /// nobody waits, or the pages that are known to be needed, which then are there.
+    /// no thread waits, or the pages that are known to be needed, which then are there.
     pub(crate) fn prefetch(&self, needed: Option<&[Range<u64>]>) {
         let Some(needed) = needed else {
             return self.read_ahead(&self.mapped);

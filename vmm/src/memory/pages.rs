@@ -85,7 +85,7 @@ pub(super) fn data(file: &File, len: u64) -> io::Result<Vec<Range<u64>>> {
     Ok(runs)
 }
 
-/// Whether `runs`, which somebody else made, are whole pages within `len` bytes, in order.
+/// Whether `runs`, from a file or a socket, are whole pages within `len` bytes, in order.
 pub(crate) fn are_pages(runs: &[Range<u64>], len: u64) -> bool {
     let whole = |run: &Range<u64>| {
         run.start < run.end

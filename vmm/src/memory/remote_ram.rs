@@ -7,11 +7,11 @@
 //!             pages, by the kernel
 //! ```
 //!
-//! Whoever touches a page that is not there waits for the handler: a vCPU, a device, or `control`. A
-//! thread that waits so cannot be asked to go on without the page, and must not: what it would find is
-//! no RAM of its guest's, and it might write that to a disk. So a VM whose handler is gone, or leaves
-//! pages out when the VM is to stop, ends with its process: in good order if `control` waits for no
-//! page, and soon either way.
+//! A thread that touches a page which is not there waits for the handler: a vCPU's, a device's, or
+//! `control`. A thread that waits so cannot be asked to go on without the page, and must not: what
+//! it would find is no RAM of its guest's, and it might write that to a disk. So a VM whose handler
+//! is gone, or leaves pages out when the VM is to stop, ends with its process: in good order if
+//! `control` waits for no page, and soon either way.
 
 use std::io::{self, PipeReader, PipeWriter};
 use std::os::fd::OwnedFd;
@@ -44,7 +44,7 @@ pub(crate) enum RemoteRamError {
     /// The VM has RAM of another kind.
     #[error("RAM that is shared or of huge pages cannot come from a memory_socket")]
     NotPrivate,
-    /// Nobody there.
+    /// No process listens there.
     #[error("memory_socket {}", .path.display())]
     Connect {
         /// The socket.
@@ -64,7 +64,7 @@ pub(crate) enum RemoteRamError {
         path: PathBuf,
         source: io::Error,
     },
-    /// Nobody to watch it.
+    /// There is no thread to watch it.
     #[error("watch the process at {}", .path.display())]
     Watch {
         /// The socket.
@@ -77,7 +77,8 @@ pub(crate) enum RemoteRamError {
 #[derive(Debug)]
 pub(crate) struct RemoteRam {
     path: PathBuf,
-    /// While it is open, nobody who waits for a page goes on without: the handler has the other one.
+    /// While it is open, no thread that waits for a page goes on without it. The handler has the
+    /// other descriptor.
     _userfault: Userfault,
     /// Closing it ends the watch.
     _watched: PipeWriter,
@@ -137,7 +138,7 @@ pub(crate) struct Patience {
     _held: Sender<()>,
 }
 
-/// Waits for nobody: not even for a handler that has too many to accept.
+/// Does not wait, not even for a handler that has too many connections to accept.
 fn connect(path: &Path) -> io::Result<UnixStream> {
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
     let socket: OwnedFd =
@@ -157,7 +158,7 @@ fn watch(stream: UnixStream, path: &Path, inbox: Inbox) -> io::Result<PipeWriter
         if !is_hung_up(&stream, &released) {
             return;
         }
-        // Nobody listens any more when the machine is being taken down.
+        // `control` no longer listens when the machine is being taken down.
         let _ = inbox.send(Event::Ended(ending.clone()));
         if !is_closed_within(&released, GRACE) {
             end(&ending);
@@ -196,7 +197,7 @@ fn silent(path: &Path) -> Ending {
     ))
 }
 
-/// Ends the process, and with it whoever waits for a page.
+/// Ends the process, and with it all threads that wait for a page.
 fn end(ending: &Ending) -> ! {
     log::error!("{ending}");
     process::exit(ending.exit_code(false).into());

@@ -1,8 +1,8 @@
-//! userfaultfd: a thread that touches a page which is not there waits until somebody with the
+//! userfaultfd: a thread that touches a page which is not there waits until a thread with the
 //! descriptor, of this process or another, has put it there (Linux, admin-guide/mm/userfaultfd.rst).
 //!
-//! podvmm's own VMs ask for no events but faults: memory that is given back or mapped anew tells nobody
-//! and waits for nobody. Other monitors' VMs tell what they give back.
+//! podvmm's own VMs ask for no events but faults: a thread that gives memory back or maps it anew
+//! sends no event and waits for no process. Other monitors' VMs tell what they give back.
 
 use std::fs::{self, File};
 use std::io::{self, Read};
@@ -126,7 +126,7 @@ impl Userfault {
         // SAFETY: USERFAULTFD_IOC_NEW takes flags and touches no memory.
         let fd = unsafe { ioctl_with_val(&device, USERFAULTFD_IOC_NEW(), flags.bits().into()) };
         check(fd)?;
-        // SAFETY: `fd` was just opened and nobody else owns it.
+        // SAFETY: `fd` was just opened and nothing else owns it.
         Ok(unsafe { OwnedFd::from_raw_fd(fd) })
     }
 
@@ -138,7 +138,8 @@ impl Userfault {
         Ok(fd?)
     }
 
-    /// Has whoever touches these addresses of guest RAM, where there is no page yet, wait for one.
+    /// Makes a thread that touches these addresses of guest RAM wait for a page where there is none
+    /// yet.
     pub(crate) fn register(&self, addresses: Range<u64>) -> io::Result<()> {
         let mut register = Register {
             span: span(addresses),
@@ -146,7 +147,7 @@ impl Userfault {
             ioctls: 0,
         };
         // SAFETY: UFFDIO_REGISTER reads and writes such a struct, which outlives the call. The
-        // addresses are of guest RAM: nobody relies on when or with what its pages come.
+        // addresses are of guest RAM: no code relies on when or with what its pages come.
         check(unsafe { ioctl_with_mut_ref(&self.0, UFFDIO_REGISTER(), &mut register) })
     }
 
@@ -225,7 +226,7 @@ impl AsRawFd for Userfault {
     }
 }
 
-/// A `struct uffd_msg`. None of an event that nobody asks for.
+/// Reads a `struct uffd_msg`. None if it is an event that no VM asks for.
 fn event(message: &[u8; MESSAGE_BYTES]) -> Option<Event> {
     let address = |at: Range<usize>| {
         let bytes = message[at].try_into().expect("it is eight bytes");

@@ -324,7 +324,7 @@ mod tests {
     }
 
     #[test]
-    fn whoever_only_serves_describes_no_vm() {
+    fn options_that_only_serve_describe_no_vm() {
         assert!(run(&["--api-socket", "/s", "--seccomp", "false"]).only_serves());
         assert!(!run(&["--api-socket", "/s", "--kernel", "k", "--cpus", "boot=2"]).only_serves());
         let refused = refusal(&["--api-socket", "/s", "--disk", "path=/d"]);

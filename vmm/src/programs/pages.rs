@@ -1,7 +1,7 @@
 //! `podvmm pages`: gives VMs that are restored with a memory_socket the RAM of one snapshot.
 //!
-//! A thread accepts; each VM has a thread of its own, which waits for its faults and for its end, and
-//! for nobody else. RAM may have been compressed before.
+//! One thread accepts connections. Each VM has a thread of its own, which waits only for the faults
+//! and the end of this VM. RAM may have been compressed before.
 
 mod compressed;
 mod connection;
@@ -67,7 +67,7 @@ pub(crate) enum PagesError {
         folder: PathBuf,
         source: RestoreError,
     },
-    /// Somebody else is at work there.
+    /// Another podvmm writes to the folder.
     #[error("a podvmm writes to {}", .0.display())]
     Busy(PathBuf),
     /// RAM is not compressed.
@@ -152,7 +152,8 @@ pub(crate) fn compress(folder: &Path, out: &mut impl Write) -> Result<(), PagesE
         source,
     };
     signals::survive_file_size_limit().map_err(failed(folder))?;
-    // Whoever writes a snapshot there removes what is of none.
+    // No other podvmm may write a snapshot there meanwhile: it would remove files that belong to no
+    // snapshot.
     let lock = snapshot::lock(folder)
         .map_err(failed(folder))?
         .ok_or_else(|| PagesError::Busy(folder.into()))?;

@@ -19,7 +19,7 @@ pub(super) fn read_rest(file: File) -> io::Result<Vec<u8>> {
     Ok(bytes)
 }
 
-/// A regular file: another one might keep whoever reads it waiting.
+/// Opens a regular file. A file of another kind might make its reader wait.
 pub(super) fn open(path: &Path) -> io::Result<File> {
     if !fs::metadata(path)?.is_file() {
         return Err(io::Error::new(

@@ -271,7 +271,7 @@ fn config(path: &Path, state: &State) -> Result<Vec<u8>, RestoreError> {
             );
             Ok(state.config.to_string().into_bytes())
         }
-        // Whoever reads it next says what is wrong.
+        // If it is wrong, `VmConfig::restored`, which reads it next, says so.
         _ => Ok(bytes),
     }
 }

@@ -132,7 +132,7 @@ fn vcpus(machine: &Machine) -> Result<Vec<VcpuState>, SaveError> {
     states.collect()
 }
 
-/// A folder that nobody else writes to while it is held. None if somebody does.
+/// Locks a folder: no other podvmm writes to it while the lock is held. None if another one does.
 pub(crate) fn lock(folder: &Path) -> io::Result<Option<File>> {
     let file = File::open(folder)?;
     let locked = flock(&file, FlockOperation::NonBlockingLockExclusive);
@@ -153,7 +153,7 @@ struct Draft<'a> {
 
 impl<'a> Draft<'a> {
     fn new(folder: &'a Path) -> Result<Self, SaveError> {
-        // What RAM holds is nobody else's business.
+        // No other user may read what RAM holds.
         let made_folder = match fs::DirBuilder::new().mode(0o700).create(folder) {
             Ok(()) => true,
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => false,
@@ -306,7 +306,7 @@ impl<'a> Draft<'a> {
     }
 }
 
-/// Whether a file is RAM, what was touched of it, or a draft that nobody completed.
+/// Whether a file is RAM, what was touched of it, or a draft that was never completed.
 fn is_ours(name: &str) -> bool {
     let drafts = [CONFIG, STATE, MEMORY, WORKING_SET].map(|of| format!(".{of}"));
     let is_draft = |draft: &String| name.starts_with(draft.as_str());
@@ -324,7 +324,7 @@ impl Drop for Draft<'_> {
                 let _ = fs::remove_file(path);
             }
             if self.made_folder {
-                // Unless somebody put something there.
+                // The folder stays if another process has put something there.
                 let _ = fs::remove_dir(self.folder);
             }
         }

@@ -71,7 +71,8 @@ fn write(source: &Source, runs: Vec<Range<u64>>) -> Result<(), RecordError> {
         let path = path.to_path_buf();
         move |source| RecordError::File { act, path, source }
     };
-    // Whoever writes a snapshot removes what belongs to others.
+    // No other podvmm may write a snapshot there meanwhile: it would remove the files of other
+    // snapshots.
     let lock = lock(folder)
         .map_err(failed("open", folder))?
         .ok_or_else(|| RecordError::Busy(folder.clone()))?;

@@ -1,7 +1,7 @@
 //! The one thread that decides what happens to the VM.
 //!
-//! Everybody else reports to its inbox or asks: vCPUs and devices, the agent, signals, and clients of the API,
-//! who each get an answer of their own.
+//! All other threads report to its inbox or ask there, for vCPUs and devices, the agent, signals,
+//! and clients of the API. Each client gets an answer of its own.
 
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::time::{Duration, Instant};
@@ -13,7 +13,7 @@ use serde_json::Value;
 use crate::inbox::{Ending, Event};
 use crate::vm::lifecycle::Lifecycle;
 
-/// How often to look at what nobody reports: KVM keeps a halted vCPU to itself.
+/// How often to look for what no thread reports: KVM does not tell that a vCPU has halted.
 const TICK: Duration = Duration::from_secs(1);
 
 /// Serves the inbox until the VM ends. It is stopped by then, if it can be, and a client that
@@ -22,7 +22,8 @@ pub(crate) fn serve(vm: &mut Lifecycle, events: Receiver<(u32, Event)>) -> Endin
     let mut looked = Instant::now();
     let mut due = looked + TICK;
     let ending = loop {
-        // By the clock, not by silence: whoever asks or says much is not to keep it away.
+        // This goes by the clock and does not wait for silence: a client or thread that sends much
+        // must not put it off.
         let now = Instant::now();
         if now >= due {
             // First, as it says which vCPUs of the guest are parked for a moment and which for good.

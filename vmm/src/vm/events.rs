@@ -1,4 +1,5 @@
-//! What happens to a VM, as it happens: a line of JSON for each event, for whoever watches a pod.
+//! What happens to a VM, as it happens: a line of JSON for each event, for the program that watches
+//! a pod.
 //!
 //! Written by `control` alone. The form is Cloud Hypervisor's event monitor's, one event a line.
 
@@ -49,11 +50,11 @@ impl Events {
             "event": event,
             "properties": properties,
         });
-        // A pipe that nobody empties must not hold up the VM.
+        // A pipe that no process empties must not hold up the VM.
         let mut room = [PollFd::new(output, PollFlags::OUT)];
         let now = rustix::time::Timespec::default();
         if rustix::event::poll(&mut room, Some(&now)) == Ok(0) {
-            log::warn!("nobody takes the events; lost: {source} {event}");
+            log::warn!("no process takes the events; lost: {source} {event}");
             return;
         }
         // In one call, so that a reader of a pipe or of the file's end gets whole lines.
@@ -89,7 +90,7 @@ mod tests {
     }
 
     #[test]
-    fn a_reader_that_sleeps_holds_up_nobody() {
+    fn a_reader_that_sleeps_does_not_hold_up_the_vm() {
         let (_reader, writer) = std::io::pipe().unwrap();
         let mut events = Events::new(Some(File::from(std::os::fd::OwnedFd::from(writer))));
         // Far more than a pipe holds.

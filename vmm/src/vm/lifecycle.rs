@@ -224,8 +224,8 @@ impl Lifecycle {
             return Err(self.wrong("vm.power-button", "Running"));
         };
         let Some(button) = &mut machine.button else {
-            let why = "podvmm's agent runs no command in this guest, and nobody else listens: \
-                       ask the agent it has, or use vm.shutdown";
+            let why = "podvmm's agent runs no command in this guest, and no other agent hears \
+                       this: ask the agent it has, or use vm.shutdown";
             return Err(ApiError::Impossible(vec![why.into()]));
         };
         button.press();

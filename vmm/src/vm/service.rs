@@ -1,6 +1,6 @@
 //! podvmm's API on its socket: the thread that joins clients to `control`.
 //!
-//! Waits for clients and for the answers of `control`, which waits for nobody's guest.
+//! It waits for clients and for the answers of `control`. `control` waits for no guest.
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -52,7 +52,7 @@ impl Service {
                 if let Err(error) = served {
                     log::error!("the API ended: {error}");
                 }
-                // Removes the socket: nobody serves it any more.
+                // Removes the socket: no thread serves it any more.
                 drop(listener);
             })
             .map_err(ServiceError::Thread)?;

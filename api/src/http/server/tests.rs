@@ -110,7 +110,7 @@ fn descriptors_arrive_with_their_request() {
 }
 
 #[test]
-fn a_slow_client_delays_nobody() {
+fn a_slow_client_delays_no_other_client() {
     let server = Echo::start();
     let mut slow = server.stream();
     slow.write_all(b"PUT /echo HTTP/1.1\r\nContent-Len")
@@ -128,7 +128,8 @@ fn a_slow_client_delays_nobody() {
     assert_eq!(all(deaf).matches("HTTP/1.1 200").count(), 4);
 }
 
-/// Whoever has to wait for an answer does so alone, gets it before those to its later requests, and may leave.
+/// A client that has to wait for an answer delays no other client, gets the answer before those to
+/// its later requests, and may leave.
 #[test]
 fn an_answer_may_come_late() {
     let server = Echo::start();
@@ -150,7 +151,7 @@ fn an_answer_may_come_late() {
 }
 
 #[test]
-fn a_client_with_many_requests_delays_nobody_and_gets_all_answers() {
+fn a_client_with_many_requests_delays_no_other_client_and_gets_all_answers() {
     let server = Echo::start();
     let mut greedy = server.stream();
     greedy

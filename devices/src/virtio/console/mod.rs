@@ -13,7 +13,8 @@
 //! # When output is slow
 //! Data stays in the guest's queue until the host takes it, so the guest's writers wait as for any
 //! pipe. Linux spins while it waits for its console (hvc) port; a terminal that is stopped there
-//! stops the guest. Output nobody reads any more is dropped and counted, and the guest goes on.
+//! stops the guest. Output that no process of the host reads any more is dropped and counted, and
+//! the guest goes on.
 
 mod device;
 mod handler;

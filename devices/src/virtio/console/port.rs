@@ -107,7 +107,7 @@ impl LivePort {
         self.sent = state.sent;
     }
 
-    /// Whether the guest is to think that somebody is at the other end (see the module's notes).
+    /// Whether the guest is to think that the host's side is open (see the module's notes).
     pub(super) fn host_open(&self) -> bool {
         !self.host.ended || self.host.output.is_some()
     }

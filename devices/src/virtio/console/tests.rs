@@ -283,7 +283,7 @@ fn output_that_waits_survives_pause_and_resume() {
 }
 
 #[test]
-fn output_nobody_reads_is_dropped_and_the_guest_goes_on() {
+fn output_without_a_reader_is_dropped_and_the_guest_goes_on() {
     let (mut guest, _host_in, host_out) = opened();
     queue_output(&mut guest, &vec![3; 100_000]);
     guest.settle();

@@ -220,7 +220,7 @@ mod tests {
     }
 
     #[test]
-    fn numbers_nobody_was_given_are_refused() {
+    fn numbers_the_guest_was_never_given_are_refused() {
         let handles = Handles::new(1000);
         handles.insert(handle()).unwrap();
         for number in [1, 255, 256, MOST as u64, u64::MAX] {
@@ -257,7 +257,7 @@ mod tests {
     }
 
     #[test]
-    fn numbers_nobody_can_have_had_are_not_restored() {
+    fn numbers_the_guest_cannot_have_had_are_not_restored() {
         let restore = |numbers: &[u64]| {
             let open = numbers.iter().map(|number| (*number, Err(LOST)));
             Handles::new(1000).restore(open)

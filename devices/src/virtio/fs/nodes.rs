@@ -450,7 +450,7 @@ impl Nodes {
         }
     }
 
-    /// Drops the node if nobody needs it, and then perhaps its parent.
+    /// Drops the node if neither the guest nor a child needs it, and then perhaps its parent.
     fn drop_unused(&mut self, nodeid: u64) {
         let mut nodeid = nodeid;
         while nodeid != ROOT {

@@ -57,7 +57,7 @@ pub enum Cache {
     None,
     /// Names and attributes for a second, content until it is seen to have changed.
     Auto,
-    /// Everything: for folders that nobody else changes.
+    /// Everything: for folders that only the guest changes.
     Always,
 }
 
@@ -86,7 +86,7 @@ pub(super) struct Server {
     writeback: bool,
     /// Whom files made here belong to.
     own: (u32, u32),
-    /// May give them to somebody else.
+    /// Whether files made here may be given to another user.
     gives: bool,
     /// FUSE features agreed on.
     session: AtomicU64,
@@ -276,7 +276,7 @@ impl Server {
         readable.truncate(body.unwrap_or(0));
         if let Some(op @ (Op::Forget | Op::BatchForget | Op::Interrupt)) = op {
             counters.requests.increment();
-            // Nobody waits for an answer, so nobody hears of a mistake.
+            // The guest waits for no answer to these, so a mistake is not reported.
             let _ = self.forget(op, header.nodeid, ram, readable);
             return 0;
         }

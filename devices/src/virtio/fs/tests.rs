@@ -64,7 +64,8 @@ fn what_the_guest_writes_is_in_the_hosts_folder() {
     assert_eq!(client.guest.counters().bytes_in.get(), 8);
 }
 
-/// What is cached of a file is kept until somebody changes it: a program that starts again is not read again.
+/// The guest keeps what it caches of a file until the file changes: a program that starts again is
+/// not read again.
 #[test]
 fn what_is_cached_is_kept_while_the_file_stays_as_it_was() {
     let mut client = Client::new();

@@ -218,7 +218,7 @@ impl VhostUserHandler {
             .set_features(self.features | protocol)?;
         let ram = self.memory.memory();
         let regions: Option<Vec<_>> = ram.iter().map(region).collect();
-        // Checked when the VM was configured, so whoever meets this has a defect to report.
+        // This was checked when the VM was configured, so an error here is a defect to report.
         let regions = regions.ok_or(vhost::Error::InvalidGuestMemory)?;
         self.backend.frontend.set_mem_table(&regions)?;
         Ok(())

@@ -4,7 +4,8 @@
 //! neither: what changes is what its addresses are mapped to. A plugged block has memory of its
 //! own. All unplugged blocks are mapped, again and again, to one small file, the *sink*: a guest or
 //! device that touches them finds nonsense, but neither faults nor makes the process grow beyond
-//! the sink. Replacing a mapping is atomic to whoever accesses it, and gives the pages back at once.
+//! the sink. Replacing a mapping is atomic for a guest or device that accesses it, and gives the
+//! pages back at once.
 
 use std::fs::File;
 use std::io;
@@ -203,7 +204,7 @@ fn sink(len: u64) -> io::Result<File> {
     if fd < 0 {
         return Err(io::Error::last_os_error());
     }
-    // SAFETY: `fd` was just opened and nobody else owns it.
+    // SAFETY: `fd` was just opened and nothing else owns it.
     let file = unsafe { File::from_raw_fd(fd) };
     file.set_len(len)?;
     Ok(file)

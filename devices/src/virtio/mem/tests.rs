@@ -138,7 +138,7 @@ fn plugged_memory_is_zero_and_keeps_what_is_written_until_it_is_unplugged() {
 }
 
 #[test]
-fn whoever_touches_all_of_the_unplugged_region_uses_one_block() {
+fn touching_all_of_the_unplugged_region_uses_one_block() {
     let (_guest, _, memory) = live();
     let ram = memory.memory();
     for block in 0..BLOCKS {

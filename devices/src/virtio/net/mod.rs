@@ -6,7 +6,7 @@
 //!
 //! A frame goes between guest memory and the tap in one system call, with the header that says
 //! which checksums and segments are still to be made (§5.1.6): the tap takes and gives the same
-//! header, so nobody here looks into frames.
+//! header, so the device never looks into frames.
 
 mod control;
 mod device;

@@ -121,7 +121,7 @@ impl Tap {
             .collect()
     }
 
-    /// Takes over one queue of a tap that somebody else opened.
+    /// Takes over one queue of a tap that another process opened.
     pub fn inherit(fd: OwnedFd) -> Result<Self, TapError> {
         let file = File::from(fd);
         let mut request = Request::new(0);

@@ -19,7 +19,7 @@ pub(super) const WINDOW: u32 = 64 << 10;
 const MAX_DATA: usize = 64 << 10;
 /// The longest line that can be right: `CONNECT 4294967295`.
 const MAX_LINE: usize = 32;
-/// How long a caller is held while nobody listens in the guest.
+/// How long a caller is held while no program in the guest listens on the port it wants.
 pub(super) const PATIENCE: Duration = Duration::from_secs(60);
 /// How soon the guest is asked again, doubling up to the second.
 const RETRY: [Duration; 2] = [Duration::from_millis(10), Duration::from_millis(320)];
@@ -295,8 +295,8 @@ impl Connection {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(_) => {
-                    // Nobody reads any more. What the host still has for the guest comes first,
-                    // then the end is told.
+                    // The host's program no longer reads. The guest first gets what the host still
+                    // has for it, and then learns of the end.
                     self.host_gone = true;
                     self.readable = true;
                     self.forward(payload.len());

@@ -1,9 +1,9 @@
 //! Socket device (virtio 1.3 §5.10): streams between the guest's vsock and unix sockets of the host.
 //!
 //! A host's program connects to the device's socket, writes `CONNECT <port>\n` in any case, reads
-//! `OK <number>\n`, and from then on talks to whoever listens on that port in the guest. A guest's
-//! program that connects to port `P` of the host (CID 2) reaches who listens on the unix socket
-//! `<path>_<P>`.
+//! `OK <number>\n`, and from then on talks to the guest's program that listens on that port. A
+//! guest's program that connects to port `P` of the host (CID 2) reaches the host's program that
+//! listens on the unix socket `<path>_<P>`.
 //!
 //! [`packet`] is what travels in the rings, [`connection`] one stream with its credit and
 //! back-pressure, [`muxer`] all of them, [`handler`] the rings and the loop around them, and

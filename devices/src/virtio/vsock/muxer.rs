@@ -155,7 +155,7 @@ impl Muxer {
             Ok(()) => Header::parse(&bytes),
             Err(_) => return counters.errors.increment(),
         };
-        // "The driver MUST NOT transmit" with other addresses; there is nobody to answer.
+        // "The driver MUST NOT transmit" with other addresses, and there is no peer to answer.
         if header.dst_cid != HOST_CID || header.src_cid != self.guest_cid {
             return counters.errors.increment();
         }

@@ -229,7 +229,7 @@ fn a_caller_that_leaves_before_the_guest_answers_is_called_off() {
 }
 
 #[test]
-fn the_guest_is_asked_again_until_somebody_listens() {
+fn the_guest_is_asked_again_until_a_program_listens() {
     let mut bench = Bench::new();
     let mut stream = bench.caller("CONNECT 1024\n");
     for _ in 0..3 {
@@ -258,7 +258,7 @@ fn the_guest_reaches_who_listens_on_the_host() {
 }
 
 #[test]
-fn a_port_nobody_listens_on_is_refused() {
+fn a_port_without_a_listener_is_refused() {
     let mut bench = Bench::new();
     bench.say(from_guest(Op::Request, 9, 52), &[]);
     assert_eq!(bench.hear_op(), Some((Op::Reset, 0)));
@@ -423,7 +423,7 @@ fn a_host_that_leaves_ends_both_halves_after_its_last_bytes() {
     let (mut stream, header) = bench.connected();
     stream.write_all(b"bye").unwrap();
     drop(stream);
-    bench.say(with(header, Op::Data), b"to nobody");
+    bench.say(with(header, Op::Data), b"not taken");
     assert_eq!(bench.hear().unwrap().1, b"bye");
     assert_eq!(bench.hear_op(), Some((Op::Shutdown, SHUTDOWN_BOTH)));
     bench.say(with(header, Op::Reset), &[]);

@@ -65,7 +65,7 @@ pub(super) struct Address {
     pub(super) peer: Option<IpAddr>,
 }
 
-/// A route that somebody set.
+/// A route that the kernel did not make by itself.
 #[derive(Debug)]
 pub(super) struct FoundRoute {
     /// Of the link.
@@ -186,7 +186,7 @@ impl Netlink {
         Ok(rules)
     }
 
-    /// Those that somebody set.
+    /// The neighbors that a user or a program set, not those that the kernel found.
     pub(super) fn neighbors(&mut self) -> io::Result<Vec<Neighbor>> {
         let request = RouteNetlinkMessage::GetNeighbour(NeighbourMessage::default());
         let answers = self.ask(request, NLM_F_DUMP)?;
@@ -307,7 +307,7 @@ fn route(message: &RouteMessage) -> Option<FoundRoute> {
     let mut index = None;
     let mut table = u32::from(header.table);
     let mut is_plain = header.kind == RouteType::Unicast && header.tos == 0;
-    // What IPv6 has where nobody said otherwise (linux/ipv6_route.h, IP6_RT_PRIO_USER).
+    // IPv6 routes have 1024 if the user gave no metric (linux/ipv6_route.h, IP6_RT_PRIO_USER).
     let usual_metric = if route.family == 0 { 0 } else { 1024 };
     for attribute in &message.attributes {
         match attribute {

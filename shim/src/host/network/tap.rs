@@ -18,7 +18,7 @@ struct Request {
     rest: [u8; 22],
 }
 
-/// Makes one, of a name of at most 15 bytes. It goes when nobody has it open any more.
+/// Makes a tap with a name of at most 15 bytes. It goes when no process has it open any more.
 pub(super) fn make(name: &str) -> io::Result<OwnedFd> {
     let tap = File::from(OwnedFd::from(
         OpenOptions::new()

@@ -10,7 +10,7 @@ fn mount(kind: &str, source: &str, destination: &str) -> Mount {
 }
 
 #[test]
-fn each_mount_is_somebodys() {
+fn each_mount_has_an_owner() {
     let of = |source, destination| {
         let mount = mount("bind", source, destination);
         format!("{:?}", volume(&mount, "pod"))

@@ -36,7 +36,7 @@ fn made(template: &Template) {
     written(template);
 }
 
-/// Whoever has claimed it has made it.
+/// The shim that has claimed it has made it.
 fn written(template: &Template) {
     let new = template.folder().join("new");
     fs::write(&new, "").unwrap();
@@ -80,7 +80,7 @@ fn what_is_being_made_is_waited_for_and_made_by_another_if_its_maker_is_gone() {
     let moment = Duration::from_millis(1);
     let long = Duration::from_secs(60);
     let Way::Model(claim) = one.way(moment) else {
-        panic!("nobody else makes it");
+        panic!("no other shim makes it");
     };
     assert!(matches!(other.way(moment), Way::Boot), "it takes too long");
     thread::scope(|scope| {
@@ -134,11 +134,11 @@ fn repeated_failures_set_it_aside_until_it_is_made_anew() {
     assert!(!template.is_ready());
     made(&pods);
     assert!(template.is_ready());
-    // The second time it has to wait, whoever asks.
+    // The second time it has to wait, whichever pod asks.
     fail(&config, MAX_FAILURES);
     assert!(!template.is_ready());
     assert!(for_pod(&config).is_none() && template.claim().is_none());
-    // But for a person.
+    // But it does not have to wait if a user asks for it.
     template.start_over();
     assert!(for_pod(&config).is_some());
     made(&template);

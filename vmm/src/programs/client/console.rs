@@ -20,7 +20,7 @@ pub(crate) enum ConsoleError {
     /// The VM was defined without.
     #[error("neither console nor serial has mode Socket")]
     None,
-    /// Nobody listens.
+    /// No process listens there.
     #[error("connect to {}", .path.display())]
     Connect {
         /// The console's socket.
@@ -54,7 +54,7 @@ fn socket(info: &Value) -> Option<PathBuf> {
 
 fn relay(mut stream: UnixStream, can_leave: bool) -> io::Result<()> {
     let typed = stream.try_clone()?;
-    // It waits for a key when all is over, so nobody waits for it.
+    // When all is over, the new thread still waits for a key, so no thread waits for its end.
     Builder::new().spawn(move || pass_on(typed, can_leave))?;
     let mut printed = [0; 4 << 10];
     let mut out = io::stdout();

@@ -23,7 +23,7 @@ pub(crate) fn run(client: &mut Client, out: &mut impl Write) -> Result<(), CallE
         let (now, after) = counters()?;
         let seconds = now.duration_since(then).as_secs_f64();
         match out.write_all(table(&before, &after, seconds).as_bytes()) {
-            // Whoever read it has enough.
+            // The process that read the output wants no more.
             Err(error) if error.kind() == io::ErrorKind::BrokenPipe => return Ok(()),
             written => written.map_err(CallError::Print)?,
         }

@@ -193,7 +193,7 @@ pub(super) fn compress(
         .and_then(|len| file.sync_all().map(|()| len))
         .and_then(|len| fs::rename(&draft, path).map(|()| len));
     if written.is_err() {
-        // What is left of it helps nobody.
+        // An incomplete file is of no use.
         let _ = fs::remove_file(&draft);
     }
     written

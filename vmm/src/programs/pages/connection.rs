@@ -249,7 +249,7 @@ mod tests {
     }
 
     impl Remote {
-        /// None if this host lets nobody make one.
+        /// None if this test can make no userfaultfd on this host.
         fn new() -> Option<Self> {
             Self::with(Userfault::new())
         }
@@ -302,7 +302,7 @@ mod tests {
     fn discard(ram: &Ram, at: u64, len: usize) {
         let slice = ram.memory().get_slice(GuestAddress(at), len).unwrap();
         let host = slice.ptr_guard_mut().as_ptr();
-        // SAFETY: the range is of the RAM's mapping, into which nobody has references.
+        // SAFETY: the range is of the RAM's mapping, and Rust holds no references into it.
         let done = unsafe { libc::madvise(host.cast(), len, libc::MADV_DONTNEED) };
         assert_eq!(done, 0);
     }
@@ -394,11 +394,11 @@ mod tests {
     }
 
     #[test]
-    fn memory_that_was_taken_away_waits_for_nobody() {
+    fn a_touch_of_memory_that_was_taken_away_waits_for_no_page() {
         let Some(mut remote) = Remote::new() else {
             return;
         };
-        // Somebody waits, and it is taken away meanwhile, as by a memory device.
+        // A thread waits for a page. Meanwhile its memory is taken away, as by a memory device.
         let waiter = waiter(&remote.ram, 4 * MIB + 0x8000);
         let away = 4 * MIB + 0x8000..5 * MIB;
         remote.ram.lay(&[], slice::from_ref(&away), true).unwrap();
@@ -411,7 +411,7 @@ mod tests {
     }
 
     #[test]
-    fn whoever_hands_over_nothing_is_left() {
+    fn a_vm_that_hands_over_no_ram_is_not_served() {
         let Some(remote) = Remote::new() else { return };
         let (here, there) = UnixStream::pair().unwrap();
         drop(here);

@@ -159,8 +159,8 @@ impl Server {
         Ok(0)
     }
 
-    /// What a write by somebody without CAP_FSETID in the guest takes from a file: its set-user-ID
-    /// bit, and its set-group-ID bit if the group may execute it.
+    /// Clears what a write by a guest's process without CAP_FSETID clears in a file's mode: the
+    /// set-user-ID bit, and the set-group-ID bit if the group may execute the file.
     pub(super) fn kill_privileges(&self, file: &OwnedFd) -> Result<(), Errno> {
         let mode = host::status(file)?.attr.mode;
         let group = match mode & libc::S_IXGRP {

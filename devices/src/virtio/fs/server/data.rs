@@ -136,7 +136,8 @@ impl Server {
         let cached = asked.transfer_flags & WRITE_CACHE != 0;
         let appends = OFlags::from_bits_retain(asked.flags).contains(OFlags::APPEND) && !cached;
         if asked.transfer_flags & WRITE_KILL_SUIDGID != 0 {
-            // First, as Linux does: nobody is to run what was written with the old privileges.
+            // This comes first, as in Linux: no process may run the new content with the file's old
+            // privileges.
             self.kill_privileges(&open.file)?;
         }
         let (ram, input) = (request.ram, &mut *request.input);

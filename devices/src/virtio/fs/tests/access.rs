@@ -62,7 +62,7 @@ fn an_access_list_and_the_mode_are_one() {
     assert_eq!(mode(&path), 0o770, "set by one who is not of the group");
 }
 
-/// What is made by somebody else than podvmm itself, which then gives it away, keeps its list, too.
+/// What podvmm makes for another user, and then gives to that user, keeps its list, too.
 #[test]
 fn a_folders_default_list_decides_and_otherwise_the_umask() {
     for owner in [(0, 0), (1000, 1000)] {

@@ -405,7 +405,8 @@ fn what_an_overlay_copies_up_stays_the_file_it_is() {
     });
 }
 
-/// Runs `test` where what it mounts is seen by nobody else. Needs root.
+/// Runs `test` on a thread with a mount namespace of its own: no thread outside the test sees what
+/// it mounts. Needs root.
 pub(super) fn with_own_mounts(test: impl FnOnce() + Send + 'static) {
     let thread = thread::spawn(|| {
         #[expect(

@@ -118,7 +118,7 @@ impl Other {
         let (tell, leave) = channel();
         let thread = thread::spawn(move || {
             daemon.start(&mut listener).unwrap();
-            // Nobody may want to know.
+            // The test may not want this handle.
             let _ = tell.send(daemon.shutdown_handle().unwrap());
             // Its client leaves without a word.
             let _ = daemon.wait();
@@ -252,7 +252,7 @@ fn who_cannot_serve_is_named() {
     let folder = TempDir::new().unwrap();
     let config = VhostUserFsConfig {
         tag: "share".into(),
-        socket: folder.as_path().join("nobody"),
+        socket: folder.as_path().join("absent"),
         queues: 1,
         queue_size: 128,
     };
