@@ -28,7 +28,8 @@ const NANOS: i64 = 1_000_000_000;
 /// Below this the clock is slewed: by 0.5 ms a second (Linux, `ADJ_OFFSET_SINGLESHOT`), so that it keeps
 /// running forward. Above it the clock is set, or it would be wrong for minutes.
 const SLEWED_NANOS: i64 = 10_000_000;
-/// The same for the host's word that the guest is ahead: it is no further ahead than this word was late.
+/// Below this the clock is slewed back by the host's word that the guest is ahead: it is no further
+/// ahead than this word was late.
 const SLEWED_BACK_NANOS: i64 = 100_000_000;
 /// The word and the device are of one clock if they differ by no more. Else the word counts: it is what
 /// the host wants, which may be another time than its own.
@@ -59,7 +60,7 @@ pub(crate) fn follow_device() -> io::Result<bool> {
 /// Follows the device now and then, for a loop that waits for other things.
 #[derive(Debug)]
 pub(crate) struct Follower {
-    /// None where there is nothing to follow.
+    /// When the clock is to be looked at next; none where there is nothing to follow.
     due: Option<Instant>,
 }
 
@@ -114,7 +115,7 @@ enum Change {
     Slew {
         microseconds: i64,
     },
-    /// By these together; the second is never negative (clock_adjtime(2)).
+    /// Moves the clock by these together; `nanos` is never negative (clock_adjtime(2)).
     Set {
         seconds: i64,
         nanos: i64,
@@ -133,7 +134,7 @@ fn change(offset: i64, slewed: i64) -> Change {
     }
 }
 
-/// In nanoseconds since 1970; `None` centuries away.
+/// A moment in nanoseconds since 1970; `None` centuries away.
 fn nanos(seconds: i64, nanos: i64) -> Option<i64> {
     seconds.checked_mul(NANOS)?.checked_add(nanos)
 }
@@ -165,14 +166,14 @@ fn find(devices: &Path) -> Option<File> {
     File::open(Path::new("/dev").join(device.file_name())).ok()
 }
 
-/// From linux/ptp_clock.h.
+/// The request by which a clock device tells both times together, from linux/ptp_clock.h.
 const PTP_SYS_OFFSET_PRECISE: Opcode = opcode::read_write::<Times>(b'=', 8);
 
 #[repr(C)]
 #[derive(Debug, Default)]
 struct Times {
     host: PtpTime,
-    /// `CLOCK_REALTIME`, at the same moment.
+    /// The guest's `CLOCK_REALTIME`, at the same moment.
     guest: PtpTime,
     monotonic: PtpTime,
     reserved: [u32; 4],

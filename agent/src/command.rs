@@ -207,9 +207,9 @@ fn environment(term: Option<&OsStr>) -> Vec<CString> {
 }
 
 fn failure_message(name: &CStr, failure: &io::Error) -> String {
-    const LONGEST: usize = 200;
+    const MAX_NAME_CHARS: usize = 200;
     let name = name.to_string_lossy();
-    let name: String = name.chars().take(LONGEST).collect();
+    let name: String = name.chars().take(MAX_NAME_CHARS).collect();
     let reason = match failure.raw_os_error() {
         Some(libc::ENOENT | libc::ENOTDIR) => "command not found".to_owned(),
         Some(libc::EACCES) => "permission denied".to_owned(),

@@ -34,10 +34,10 @@ pub(crate) enum Error {
     Seccomp(#[from] seccomp::Error),
     #[error("start a process")]
     Start(#[from] io::Error),
-    /// What the process itself said.
+    /// The container's process could not become what it is to be, for this reason.
     #[error("{0}")]
     Process(String),
-    /// Nothing can be started in it any more.
+    /// The container has ended, so nothing can be started in it any more.
     #[error("the container has ended")]
     Ended,
     #[error("{0} is missing")]
@@ -54,10 +54,10 @@ pub(crate) struct Container {
     cgroup: Cgroup,
     /// The name of its processes' session keyring.
     keyring: String,
-    /// By `exec_id`; the first process by the container's own.
+    /// The container's processes by `exec_id`; the first by the container's own.
     processes: Mutex<HashMap<String, Arc<Process>>>,
     first: Arc<Process>,
-    /// For all its processes.
+    /// The seccomp filter that all the container's processes are held to.
     seccomp: Option<Filter>,
     pid_namespace: Arc<OwnedFd>,
     /// Kills for want of memory that were told of.

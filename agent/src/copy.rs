@@ -184,7 +184,7 @@ impl<'a> Piece<'a> {
         )?)
     }
 
-    /// What it is called until it is whole.
+    /// The name of the file until it is whole.
     fn part(&self) -> OsString {
         let mut part = OsString::from(".");
         part.push(self.name);

@@ -13,7 +13,7 @@ use crate::wait;
 /// How the host may name devices.
 pub(crate) const KINDS: [&str; 1] = ["mmioblk"];
 
-/// As long as the Kata agent waits for one that is plugged.
+/// How long a plugged device is waited for: as long as the Kata agent does.
 const DEADLINE: Duration = Duration::from_secs(3);
 
 /// Waits for a device's node.

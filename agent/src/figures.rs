@@ -5,7 +5,7 @@ use std::io;
 
 use protocol::agent::messages::{VolumeStatsResponse, VolumeUsage, VolumeUsageUnit};
 
-/// In the text format of Prometheus.
+/// The agent's own figures, in the text format of Prometheus.
 pub(crate) fn metrics(containers: usize) -> io::Result<String> {
     let status = std::fs::read_to_string("/proc/self/status")?;
     let figures = [

@@ -22,7 +22,7 @@ use netlink::{CREATE, EXCLUSIVE, Message, Netlink, REPLACE};
 const NEW_NEIGHBOUR: u16 = 28;
 const NEIGHBOUR_ADDRESS: u16 = 1;
 const NEIGHBOUR_HARDWARE: u16 = 2;
-/// It is known for good (NUD_PERMANENT).
+/// The state of a neighbour that is known for good (NUD_PERMANENT).
 const PERMANENT: i32 = 0x80;
 
 /// Longest name of an interface (IFNAMSIZ, with its NUL).
@@ -169,7 +169,7 @@ fn is_the_kernels(prefix: &Prefix) -> bool {
     }
 }
 
-/// As the kernel has it (`dev_valid_name()`).
+/// Whether the kernel takes this as an interface's name (`dev_valid_name()`).
 fn is_name(name: &str) -> bool {
     let plain = |c: char| !(c == '/' || c == ':' || c == '\0' || c.is_whitespace());
     (1..=NAME_LEN).contains(&name.len()) && name != "." && name != ".." && name.chars().all(plain)

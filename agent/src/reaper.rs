@@ -19,9 +19,9 @@ use crate::sys::{self, pid_t};
 pub(crate) struct End {
     status: Mutex<Option<u8>>,
     known: Condvar,
-    /// Readable once it is known.
+    /// A descriptor that is readable once the process's end is known.
     event: OwnedFd,
-    /// The `cgroup.kill` of what is to end with it.
+    /// The `cgroup.kill` of what is to end with the process.
     rest: OnceLock<File>,
 }
 
@@ -52,7 +52,7 @@ impl End {
         }
     }
 
-    /// Readable once it is known.
+    /// A descriptor that is readable once the process's end is known.
     pub(crate) fn event(&self) -> BorrowedFd<'_> {
         self.event.as_fd()
     }
@@ -77,7 +77,7 @@ impl End {
         *waited.expect("a panic ends the process").0
     }
 
-    /// Whether it has.
+    /// Whether the process's end is known.
     pub(crate) fn is_known(&self) -> bool {
         self.status
             .lock()

@@ -165,7 +165,7 @@ pub(crate) struct Children {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Ending {
     status: u8,
-    /// Others outlive it.
+    /// Whether other processes outlive the main one.
     survivors: bool,
 }
 

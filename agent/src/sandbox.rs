@@ -28,11 +28,11 @@ const LAST_BREATH: Duration = Duration::from_millis(500);
 /// The pod in this guest.
 pub(crate) struct Sandbox {
     containers: Mutex<HashMap<String, Held>>,
-    /// Containers that are not there yet.
+    /// Identifiers of containers that are being made.
     making: Mutex<HashSet<String>>,
     storages: Storages,
     pub(crate) reaper: Reaper,
-    /// Of the first container, for those that share one.
+    /// The pid namespace of the first container, for those that share it.
     pid_namespace: Mutex<Option<Arc<OwnedFd>>>,
     /// Says that a container's count of kills for want of memory may have changed.
     kills: OwnedFd,

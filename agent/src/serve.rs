@@ -29,7 +29,8 @@ use crate::{clock, copy, cpus, devices, figures, network, storage, sys};
 /// The version of the protocol, as the Kata agent gives it.
 const GRPC_VERSION: &str = "0.0.1";
 
-/// What is written to the host is sent in the kernel's own time.
+/// How long the last answer has to be sent: what is written to the host goes in the kernel's own
+/// time.
 const ANSWER_GRACE: Duration = Duration::from_millis(50);
 
 /// Serves until the sandbox is destroyed.
@@ -59,7 +60,7 @@ fn from_the_host(listener: &VsockListener) -> io::Result<Option<OwnedFd>> {
 }
 
 impl Service for Sandbox {
-    /// What a clone is asked before all else.
+    /// Whether a call is quick: those that a clone is asked before all else are.
     fn is_quick(&self, service: &str, method: &str) -> bool {
         match service {
             HEALTH_SERVICE => true,
@@ -79,7 +80,8 @@ impl Service for Sandbox {
         }
     }
 
-    /// The sandbox's end is the guest's, and the client that asked for it is to know first.
+    /// Ends the guest once the sandbox's end is answered: the client that asked for it is to know
+    /// first.
     fn answered(&self, call: &Call<'_>) {
         if (call.service, call.method) == (AGENT_SERVICE, "DestroySandbox") {
             self.end();
@@ -304,7 +306,8 @@ fn details(request: GuestDetailsRequest) -> GuestDetailsResponse {
     }
 }
 
-/// By how many bytes memory is added to the guest at a time (kernel: admin-guide/mm/memory-hotplug.rst).
+/// How many bytes of memory are added to the guest at a time (kernel:
+/// admin-guide/mm/memory-hotplug.rst).
 fn memory_block_size() -> Option<u64> {
     let text = std::fs::read_to_string("/sys/devices/system/memory/block_size_bytes").ok()?;
     u64::from_str_radix(text.trim(), 16).ok()

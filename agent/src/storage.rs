@@ -20,7 +20,7 @@ use crate::devices;
 /// How the host may ask for storage.
 pub(crate) const DRIVERS: [&str; 5] = ["virtio-fs", "ephemeral", "local", "overlayfs", "mmioblk"];
 
-/// Of folders that belong to a group: what is made there does too.
+/// The mode of folders that belong to a group: what is made there does too.
 const GROUP_MODE: u32 = 0o2775;
 
 /// Mounted storage by place.
@@ -30,9 +30,9 @@ pub(crate) struct Storages(Mutex<HashMap<String, Held>>);
 /// Who needs what is mounted at a place.
 #[derive(Debug)]
 struct Held {
-    /// How many containers.
+    /// How many containers need it.
     users: usize,
-    /// It lives as long as the pod: memory that one container leaves to the next.
+    /// Whether it lives as long as the pod: memory that one container leaves to the next.
     stays: bool,
 }
 
@@ -41,7 +41,7 @@ impl Storages {
         self.0.lock().expect("a panic ends the process")
     }
 
-    /// Mounts it, unless it is.
+    /// Mounts the storage, unless it is mounted.
     pub(crate) fn add(&self, storage: &Storage) -> Result<(), Status> {
         if !DRIVERS.contains(&storage.driver.as_str()) {
             let why = format!("there is no storage driver {}", storage.driver);
@@ -69,7 +69,7 @@ impl Storages {
         Ok(())
     }
 
-    /// Unmounts it once no container needs it, unless it is the pod's.
+    /// Unmounts what is at `place` once no container needs it, unless it is the pod's.
     pub(crate) fn remove(&self, place: &str) {
         let mut places = self.places();
         let Some(held) = places.get_mut(place) else {
@@ -113,7 +113,7 @@ fn failed(act: &str, storage: &Storage, error: &io::Error) -> Status {
 #[derive(Debug, PartialEq)]
 struct Options {
     flags: MountFlags,
-    /// For the file system.
+    /// Options for the file system itself.
     data: String,
     group: Option<u32>,
     mode: Option<u32>,

@@ -89,7 +89,7 @@ pub(crate) fn set_hostname(name: &str) -> io::Result<()> {
 /// to use all that the processor has.
 pub(crate) const C_LIBRARY: &str = "GLIBC_TUNABLES";
 
-/// That variable for a program's environment, if it is set.
+/// The variable [`C_LIBRARY`] for a program's environment, if it is set.
 pub(crate) fn c_library() -> Vec<CString> {
     let tunables = std::env::var(C_LIBRARY).ok();
     let variable = tunables.and_then(|value| CString::new(format!("{C_LIBRARY}={value}")).ok());
@@ -389,7 +389,7 @@ pub(crate) fn attach_device_filter(cgroup: &Path, program: &[u64]) -> io::Result
         version: u32,
         flags: u32,
     }
-    /// As BPF_PROG_ATTACH has it.
+    /// A `bpf_attr` as BPF_PROG_ATTACH has it.
     #[repr(C)]
     struct Attach {
         target: c_int,

@@ -5,7 +5,7 @@ pub mod messages;
 pub mod oci;
 pub mod types;
 
-/// Where the agent listens, of vsock.
+/// The vsock port that the agent listens on.
 pub const PORT: u32 = 1024;
 /// Requests about the sandbox and its containers.
 pub const AGENT_SERVICE: &str = "grpc.AgentService";

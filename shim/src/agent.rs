@@ -26,13 +26,13 @@ const PATIENCE: Duration = Duration::from_secs(60);
 const KILL_PATIENCE: Duration = Duration::from_secs(5);
 /// How long the guest has to write its files when it ends.
 const FAREWELL: Duration = Duration::from_secs(2);
-/// For a guest's randomness.
+/// How many random bytes a guest is reseeded with.
 const SEED_BYTES: usize = 64;
 /// How late a word of the time may come at most, as far as it can be helped.
 const PROMPT: Duration = Duration::from_millis(10);
-/// How often the time is said at once.
+/// How many times the time of day is said, at most, while each word comes late.
 const MAX_WORDS: u32 = 3;
-/// Between tries to reach it.
+/// The time between tries to reach the agent.
 const PAUSE: Duration = Duration::from_millis(10);
 
 /// Why it cannot be reached.
@@ -72,11 +72,11 @@ pub(crate) enum Stream {
 /// What not every agent can do.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Abilities {
-    /// Apply seccomp profiles.
+    /// Whether the agent can apply seccomp profiles.
     pub(crate) seccomp: bool,
-    /// Have a container see the processes of another one.
+    /// Whether a container can see the processes of another one.
     pub(crate) pids_of_another: bool,
-    /// Be told the time now and then, and slew its clock.
+    /// Whether the agent can be told the time now and then, and slew the guest's clock.
     pub(crate) follows_the_clock: bool,
 }
 
@@ -113,7 +113,7 @@ impl Agent {
         }
     }
 
-    /// Whether it answers in time.
+    /// Checks whether the agent answers in time.
     pub(crate) fn check(&self, timeout: Duration) -> Result<(), CallError> {
         let request = messages::CheckRequest::default();
         let timeout = Some(timeout);

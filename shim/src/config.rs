@@ -16,7 +16,7 @@ pub(crate) use self::size::Size;
 /// Where the file is unless the user or containerd names another.
 pub(crate) const DEFAULT_PATH: &str = "/etc/podvmm/config.toml";
 
-/// Below it a guest does not come up.
+/// The least memory of a guest, in MiB. Below it a guest does not come up.
 const LEAST_MEMORY_MIB: u64 = 64;
 
 /// How pods are made. Every key may be left out but those of the kernel and what it boots into.
@@ -30,25 +30,25 @@ pub(crate) struct Config {
     pub(crate) kernel: PathBuf,
     /// The guest's first files, with the agent.
     pub(crate) initramfs: Option<PathBuf>,
-    /// Or a disk with a root file system and an agent in it, read-only.
+    /// A read-only disk with a root file system and an agent in it, instead of `initramfs`.
     pub(crate) image: Option<PathBuf>,
-    /// Added to the kernel's command line.
+    /// Parameters that are added to the kernel's command line.
     #[serde(default)]
     pub(crate) kernel_params: String,
-    /// `error`, `warn`, `info`, `debug` or `trace`.
+    /// How much is logged: `error`, `warn`, `info`, `debug` or `trace`.
     #[serde(default = "log_level")]
     pub(crate) log_level: log::LevelFilter,
     /// vCPUs of a pod without limits.
     #[serde(default = "default_vcpus")]
     pub(crate) default_vcpus: u8,
-    /// Memory of a pod without limits, without what the guest itself needs.
+    /// Memory of a pod without limits, in MiB, without what the guest itself needs.
     #[serde(default = "default_memory_mib")]
     pub(crate) default_memory_mib: u32,
-    /// What limits can make of a VM at most; without it the host's CPUs.
+    /// The most vCPUs that limits can give a VM; without it the host's CPUs.
     pub(crate) max_vcpus: Option<u8>,
-    /// The same of memory; without it the host's.
+    /// The most memory that limits can give a VM, in MiB; without it the host's.
     pub(crate) max_memory_mib: Option<u32>,
-    /// What the guest's kernel and agent need besides the pod's limits.
+    /// Memory that the guest's kernel and agent need besides the pod's limits, in MiB.
     #[serde(default = "guest_overhead_mib")]
     pub(crate) guest_overhead_mib: u32,
     /// Folder of the snapshots that later pods are restored from, instead of booting; empty for none.
@@ -57,10 +57,10 @@ pub(crate) struct Config {
     /// How many VMs restored from a template wait for pods of a size.
     #[serde(default)]
     pub(crate) pool: u8,
-    /// How long a guest may take to come up.
+    /// How long a guest may take to come up, in seconds.
     #[serde(default = "agent_timeout_s")]
     agent_timeout_s: u32,
-    /// Which of [`ANNOTATIONS`] pods may use.
+    /// The annotations, of [`ANNOTATIONS`], that pods may use.
     #[serde(default)]
     annotations: Vec<String>,
 }
@@ -119,7 +119,7 @@ pub(crate) enum Error {
 }
 
 impl Config {
-    /// Reads and checks it.
+    /// Reads and checks the configuration at `path`.
     pub(crate) fn read(path: &Path) -> Result<Self, Error> {
         let text = fs::read_to_string(path).map_err(|source| Error::Read {
             path: path.into(),
@@ -180,7 +180,7 @@ impl Config {
         unknown.map(|name| format!("annotations: there is no {name}"))
     }
 
-    /// The largest VM.
+    /// The size of the largest VM that a pod can have.
     pub(crate) fn most(&self) -> Size {
         let host = Size::of_host();
         Size {
@@ -193,7 +193,7 @@ impl Config {
         Duration::from_secs(self.agent_timeout_s.into())
     }
 
-    /// As a pod with these annotations has it.
+    /// The configuration as a pod with these annotations has it.
     pub(crate) fn for_pod(mut self, annotations: &BTreeMap<String, String>) -> Result<Self, Error> {
         let asked = annotations
             .iter()

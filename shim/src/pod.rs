@@ -48,7 +48,7 @@ pub(crate) struct Creation {
     pub(crate) bundle: PathBuf,
     pub(crate) rootfs: Vec<Mount>,
     pub(crate) paths: Paths,
-    /// Of the configuration.
+    /// The path of the configuration.
     pub(crate) config: PathBuf,
 }
 
@@ -58,7 +58,7 @@ pub(crate) struct Pod {
     place: Place,
     events: Publisher,
     containers: Mutex<HashMap<String, Arc<Container>>>,
-    /// Held while the VM is made, resized or ended.
+    /// A lock that is held while the VM is made, resized or ended.
     changing: Mutex<()>,
     guest: Mutex<Option<Arc<Guest>>>,
     phases: Mutex<Phases>,

@@ -74,9 +74,10 @@ pub(crate) struct Life {
 /// How a VM ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum End {
-    /// By this shim, by another process, or by the kernel of a host that is out of memory.
+    /// The VM was killed by this shim, by another process, or by the kernel of a host that is out
+    /// of memory.
     Killed,
-    /// By itself.
+    /// The VM ended by itself.
     Left,
 }
 
@@ -122,11 +123,11 @@ impl Life {
 /// How a VM came to run.
 #[derive(Debug)]
 pub(crate) enum Start {
-    /// It booted.
+    /// The VM booted.
     Booted,
-    /// It boots, and is to become a template.
+    /// The VM boots, and is to become a template.
     Model(Claim),
-    /// It is restored from this snapshot of a template.
+    /// The VM is restored from this snapshot of a template.
     Clone(Stamp),
 }
 
@@ -134,7 +135,7 @@ pub(crate) enum Start {
 #[derive(Debug)]
 pub(crate) struct Vm {
     pub(crate) start: Start,
-    /// How large it was at first.
+    /// The VM's size at first.
     pub(crate) size: Size,
     pid: u32,
     process: Process,
@@ -152,12 +153,12 @@ pub(crate) struct Plan<'a> {
     pub(crate) size: Size,
     /// The template it can be restored from, or become.
     pub(crate) template: Option<&'a Template>,
-    /// The pod's; without one a new one is made.
+    /// The path of the pod's network namespace; without one a new one is made.
     pub(crate) network: Option<&'a Path>,
 }
 
 impl Vm {
-    /// Makes and boots it. What the guest's network is to be is returned too; `record` is told of
+    /// Makes and boots a VM. What the guest's network is to be is returned too; `record` is told of
     /// what would outlive the shim.
     pub(crate) fn boot(plan: &Plan<'_>, record: &mut Record) -> Result<(Self, Settings), Error> {
         let life = Arc::new(Life::default());
@@ -244,7 +245,7 @@ impl Vm {
         client.boot().map_err(failed("boot the VM"))
     }
 
-    /// Takes a snapshot of it, and lets it go on.
+    /// Takes a snapshot of the VM, and lets it go on.
     pub(crate) fn snapshot(&self, folder: &Path) -> Result<(), Error> {
         let snapshot = Snapshot {
             folder: folder.into(),
@@ -266,7 +267,7 @@ impl Vm {
         self.client()?.resume().map_err(failed("resume the VM"))
     }
 
-    /// The folder that it was made in has another path now.
+    /// Notes that the folder that the VM was made in has another path now.
     pub(crate) fn moved(&mut self, place: &Place) {
         self.api = place.api();
     }

@@ -9,8 +9,8 @@ use rustix::thread::{self as threads, CapabilitySet, CapabilitySets};
 
 type Error = Box<dyn std::error::Error>;
 
-/// Sets how soon the kernel is to kill it for want of memory. In the guest's mounts: the container's
-/// `/proc` need not be one (the class of CVE-2025-52881).
+/// Sets how soon the kernel is to kill this process for want of memory. It is done in the guest's
+/// mounts: the container's `/proc` need not be one (the class of CVE-2025-52881).
 pub(crate) fn set_oom_score(process: &Process) -> io::Result<()> {
     match process.oom_score_adj {
         0 => Ok(()),
@@ -93,8 +93,8 @@ impl Sets {
         })
     }
 
-    /// Those of the ambient ones that the kernel allows to be so (capabilities(7)). The others are left
-    /// out, as runc does it: what `runc spec` writes has some.
+    /// The ambient capabilities, as far as the kernel allows them (capabilities(7)). The others are
+    /// left out, as runc does it: what `runc spec` writes has some.
     fn raised(&self) -> CapabilitySet {
         self.ambient & self.permitted & self.inheritable
     }

@@ -28,16 +28,16 @@ pub(crate) const STAGE: &str = "container";
 /// What the child is to become.
 #[derive(Clone, PartialEq, Message)]
 pub(crate) struct Launch {
-    /// The container; its first process.
+    /// The container's specification, for its first process.
     #[prost(message, optional, tag = "1")]
     pub(crate) spec: Option<oci::Spec>,
-    /// One more process, in the container's namespaces.
+    /// The process, if it is one more in the container's namespaces.
     #[prost(message, optional, tag = "2")]
     pub(crate) process: Option<oci::Process>,
-    /// Held to this.
+    /// The seccomp filter that the process is held to.
     #[prost(message, optional, tag = "3")]
     pub(crate) seccomp: Option<Filter>,
-    /// The container enters a pid namespace that is there already.
+    /// Whether the container enters a pid namespace that is there already.
     #[prost(bool, tag = "4")]
     pub(crate) shares_pids: bool,
     /// The name of the container's session keyring.
@@ -71,11 +71,11 @@ pub(crate) enum Word {
     Terminal(OwnedFd),
     /// All is prepared; it goes on when it is told to.
     Ready,
-    /// It cannot, and why.
+    /// The child cannot become what it is told to, and why.
     Failed(String),
 }
 
-const LONGEST: usize = 4 << 10;
+const MAX_WORD_LEN: usize = 4 << 10;
 
 /// Says a word, as one packet.
 pub(crate) fn say(channel: BorrowedFd<'_>, word: &Word) -> io::Result<()> {
@@ -85,7 +85,7 @@ pub(crate) fn say(channel: BorrowedFd<'_>, word: &Word) -> io::Result<()> {
     let bytes = match word {
         Word::Pid(pid) => [b"p", &pid.to_le_bytes()[..]].concat(),
         Word::Ready => b"r".to_vec(),
-        Word::Failed(why) => [b"e", &why.as_bytes()[..why.len().min(LONGEST - 1)]].concat(),
+        Word::Failed(why) => [b"e", &why.as_bytes()[..why.len().min(MAX_WORD_LEN - 1)]].concat(),
         Word::Terminal(fd) => {
             terminal = [fd.as_fd()];
             control.push(SendAncillaryMessage::ScmRights(&terminal));
@@ -99,7 +99,7 @@ pub(crate) fn say(channel: BorrowedFd<'_>, word: &Word) -> io::Result<()> {
 
 /// Waits for the next word. None if there are no more: the child has become its program, or ended.
 pub(crate) fn hear(channel: BorrowedFd<'_>) -> io::Result<Option<Word>> {
-    let mut bytes = [0; LONGEST];
+    let mut bytes = [0; MAX_WORD_LEN];
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
     let mut control = RecvAncillaryBuffer::new(&mut space);
     let mut parts = [IoSliceMut::new(&mut bytes)];
@@ -146,7 +146,7 @@ mod tests {
     fn words_are_heard_as_they_are_said() {
         let (ours, theirs) = channel();
         let (end, _) = io::pipe().unwrap();
-        let long = Word::Failed("long".repeat(LONGEST));
+        let long = Word::Failed("long".repeat(MAX_WORD_LEN));
         for word in [Word::Pid(7), Word::Terminal(end.into()), Word::Ready, long] {
             say(theirs.as_fd(), &word).unwrap();
         }
@@ -155,7 +155,7 @@ mod tests {
         assert!(matches!(hear(), Some(Word::Pid(7))));
         assert!(matches!(hear(), Some(Word::Terminal(_))));
         assert!(matches!(hear(), Some(Word::Ready)));
-        assert!(matches!(hear(), Some(Word::Failed(why)) if why.len() == LONGEST - 1));
+        assert!(matches!(hear(), Some(Word::Failed(why)) if why.len() == MAX_WORD_LEN - 1));
         assert!(hear().is_none());
     }
 

@@ -16,7 +16,7 @@ pub(crate) struct Process {
     /// A pidfd of it: its number may be another's once it has ended.
     handle: OwnedFd,
     pub(crate) end: Arc<End>,
-    /// Until it is told to go on.
+    /// The agent's end of the channel by which the process is told to go on; none once it is.
     waiting: Mutex<Option<OwnedFd>>,
     streams: Streams,
 }
@@ -25,12 +25,12 @@ pub(crate) struct Process {
 /// process's end, too.
 #[derive(Debug)]
 pub(super) struct Streams {
-    /// None once it is closed.
+    /// The end of standard input; none once it is closed.
     stdin: Mutex<Option<Arc<File>>>,
-    /// Held while something is written.
+    /// A lock that is held while something is written.
     writing: Mutex<()>,
     stdout: File,
-    /// None where a terminal carries both.
+    /// The end of standard error; none where a terminal carries both.
     stderr: Option<File>,
 }
 
@@ -90,7 +90,7 @@ impl Process {
         self.waiting.lock().expect("a panic ends the process")
     }
 
-    /// Lets it become its program.
+    /// Lets the process become its program.
     pub(crate) fn go_on(&self) -> Result<(), Error> {
         let channel = self.waiting().take();
         let Some(channel) = channel else {
@@ -104,7 +104,7 @@ impl Process {
         }
     }
 
-    /// Whether it still waits to be told.
+    /// Whether the process still waits to be told to go on.
     pub(crate) fn waits(&self) -> bool {
         self.waiting().is_some()
     }

@@ -92,9 +92,9 @@ struct Options {
     flags: MountFlags,
     propagation: Vec<MountPropagationFlags>,
     bind: Option<bool>,
-    /// Read-only with all that is mounted below.
+    /// Whether the mount is read-only with all that is mounted below it.
     all_readonly: bool,
-    /// For the file system.
+    /// Options for the file system itself.
     data: Vec<String>,
 }
 
@@ -225,7 +225,7 @@ fn find(root: BorrowedFd<'_>, path: &Path, is_file: bool) -> io::Result<OwnedFd>
 /// Finds the place step by step, so that it can make what is missing. No step follows a link or leaves
 /// the folder it is taken from, whatever another container does there meanwhile.
 fn make(root: BorrowedFd<'_>, path: &Path, is_file: bool) -> io::Result<OwnedFd> {
-    /// As many as the kernel follows in one path.
+    /// How many links are followed in one path: as many as the kernel follows.
     const MAX_LINKS: usize = 40;
     let step = |from: BorrowedFd<'_>, name: &OsStr| {
         let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;

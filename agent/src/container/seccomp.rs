@@ -65,7 +65,7 @@ const ARCHITECTURE: u32 = 0xc000_003e;
 #[cfg(target_arch = "aarch64")]
 const ARCHITECTURE: u32 = 0xc000_00b7;
 
-/// From here on x86's numbers are of its x32, which the guest's kernel has not.
+/// The least number of a system call of x86's x32, which the guest's kernel has not.
 const OTHER_NUMBERS: u32 = 0x4000_0000;
 
 /// Offsets in a seccomp_data.
@@ -89,7 +89,7 @@ const LONGEST_ERRNO: u32 = 4095;
 const EPERM: u32 = 1;
 const ENOSYS: u32 = 38;
 
-/// BPF_MAXINSNS.
+/// The most instructions that a program may have (BPF_MAXINSNS).
 const MOST_INSTRUCTIONS: usize = 4096;
 
 /// One step of the program: the numbers of a `sock_filter` (linux/filter.h).
@@ -302,7 +302,7 @@ fn program(
     program
 }
 
-/// From which number on what is done, in order.
+/// Ranges of system calls in order: from which number on which instructions count.
 fn ranges(
     rules: &BTreeMap<u32, Vec<Rule>>,
     default: u32,

@@ -10,7 +10,7 @@ use super::netlink::{CREATE, Message, Netlink, REPLACE, attributes};
 const NEW_ADDRESS: u16 = 20;
 const DELETE_ADDRESS: u16 = 21;
 const GET_ADDRESS: u16 = 22;
-/// An ifaddrmsg.
+/// The length of an ifaddrmsg, in bytes.
 const FIXED_LEN: usize = 8;
 const ADDRESS: u16 = 1;
 const LOCAL: u16 = 2;
@@ -56,7 +56,7 @@ impl Prefix {
     }
 }
 
-/// Without a prefix all of it is meant.
+/// Reads an address with its prefix. Without a prefix all of the address is meant.
 impl FromStr for Prefix {
     type Err = NoAddress;
 

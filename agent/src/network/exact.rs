@@ -8,7 +8,7 @@ use super::netlink::{Message, attributes, number};
 
 const NEW_ROUTE: u16 = 24;
 const NEW_RULE: u16 = 32;
-/// Of an rtmsg and of a fib_rule_hdr.
+/// The length of an rtmsg and of a fib_rule_hdr, in bytes.
 const FIXED_LEN: usize = 12;
 
 /// Attributes of a route.
@@ -23,7 +23,8 @@ const NEXT_HOP_OBJECT: u16 = 30;
 /// An attribute of a rule.
 const PRIORITY: u16 = 6;
 
-/// One of several ways (struct rtnexthop): a length, flags, a weight and the interface's number.
+/// The length of one of a route's ways, in bytes (struct rtnexthop): a length, flags, a weight and
+/// the interface's number.
 const WAY_LEN: usize = 8;
 /// What of a route's or way's flags can be set (RTNH_F_PERVASIVE, RTNH_F_ONLINK): the rest is its state.
 const ROUTE_FLAGS: u8 = 2 | 4;

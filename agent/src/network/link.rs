@@ -7,15 +7,16 @@ use super::netlink::{Message, Netlink, attributes, number, text};
 
 const NEW_LINK: u16 = 16;
 const GET_LINK: u16 = 18;
-/// An ifinfomsg.
+/// The length of an ifinfomsg, in bytes.
 const FIXED_LEN: usize = 16;
 const ADDRESS: u16 = 1;
 const NAME: u16 = 3;
 const MTU: u16 = 4;
 const DETAILS: u16 = 18;
-/// Within [`DETAILS`].
+/// The attribute within [`DETAILS`] that tells an interface's kind.
 const KIND: u16 = 1;
-/// Of the device behind the interface (IFLA_PARENT_DEV_BUS_NAME, Linux 5.14).
+/// The attribute for the bus of the device behind an interface (IFLA_PARENT_DEV_BUS_NAME, Linux
+/// 5.14).
 const BUS: u16 = 57;
 
 pub(super) const UP: u32 = 1;
@@ -29,9 +30,9 @@ pub(super) struct Link {
     pub(super) name: String,
     pub(super) mtu: u32,
     pub(super) hardware: Vec<u8>,
-    /// Such as `bridge`; empty for a real one.
+    /// The interface's kind, such as `bridge`; empty for a real one.
     pub(super) kind: String,
-    /// Such as `virtio`; empty without a device.
+    /// The bus of the interface's device, such as `virtio`; empty without a device.
     pub(super) bus: String,
 }
 
@@ -112,7 +113,7 @@ pub(super) fn rename(netlink: &mut Netlink, link: &Link, name: &str) -> io::Resu
     }
 }
 
-/// Older kernels rename no interface that is up.
+/// Renames an interface. For older kernels, which rename none that is up, it goes down meanwhile.
 fn set_name(netlink: &mut Netlink, link: &Link, name: &str) -> io::Result<()> {
     let rename = Change {
         name: Some(name),

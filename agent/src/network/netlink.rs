@@ -10,13 +10,13 @@ use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, 
 
 pub(super) const CREATE: u16 = 0x400;
 pub(super) const REPLACE: u16 = 0x100;
-/// What is there already is an error.
+/// The flag of a request to which it is an error that the thing is there already.
 pub(super) const EXCLUSIVE: u16 = 0x200;
 
 const REQUEST: u16 = 1;
 const ACK: u16 = 4;
 const DUMP: u16 = 0x300;
-/// In an answer: what is listed changed meanwhile.
+/// The flag of an answer that tells that what is listed changed meanwhile.
 const INTERRUPTED: u16 = 0x10;
 
 const ERROR: u16 = 2;
@@ -24,10 +24,10 @@ const DONE: u16 = 3;
 
 const HEADER_LEN: usize = 16;
 const ATTRIBUTE_HEADER_LEN: usize = 4;
-/// Of an attribute's kind: the rest tells how it is made.
+/// The bits of an attribute's kind that are the kind itself: the rest tells how it is made.
 const KIND_MASK: u16 = 0x3fff;
 
-/// The kernel answers at once.
+/// How long the kernel's answer is waited for. It answers at once.
 const PATIENCE: Duration = Duration::from_secs(30);
 
 /// A message to the kernel.

@@ -8,7 +8,7 @@ use super::netlink::{Message, Netlink, attributes, number};
 
 const NEW_ROUTE: u16 = 24;
 const GET_ROUTE: u16 = 26;
-/// An rtmsg.
+/// The length of an rtmsg, in bytes.
 const FIXED_LEN: usize = 12;
 const DESTINATION: u16 = 1;
 const SOURCE: u16 = 2;
@@ -16,11 +16,11 @@ const INTERFACE: u16 = 4;
 const GATEWAY: u16 = 5;
 const PREFERRED_SOURCE: u16 = 7;
 const METRICS: u16 = 8;
-/// Within [`METRICS`].
+/// The attribute within [`METRICS`] that tells the MTU.
 const MTU: u16 = 2;
 
 const MAIN_TABLE: u8 = 254;
-/// Set up at boot (RTPROT_BOOT).
+/// The origin of a route that was set up at boot (RTPROT_BOOT).
 const BOOT: u8 = 3;
 pub(super) const UNICAST: u8 = 1;
 /// The gateway is on the link though no route says so (RTNH_F_ONLINK). What else there is of flags
@@ -41,7 +41,7 @@ pub(super) struct Route {
 }
 
 impl Route {
-    /// Asks for it.
+    /// The message that has the kernel set this route.
     pub(super) fn message(&self) -> Message {
         let (mut destination_len, mut source_len) = (0, 0);
         let mut attributes = Message::new(0, &[]);
@@ -89,7 +89,7 @@ impl Route {
         Message::new(NEW_ROUTE, &fixed).and(&attributes)
     }
 
-    /// None if it is of another table or leads nowhere.
+    /// Reads a route as the kernel lists it; none if it is of another table or leads nowhere.
     fn parse(payload: &[u8]) -> Option<Self> {
         let (fixed, rest) = payload.split_first_chunk::<FIXED_LEN>()?;
         let [

@@ -69,7 +69,7 @@ fn names_are_those_the_kernel_takes() {
     }
 }
 
-/// In a network of its own, where the user may have one.
+/// Tests an interface in a network of its own, where the user may have one.
 #[test]
 fn an_interface_becomes_what_the_host_says() {
     let done = std::thread::spawn(|| {

@@ -25,14 +25,14 @@ pub enum ServingStatus {
     NotServing = 2,
 }
 
-/// Says how it is.
+/// The answer to [`CheckRequest`]: how the service is.
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct HealthCheckResponse {
     #[prost(enumeration = "ServingStatus", tag = "1")]
     pub status: i32,
 }
 
-/// Which protocol and which agent.
+/// The versions of the agent's protocol and of the agent.
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct VersionCheckResponse {
     #[prost(string, tag = "1")]
@@ -123,7 +123,7 @@ pub struct WaitProcessRequest {
     pub exec_id: String,
 }
 
-/// 128 + N if signal N ended it.
+/// How a process ended: its own status, or 128 + N if signal N ended it.
 #[derive(Clone, Copy, PartialEq, ::prost::Message)]
 pub struct WaitProcessResponse {
     #[prost(int32, tag = "1")]
@@ -160,7 +160,7 @@ pub struct ResumeContainerRequest {
     pub container_id: String,
 }
 
-/// For standard input; no data closes it.
+/// Writes to a process's standard input; no data closes it.
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct WriteStreamRequest {
     #[prost(string, tag = "1")]
@@ -171,7 +171,7 @@ pub struct WriteStreamRequest {
     pub data: Vec<u8>,
 }
 
-/// How much of it was taken.
+/// How many bytes of the input were taken.
 #[derive(Clone, Copy, PartialEq, ::prost::Message)]
 pub struct WriteStreamResponse {
     #[prost(uint32, tag = "1")]
@@ -189,7 +189,7 @@ pub struct ReadStreamRequest {
     pub len: u32,
 }
 
-/// None at the end.
+/// Bytes of a process's output; none at the end.
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct ReadStreamResponse {
     #[prost(bytes = "vec", tag = "1")]
@@ -237,7 +237,7 @@ pub struct CreateSandboxRequest {
     pub kernel_modules: Vec<KernelModule>,
 }
 
-/// To be loaded.
+/// A kernel module to be loaded.
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct KernelModule {
     #[prost(string, tag = "1")]
@@ -344,13 +344,13 @@ pub struct Routes {
 /// kernel reads the same.
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct ExactRoutes {
-    /// What the interfaces that they name by number are called.
+    /// Names of the interfaces that the routes have by number.
     #[prost(message, repeated, tag = "1")]
     pub interfaces: Vec<NumberedInterface>,
-    /// The payload of an RTM_NEWROUTE each.
+    /// The routes, each as the payload of an RTM_NEWROUTE.
     #[prost(bytes = "vec", repeated, tag = "2")]
     pub routes: Vec<Vec<u8>>,
-    /// The payload of an RTM_NEWRULE each.
+    /// The routing rules, each as the payload of an RTM_NEWRULE.
     #[prost(bytes = "vec", repeated, tag = "3")]
     pub rules: Vec<Vec<u8>>,
 }
@@ -413,14 +413,14 @@ pub struct OnlineCpuMemRequest {
     pub cpu_only: bool,
 }
 
-/// Entropy for the guest.
+/// Gives entropy to the guest.
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct ReseedRandomDevRequest {
     #[prost(bytes = "vec", tag = "2")]
     pub data: Vec<u8>,
 }
 
-/// The time of day.
+/// Tells the guest the time of day.
 #[derive(Clone, Copy, PartialEq, ::prost::Message)]
 pub struct SetGuestDateTimeRequest {
     #[prost(int64, tag = "1")]
@@ -491,7 +491,7 @@ pub struct CopyFileRequest {
 #[derive(Clone, Copy, PartialEq, ::prost::Message)]
 pub struct GetOomEventRequest {}
 
-/// It ran out of memory.
+/// Names a container that ran out of memory.
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct OomEvent {
     #[prost(string, tag = "1")]
@@ -502,7 +502,7 @@ pub struct OomEvent {
 #[derive(Clone, Copy, PartialEq, ::prost::Message)]
 pub struct GetMetricsRequest {}
 
-/// In Prometheus' text format.
+/// The agent's own figures, in Prometheus' text format.
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct Metrics {
     #[prost(string, tag = "1")]

@@ -30,7 +30,7 @@ pub struct Spec {
     pub linux: Option<Linux>,
 }
 
-/// What runs in it.
+/// The process that runs in a container.
 #[derive(Clone, PartialEq, ::prost::Message, serde::Deserialize)]
 #[serde(rename_all = "camelCase", default)]
 pub struct Process {
@@ -60,7 +60,7 @@ pub struct Process {
     pub selinux_label: String,
 }
 
-/// Of a terminal, in characters.
+/// A terminal's size, in characters.
 #[derive(Clone, Copy, PartialEq, ::prost::Message, serde::Deserialize)]
 #[serde(rename_all = "camelCase", default)]
 pub struct Size {
@@ -84,7 +84,7 @@ pub struct User {
     pub username: String,
 }
 
-/// By name, as `CAP_CHOWN`.
+/// Capabilities of a process, by name, as `CAP_CHOWN`.
 #[derive(Clone, PartialEq, ::prost::Message, serde::Deserialize)]
 #[serde(rename_all = "camelCase", default)]
 pub struct LinuxCapabilities {
@@ -168,7 +168,7 @@ pub struct Hook {
     pub timeout: i64,
 }
 
-/// What only Linux has.
+/// What of a container only Linux has.
 #[derive(Clone, PartialEq, ::prost::Message, serde::Deserialize)]
 #[serde(rename_all = "camelCase", default)]
 pub struct Linux {
@@ -268,7 +268,7 @@ pub struct LinuxResources {
     pub unified: BTreeMap<String, String>,
 }
 
-/// Which devices it may open.
+/// A rule for the devices that a container may open.
 #[derive(Clone, PartialEq, ::prost::Message, serde::Deserialize)]
 #[serde(rename_all = "camelCase", default)]
 pub struct LinuxDeviceCgroup {
@@ -276,7 +276,7 @@ pub struct LinuxDeviceCgroup {
     pub allow: bool,
     #[prost(string, tag = "2")]
     pub r#type: String,
-    /// -1 is any.
+    /// The device's major number; -1 is any.
     #[prost(int64, tag = "3")]
     #[serde(default = "any_number")]
     pub major: i64,
@@ -292,7 +292,7 @@ fn any_number() -> i64 {
     -1
 }
 
-/// Bytes; -1 is no limit, 0 is not said.
+/// Limits of a container's memory, in bytes; -1 is no limit, 0 is not said.
 #[derive(Clone, Copy, PartialEq, ::prost::Message, serde::Deserialize)]
 #[serde(rename_all = "camelCase", default)]
 pub struct LinuxMemory {
@@ -314,7 +314,7 @@ pub struct LinuxMemory {
     pub disable_oom_killer: bool,
 }
 
-/// Shares are relative, quota and period in microseconds.
+/// CPU time that a container may use: shares are relative, quota and period in microseconds.
 #[derive(Clone, PartialEq, ::prost::Message, serde::Deserialize)]
 #[serde(rename_all = "camelCase", default)]
 pub struct LinuxCpu {
@@ -334,7 +334,7 @@ pub struct LinuxCpu {
     pub mems: String,
 }
 
-/// Processes and threads.
+/// How many processes and threads a container may have.
 #[derive(Clone, Copy, PartialEq, ::prost::Message, serde::Deserialize)]
 #[serde(rename_all = "camelCase", default)]
 pub struct LinuxPids {
@@ -342,7 +342,7 @@ pub struct LinuxPids {
     pub limit: i64,
 }
 
-/// Bytes of pages of a size, such as `2MB`.
+/// A limit of huge pages of one size, such as `2MB`, in bytes.
 #[derive(Clone, PartialEq, ::prost::Message, serde::Deserialize)]
 #[serde(rename_all = "camelCase", default)]
 pub struct LinuxHugepageLimit {
@@ -353,7 +353,7 @@ pub struct LinuxHugepageLimit {
     pub limit: u64,
 }
 
-/// Weights are relative.
+/// How a container may use disks. Weights are relative.
 #[derive(Clone, PartialEq, ::prost::Message, serde::Deserialize)]
 #[serde(rename_all = "camelCase", default)]
 pub struct LinuxBlockIo {
@@ -387,7 +387,7 @@ pub struct LinuxWeightDevice {
     pub leaf_weight: u32,
 }
 
-/// Bytes or operations a second for one device.
+/// A limit of bytes or operations a second for one device.
 #[derive(Clone, Copy, PartialEq, ::prost::Message, serde::Deserialize)]
 #[serde(rename_all = "camelCase", default)]
 pub struct LinuxThrottleDevice {
@@ -399,7 +399,7 @@ pub struct LinuxThrottleDevice {
     pub rate: u64,
 }
 
-/// Marks of packets.
+/// How a container's network packets are marked.
 #[derive(Clone, PartialEq, ::prost::Message, serde::Deserialize)]
 #[serde(rename_all = "camelCase", default)]
 pub struct LinuxNetwork {
@@ -410,7 +410,7 @@ pub struct LinuxNetwork {
     pub priorities: Vec<LinuxInterfacePriority>,
 }
 
-/// Of the packets that leave by an interface.
+/// The priority of packets that leave by an interface.
 #[derive(Clone, PartialEq, ::prost::Message, serde::Deserialize)]
 #[serde(rename_all = "camelCase", default)]
 pub struct LinuxInterfacePriority {
@@ -420,7 +420,7 @@ pub struct LinuxInterfacePriority {
     pub priority: u32,
 }
 
-/// Cache allocation.
+/// A container's share of the processor's cache.
 #[derive(Clone, PartialEq, ::prost::Message, serde::Deserialize)]
 #[serde(rename_all = "camelCase", default)]
 pub struct LinuxIntelRdt {

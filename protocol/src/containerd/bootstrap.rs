@@ -8,7 +8,7 @@ use prost_types::Any;
 /// The most verbose level of a log that is not for debugging.
 pub const LOG_LEVEL_DEBUG: i32 = -4;
 
-/// Of a shim's start.
+/// What containerd says to a shim when it starts it.
 #[derive(Clone, PartialEq, prost::Message)]
 pub struct BootstrapParams {
     #[prost(string, tag = "1")]
@@ -25,7 +25,8 @@ pub struct BootstrapParams {
     pub extensions: Vec<Extension>,
 }
 
-/// More of it, such as the runtime's options, each known by its type.
+/// One more thing that containerd says at a shim's start, such as the runtime's options. Its type
+/// tells which.
 #[derive(Clone, PartialEq, prost::Message)]
 pub struct Extension {
     #[prost(message, optional, tag = "1")]
@@ -43,17 +44,17 @@ pub struct BootstrapResult {
     pub protocol: String,
 }
 
-/// Of this runtime.
+/// What containerd is told of this runtime.
 #[derive(Clone, PartialEq, prost::Message)]
 pub struct RuntimeInfo {
     #[prost(string, tag = "1")]
     pub name: String,
     #[prost(message, optional, tag = "2")]
     pub version: Option<RuntimeVersion>,
-    /// Those that it was asked with.
+    /// The runtime's options that containerd asked with.
     #[prost(message, optional, tag = "3")]
     pub options: Option<Any>,
-    /// The OCI runtime specification's, as JSON.
+    /// The features document of the OCI runtime specification, as JSON.
     #[prost(message, optional, tag = "4")]
     pub features: Option<Any>,
     #[prost(btree_map = "string, string", tag = "5")]

@@ -69,7 +69,7 @@ pub struct TaskDelete {
     pub exit_status: u32,
     #[prost(message, optional, tag = "4")]
     pub exited_at: Option<Timestamp>,
-    /// The process, if it is not the first.
+    /// The process's identifier, if it is not the container's first.
     #[prost(string, tag = "5")]
     pub id: String,
 }
@@ -78,7 +78,7 @@ pub struct TaskDelete {
 pub struct TaskExit {
     #[prost(string, tag = "1")]
     pub container_id: String,
-    /// The process; the first has the container's.
+    /// The process's identifier; a container's first process has the container's.
     #[prost(string, tag = "2")]
     pub id: String,
     #[prost(uint32, tag = "3")]
@@ -89,7 +89,7 @@ pub struct TaskExit {
     pub exited_at: Option<Timestamp>,
 }
 
-/// Of `TaskOOM`, `TaskPaused` and `TaskResumed`.
+/// An event that names only its container: `TaskOOM`, `TaskPaused` or `TaskResumed`.
 #[derive(Clone, PartialEq, prost::Message)]
 pub struct TaskOnly {
     #[prost(string, tag = "1")]
@@ -114,7 +114,7 @@ pub struct TaskExecStarted {
     pub pid: u32,
 }
 
-/// One event.
+/// An event that containerd is told of.
 #[derive(Debug)]
 pub enum Event {
     Create(TaskCreate),
@@ -129,7 +129,7 @@ pub enum Event {
 }
 
 impl Event {
-    /// Its topic and itself.
+    /// The event's topic, and the event as a message with its type.
     pub fn envelope(&self) -> (&'static str, Any) {
         use super::any;
         match self {

@@ -44,7 +44,7 @@ pub struct Cpu {
     pub throttled_usec: u64,
 }
 
-/// Bytes, but for the counts of pages and faults.
+/// Memory that has been used, in bytes, but for the counts of pages and faults.
 #[derive(Clone, Copy, PartialEq, prost::Message)]
 pub struct Memory {
     #[prost(uint64, tag = "1")]

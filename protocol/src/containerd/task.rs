@@ -51,7 +51,7 @@ pub struct CreateTaskRequest {
     pub options: Option<Any>,
 }
 
-/// Of `Create` and `Start`.
+/// The answer to `Create` and `Start`: the process's number.
 #[derive(Clone, PartialEq, prost::Message)]
 pub struct PidResponse {
     #[prost(uint32, tag = "1")]

@@ -19,11 +19,11 @@ pub enum CallError {
     /// The other side refuses.
     #[error(transparent)]
     Refused(#[from] Status),
-    /// It did not answer in time; it may have done what was asked.
+    /// The other side did not answer in time; it may have done what was asked.
     #[error("no answer to {method} within {timeout:?}")]
     Late {
         method: String,
-        /// How long it was waited for.
+        /// How long the answer was waited for.
         timeout: Duration,
     },
     /// The connection has ended; what was asked may have been done.
@@ -44,16 +44,16 @@ pub enum CallError {
 #[derive(Debug)]
 pub struct Client {
     stream: UnixStream,
-    /// Held while a request is written.
+    /// A lock that is held while a request is written.
     writing: Mutex<()>,
     calls: Arc<Mutex<Calls>>,
 }
 
 #[derive(Debug)]
 struct Calls {
-    /// Odd, as a client's are.
+    /// The number of the next stream: odd, as a client's are.
     next: u32,
-    /// None once the connection has ended.
+    /// Callers that wait, by the number of their stream; none once the connection has ended.
     waiting: Option<HashMap<u32, SyncSender<Frame>>>,
 }
 

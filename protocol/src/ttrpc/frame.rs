@@ -18,7 +18,7 @@ const USUAL_LEN: u32 = 64 << 10;
 pub(super) struct Frame {
     pub(super) stream: u32,
     pub(super) kind: u8,
-    /// None if it was longer than a message may be.
+    /// The message's bytes; none if it was longer than a message may be.
     pub(super) payload: Option<Vec<u8>>,
 }
 

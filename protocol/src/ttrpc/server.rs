@@ -15,12 +15,12 @@ use super::{Code, MAX_MESSAGE, Request, Response, Status, StatusMessage, frame};
 /// A call to be answered.
 #[derive(Debug)]
 pub struct Call<'a> {
-    /// As `grpc.Health`.
+    /// The service's name, as `grpc.Health`.
     pub service: &'a str,
-    /// As `Check`.
+    /// The method's name, as `Check`.
     pub method: &'a str,
     payload: &'a [u8],
-    /// None for a quick one.
+    /// A pipe that hangs up once the caller is gone; none for a quick call.
     caller: Option<&'a PipeReader>,
 }
 
@@ -35,9 +35,9 @@ impl Call<'_> {
         Ok(answer(request)?.encode_to_vec())
     }
 
-    /// Hangs up, as poll(2) has it, once the caller is gone. A service that waits to take something
-    /// for the answer must wait for this too; otherwise the next caller may miss what it takes. Not
-    /// for quick calls.
+    /// A descriptor that hangs up, as poll(2) has it, once the caller is gone. A service that waits
+    /// to take something for the answer must wait for this too; otherwise the next caller may miss
+    /// what it takes. Not for quick calls.
     pub fn caller(&self) -> BorrowedFd<'_> {
         self.caller.expect("a quick call does not wait").as_fd()
     }
@@ -51,7 +51,7 @@ impl Call<'_> {
         matches!(poll(&mut caller, Some(&Timespec::default())), Ok(1))
     }
 
-    /// There is no such method.
+    /// The status for a method that the service does not have.
     pub fn unimplemented(&self) -> Status {
         Status::unimplemented(self.service, self.method)
     }
@@ -65,7 +65,7 @@ pub trait Service: Send + Sync + 'static {
         false
     }
 
-    /// May take as long as it likes. The answer is an encoded message.
+    /// Answers a call, with an encoded message. It may take as long as it likes.
     fn call(&self, call: &Call<'_>) -> Result<Vec<u8>, Status>;
 
     /// Hears that a call's answer is written, or that no caller is there to take it.
@@ -200,9 +200,9 @@ struct State {
 }
 
 impl Workers {
-    /// Far more than the processes of a pod have streams.
+    /// The most threads there may be: far more than the processes of a pod have streams.
     const MOST: usize = 4096;
-    /// Virtual memory; what is not used costs nothing.
+    /// The size of a thread's stack, in bytes of virtual memory; what is not used costs nothing.
     pub(super) const STACK: usize = 256 << 10;
 
     fn run(&self, job: Job) -> Result<(), Status> {

@@ -59,7 +59,7 @@ pub(crate) struct Stdio {
 struct Outlets {
     stdout: Option<File>,
     stderr: Option<File>,
-    /// After the others, whose end it is to see first.
+    /// The program that takes output. It is dropped after the others, whose end it is to see first.
     logger: Option<Logger>,
 }
 

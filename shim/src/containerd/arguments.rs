@@ -30,21 +30,21 @@ pub(crate) enum Action {
     Version,
 }
 
-/// The whole of it.
+/// The command line of the shim, told apart.
 #[derive(Clone, Debug)]
 pub(crate) struct Arguments {
     pub(crate) action: Action,
     pub(crate) namespace: String,
-    /// containerd's socket.
+    /// The path of containerd's socket.
     pub(crate) address: String,
-    /// Its socket for events, if that is said elsewhere than in the environment.
+    /// containerd's socket for events, if that is said elsewhere than in the environment.
     pub(crate) events: Option<PathBuf>,
     pub(crate) id: String,
     pub(crate) debug: bool,
     pub(crate) bundle: Option<PathBuf>,
-    /// For people: the configuration.
+    /// The path of the configuration, for people to say.
     pub(crate) config: Option<PathBuf>,
-    /// Of the VM that is to wait.
+    /// Memory of the VM that is to wait, in MiB.
     pub(crate) memory_mib: u64,
 }
 
@@ -126,7 +126,7 @@ impl Arguments {
         std::path::absolute(&path).unwrap_or(path)
     }
 
-    /// Those of the shim that is to serve.
+    /// The arguments of the shim that is to serve.
     pub(crate) fn to_serve(&self) -> Vec<OsString> {
         let words = [
             "-namespace",

@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use protocol::containerd::bootstrap::{RuntimeInfo, RuntimeVersion};
 
 const NAME: &str = "io.containerd.podvmm.v2";
-/// By this name containerd knows the document, which is JSON then.
+/// The name by which containerd knows the features document, which is JSON then.
 const FEATURES: &str = "types.containerd.io/opencontainers/runtime-spec/1/features/Features";
 
 /// The answer to options as containerd has them for the runtime.

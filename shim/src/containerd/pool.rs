@@ -29,21 +29,21 @@ use crate::vm::template::{Stamp, Template};
 const HOLD_OFF: Duration = Duration::from_secs(5);
 /// How long a VM waits.
 const IDLE: Duration = Duration::from_secs(3600);
-/// Between looks at whether it is still wanted.
+/// The time between looks at whether a VM that waits is still wanted.
 const CHECK: Duration = Duration::from_secs(5);
 /// How long the two shims may take to talk.
 const PATIENCE: Duration = Duration::from_secs(2);
-/// Between looks at how many VMs wait.
+/// The time between looks at how many VMs wait.
 const PAUSE: Duration = Duration::from_millis(200);
-/// Of orders, in bytes.
-const LONGEST: u64 = 16 << 10;
+/// The greatest length of a shim's orders, in bytes.
+const MAX_ORDERS_LEN: u64 = 16 << 10;
 const YES: &[u8] = b"yes\n";
 
 /// The VMs of one configuration that wait for pods of one size.
 #[derive(Debug)]
 pub(crate) struct Pool {
     folder: PathBuf,
-    /// How their folders' names begin.
+    /// How the names of the VMs' folders begin.
     prefix: String,
     wanted: usize,
     config: PathBuf,
@@ -51,7 +51,7 @@ pub(crate) struct Pool {
 }
 
 impl Pool {
-    /// Of the template. None if its pods need what no VM has that waits.
+    /// The pool for pods of the template. None if they need what no VM has that waits.
     pub(crate) fn of(path: &Path, config: &Config, template: &Template) -> Option<Self> {
         if config.pool == 0 || template.interfaces() != 1 {
             return None;
@@ -77,7 +77,7 @@ impl Pool {
         members(&self.folder).into_iter().filter(is_ours).collect()
     }
 
-    /// Those that wait.
+    /// The folders of VMs that wait.
     fn ready(&self) -> impl Iterator<Item = PathBuf> {
         let waits = |folder: &PathBuf| Place::at(folder).shim().exists();
         self.members().into_iter().filter(waits)
@@ -289,7 +289,7 @@ fn answer(listener: &UnixListener) -> io::Result<Orders> {
     stream.set_read_timeout(Some(PATIENCE))?;
     stream.set_write_timeout(Some(PATIENCE))?;
     let mut line = String::new();
-    let mut reader = BufReader::new(stream).take(LONGEST);
+    let mut reader = BufReader::new(stream).take(MAX_ORDERS_LEN);
     reader.read_line(&mut line)?;
     let orders = serde_json::from_str(&line)?;
     reader.get_mut().get_mut().write_all(YES)?;

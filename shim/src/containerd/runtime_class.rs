@@ -6,11 +6,11 @@ use crate::config::Config;
 /// What the shim, podvmm and the host's kernel take for a pod: 4.7, 4.4 and 1.5 MiB by
 /// `benches/pods`, rounded up, as they grow with the files that the guest has open.
 const HOST_MIB: u32 = 12;
-/// What they take of a processor while a pod does nothing much, in thousandths: the shim and podvmm
+/// What a pod takes of a processor while it does nothing much, in thousandths: the shim and podvmm
 /// 1 at most by `benches/pods`; the rest is for the guest's kernel.
 const MILLI_CPUS: u32 = 50;
 
-/// As a manifest.
+/// The RuntimeClass for this configuration, as a manifest.
 pub(crate) fn yaml(config: &Config) -> String {
     let memory = config.guest_overhead_mib + HOST_MIB;
     format!(

@@ -24,13 +24,13 @@ use crate::pod::spec;
 use crate::pod::task::State;
 use crate::pod::{Creation, Pod};
 
-/// Between looks at whether a caller that waits for a process is still there.
+/// The time between looks at whether a caller that waits for a process is still there.
 const ORPHAN_PERIOD: Duration = Duration::from_secs(20);
 
 /// Answers for the pod.
 pub(crate) struct Tasks {
     pod: Arc<Pod>,
-    /// Told when the shim is to end.
+    /// Where the shim is told to end.
     end: Sender<()>,
 }
 

@@ -26,17 +26,17 @@ use crate::host::phases;
 use crate::host::place::{Place, make_private};
 use crate::pod::{guest, spec, teardown};
 
-/// Tells the shim that is to serve which descriptor it listens on.
+/// The environment variable that tells the shim that is to serve which descriptor it listens on.
 pub(crate) const LISTENER: &str = "PODVMM_SHIM_LISTENER";
 /// Longest standard input that is read, in bytes: the runtime's options, or with them a pod's whole
 /// description.
 const MAX_INPUT_LEN: u64 = 4 << 20;
-/// containerd from 1.7 on says by it that it knows JSON.
+/// The environment variable by which containerd from 1.7 on says that it knows JSON.
 const KNOWS_VERSIONS: &str = "MAX_SHIM_VERSION";
 /// The version of the service that containerd then uses. The next differs in that containerd does not
 /// start shims for a pod's other containers.
 const VERSION: i32 = 2;
-/// Tells it when it was asked for.
+/// The environment variable that tells the shim that is to serve when it was asked for.
 pub(crate) const ASKED: &str = "PODVMM_SHIM_ASKED";
 
 /// Why there is no shim.
@@ -67,14 +67,14 @@ fn io_error<'a>(act: &'static str, path: &'a Path) -> impl Fn(io::Error) -> Erro
 /// What containerd says on standard input when it starts a shim.
 #[derive(Debug, Default, PartialEq)]
 pub(crate) struct Asked {
-    /// How containerd from 2.3 on asks.
+    /// What containerd from 2.3 on says when it asks for a shim.
     params: Option<BootstrapParams>,
-    /// Of the runtime.
+    /// The runtime's options.
     pub(crate) options: Option<Any>,
 }
 
 impl Asked {
-    /// Reads it to its end. Who has a terminal there says nothing.
+    /// Reads standard input to its end. A person with a terminal there says nothing.
     pub(crate) fn read(arguments: &Arguments) -> Self {
         let mut input = Vec::new();
         let mut stdin = io::stdin();
@@ -88,7 +88,8 @@ impl Asked {
         Self::parse(&input, arguments)
     }
 
-    /// Older ones send options alone, which may look like the newer form, but for whose pod it is.
+    /// Reads what containerd sent. Older ones send options alone, which may look like the newer
+    /// form, but for whose pod it is.
     fn parse(input: &[u8], arguments: &Arguments) -> Self {
         let params = BootstrapParams::decode(input).ok().filter(|params| {
             params.instance_id == arguments.id && params.namespace == arguments.namespace
@@ -123,7 +124,7 @@ impl Asked {
         arguments
     }
 
-    /// What it is told of the shim at `address`.
+    /// What containerd is told of the shim at `address`.
     fn answer(&self, address: String, knows_versions: bool) -> Vec<u8> {
         let result = BootstrapResult {
             version: VERSION,

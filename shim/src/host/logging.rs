@@ -8,8 +8,9 @@ use std::sync::RwLock;
 
 use log::{LevelFilter, Log, Metadata, Record};
 
-/// Of a line or a reason, in characters: a guest may have said it, at any length.
-pub(crate) const LONGEST: usize = 4096;
+/// The greatest length of a line or a reason, in characters: a guest may have said it, at any
+/// length.
+pub(crate) const MAX_TEXT_CHARS: usize = 4096;
 
 static LOGGER: Logger = Logger(RwLock::new(Lines {
     fifo: None,
@@ -20,7 +21,7 @@ struct Logger(RwLock<Lines>);
 
 /// Where lines go.
 struct Lines {
-    /// Without it, standard error.
+    /// The FIFO for the log. Without it, lines go to standard error.
     fifo: Option<File>,
     pod: String,
 }
@@ -65,7 +66,12 @@ impl Log for Logger {
             log::Level::Trace => "trace",
         };
         // A guest may have said it, at any length.
-        let text: String = record.args().to_string().chars().take(LONGEST).collect();
+        let text: String = record
+            .args()
+            .to_string()
+            .chars()
+            .take(MAX_TEXT_CHARS)
+            .collect();
         let lines = self.0.read().expect("a panic ends the process");
         let line = format!(
             "level={level} msg={text:?} pod={:?} runtime=podvmm\n",

@@ -23,10 +23,10 @@ use netlink::{Address, FoundRoute, Netlink};
 /// What the VM's end of an interface is called, and its number.
 const TAP: &str = "podvmm";
 
-/// The loopback interface of each network namespace.
+/// The number of the loopback interface in each network namespace.
 const LOOPBACK: u32 = 1;
 
-/// To what is on the link itself (linux/rtnetlink.h, RT_SCOPE_LINK).
+/// The scope of routes to what is on the link itself (linux/rtnetlink.h, RT_SCOPE_LINK).
 const LINK_SCOPE: u32 = 253;
 
 /// Why there is no network.

@@ -11,7 +11,7 @@ pub(crate) struct Phases {
 }
 
 impl Phases {
-    /// The shim was asked for at `asked`, by the wall clock.
+    /// The phases of a shim that was asked for at `asked`, by the wall clock.
     pub(crate) fn since(asked: SystemTime) -> Self {
         let shim = SystemTime::now().duration_since(asked).unwrap_or_default();
         Self {
@@ -31,7 +31,7 @@ impl Phases {
 }
 
 impl fmt::Display for Phases {
-    /// A line of JSON.
+    /// Writes the phases as a line of JSON.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("{\"phases_ms\":{")?;
         for (index, (name, took)) in self.phases.iter().enumerate() {

@@ -13,7 +13,7 @@ pub(crate) const ROOT: &str = "/run/podvmm";
 pub(crate) struct Place(PathBuf);
 
 impl Place {
-    /// Of the pod `id`. Several containerds on one host may know pods of the same name.
+    /// The folder of the pod `id`. Several containerds on one host may know pods of the same name.
     pub(crate) fn new(containerd: &str, namespace: &str, id: &str) -> Self {
         let owner = fnv1a(format!("{containerd}\0{namespace}").as_bytes());
         Self(Path::new(ROOT).join(format!("{owner:08x}")).join(id))

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::host::place::Place;
 
-/// Written anew with each thing that is made.
+/// What of a pod would outlive the shim. The file is written anew with each thing that is made.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub(crate) struct Record {
@@ -23,7 +23,7 @@ pub(crate) struct Record {
 }
 
 impl Record {
-    /// An empty one if there is none that makes sense.
+    /// Reads a pod's record; it is empty if there is none that makes sense.
     pub(crate) fn read(place: &Place) -> Self {
         let text = fs::read(place.record()).unwrap_or_default();
         serde_json::from_slice(&text).unwrap_or_default()

@@ -22,14 +22,14 @@ use crate::host::place::make_private;
 
 /// The module of a KVM that emulates.
 const EMULATING: &str = "/sys/module/kvm_pvm";
-/// Apart from the pods' folder, which goes with the last pod.
+/// The folder of the turns, apart from the pods' folder, which goes with the last pod.
 const FOLDER: &str = "/run/podvmm-turns";
 /// Processors for each turn. The others are for guests that run already, and for the host.
 const PROCESSORS: usize = 2;
 /// After so long a start goes ahead without a turn: those that have one may hang, and containerd's
 /// clients give up after two minutes.
 const PATIENCE: Duration = Duration::from_secs(100);
-/// Between looks for a turn that is free.
+/// The time between looks for a turn that is free.
 const PAUSE: Duration = Duration::from_millis(10);
 
 /// The right to have a guest work, until it is dropped.
@@ -37,7 +37,7 @@ const PAUSE: Duration = Duration::from_millis(10);
 pub(crate) struct Turn(#[expect(dead_code, reason = "it is held, not used")] Option<File>);
 
 impl Turn {
-    /// Waits for one.
+    /// Waits for a turn.
     pub(crate) fn wait() -> Self {
         if !Path::new(EMULATING).exists() {
             return Self(None);

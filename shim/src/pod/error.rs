@@ -6,7 +6,7 @@ use protocol::ttrpc::{CallError, Code, Status};
 
 use crate::agent::{ReachError, stdio};
 use crate::config;
-use crate::host::logging::LONGEST;
+use crate::host::logging::MAX_TEXT_CHARS;
 use crate::host::network;
 use crate::pod::spec::hooks;
 use crate::pod::task::{Process, State};
@@ -84,7 +84,7 @@ impl From<Error> for Status {
         };
         let why = api::chain(&error).join(": ");
         // A guest may have said it, at any length.
-        Status::new(code, why.chars().take(LONGEST).collect::<String>())
+        Status::new(code, why.chars().take(MAX_TEXT_CHARS).collect::<String>())
     }
 }
 

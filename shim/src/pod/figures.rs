@@ -11,9 +11,9 @@ use protocol::containerd::figures::{
 /// What a container cannot have used more than, whatever its guest says.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Bounds {
-    /// All that the VM has.
+    /// All memory that the VM has, in bytes.
     pub(crate) memory_bytes: u64,
-    /// All that the VM has used of the host.
+    /// CPU time that the VM has used of the host, in microseconds.
     pub(crate) cpu_usec: u64,
 }
 

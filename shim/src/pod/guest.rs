@@ -40,7 +40,7 @@ pub(crate) struct Birth<'a> {
     /// The pod's name.
     pub(crate) pod: &'a str,
     pub(crate) place: &'a Place,
-    /// Of its first container.
+    /// The description of the pod's first container.
     pub(crate) spec: &'a Spec,
     pub(crate) phases: &'a Mutex<Phases>,
     /// A VM that waited for a pod.
@@ -76,7 +76,7 @@ pub(crate) struct Guest {
     announced: Mutex<Limits>,
     /// The host's CPUs that it may run on; empty for all.
     pinned: Mutex<Vec<usize>>,
-    /// It is being ended, so that what it does not answer any more is no fault.
+    /// Whether the guest is being ended, so that what it does not answer any more is no fault.
     ends: AtomicBool,
     abilities: Abilities,
     /// Whether an interface may still come.
@@ -238,7 +238,7 @@ impl Guest {
         made.map_err(asked("create the container"))
     }
 
-    /// Undoes it, as far as it was done.
+    /// Undoes [`Self::make`], as far as it was done.
     pub(crate) fn unmake(&self, id: &str) {
         if !self.vm.life.has_ended() {
             match self.agent.remove_container(id) {
@@ -523,7 +523,8 @@ fn size_of(config: &Config, spec: &Spec) -> Size {
     size::size(config, announced, [announced].into_iter())
 }
 
-/// Or it could not be taken away.
+/// Moves this process out of the pod's cgroup, so that the cgroup can be taken away. A failure is
+/// logged.
 pub(crate) fn leave(cgroup: &Cgroup) {
     if let Err(error) = cgroup.leave() {
         log::warn!("{}", api::chain(&error).join(": "));

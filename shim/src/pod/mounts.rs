@@ -77,7 +77,7 @@ impl Shared {
         }
     }
 
-    /// The folder it is in has another path now.
+    /// Notes that the folder it is in has another path now.
     pub(crate) fn moved(&mut self, path: PathBuf) {
         self.path = path;
     }
@@ -242,9 +242,9 @@ impl Shared {
 
 /// How the guest has a volume of the host's.
 struct Bound {
-    /// Its path there.
+    /// The volume's path in the guest.
     source: String,
-    /// What the guest is to mount for it, if it is a folder.
+    /// What the guest is to mount for the volume, if it is a folder.
     storage: Option<Storage>,
     /// Whether all of it is as read-only as its options say, and not what is mounted below it otherwise.
     is_plain: bool,
@@ -309,7 +309,7 @@ enum Volume {
     Shm,
     /// A volume of memory, or a folder in it.
     Memory(Memory),
-    /// One that a VM cannot have.
+    /// Huge pages, which a VM cannot have.
     HugePages,
     /// A file or folder of the host's.
     Hosts,

@@ -15,7 +15,7 @@ use protocol::containerd::timestamp;
 
 /// How long containerd may take to take an event.
 const PATIENCE: Duration = Duration::from_secs(5);
-/// Between tries to reach it.
+/// The time between tries to reach containerd.
 const PAUSE: Duration = Duration::from_millis(200);
 /// How long events that containerd has not taken are kept when the shim ends.
 const FAREWELL: Duration = Duration::from_secs(2);
@@ -24,14 +24,14 @@ const FAREWELL: Duration = Duration::from_secs(2);
 #[derive(Debug)]
 pub(crate) struct Publisher {
     events: Sender<Message>,
-    /// containerd's, in which the pod's containers are.
+    /// The namespace of containerd's that the pod's containers are in.
     pub(crate) namespace: String,
 }
 
 #[derive(Debug)]
 enum Message {
     Event(SystemTime, Event),
-    /// Says so when all before it are told.
+    /// A request to say when all events before it are told.
     Flush(Sender<()>),
 }
 

@@ -100,7 +100,7 @@ impl Pod {
         guest.pin(&sets);
     }
 
-    /// The host ends a VM as it would end the most dispensable of its containers.
+    /// Has the host end a VM as it would end the most dispensable of its containers.
     pub(super) fn set_oom_score(&self) {
         let Ok(guest) = self.guest() else { return };
         let containers = self.containers();

@@ -26,7 +26,7 @@ impl Limits {
         }
     }
 
-    /// With what an update says; what it does not say stays.
+    /// The limits with what an update says; what it does not say stays.
     pub(crate) fn updated(self, resources: &LinuxResources) -> Self {
         let new = Self::of(resources);
         let says_memory = resources.memory.is_some_and(|memory| memory.limit != 0);
@@ -45,8 +45,8 @@ impl Limits {
         }
     }
 
-    /// With what an update of one container from `before` to `after` takes away. An update that gives
-    /// more is in that container's own limits.
+    /// The limits without what an update of one container from `before` to `after` takes away. An
+    /// update that gives more is in that container's own limits.
     pub(crate) fn less(self, before: Self, after: Self) -> Self {
         let less = |own: Option<u64>, before: Option<u64>, after: Option<u64>| match (before, after)
         {
@@ -61,8 +61,8 @@ impl Limits {
         }
     }
 
-    /// Of all containers of a pod that is about to be made, as the kubelet says in annotations of
-    /// its sandbox.
+    /// The limits of all containers of a pod that is about to be made, as the kubelet says in
+    /// annotations of its sandbox.
     pub(crate) fn of_pod(spec: &Spec) -> Self {
         let number = |key: &str| {
             let value = spec

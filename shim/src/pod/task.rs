@@ -17,10 +17,10 @@ use crate::pod::spec::hooks::Hooks;
 /// What a process that ended with its VM is said to have ended by: SIGKILL.
 pub(crate) const KILLED: u32 = 128 + 9;
 
-/// The status of one that could not be started, as shells have it.
+/// The status of a process that could not be started, as shells have it.
 pub(crate) const NOT_STARTED: u32 = 127;
 
-/// The largest there is (wait(2)).
+/// The largest status that a process can end with (wait(2)).
 const MAX_STATUS: u32 = 255;
 
 /// How a process ended.
@@ -49,7 +49,7 @@ pub(crate) enum State {
 }
 
 impl State {
-    /// By containerd's number.
+    /// The state as containerd's number.
     pub(crate) fn number(self) -> i32 {
         match self {
             Self::Created => status::CREATED,
@@ -76,9 +76,10 @@ pub(crate) struct Process {
     pub(crate) spec: Option<oci::Process>,
     state: Mutex<State>,
     changed: Condvar,
-    /// The agent is starting it.
+    /// Whether the agent is starting the process.
     pub(crate) starts: AtomicBool,
-    /// It was told to end at once, so the shim does not wait for the readers of its output.
+    /// Whether the process was told to end at once, so that the shim does not wait for the readers
+    /// of its output.
     pub(crate) killed: AtomicBool,
     /// What ends its input, while it runs.
     pub(crate) close: Mutex<Option<Arc<Close>>>,
@@ -198,7 +199,7 @@ pub(crate) struct Container {
     /// The thread of this shim that waits for its first process's end, once that runs. By its number
     /// containerd tells the containers of a pod from each other.
     pub(crate) thread: OnceLock<u32>,
-    /// The others, by containerd's name.
+    /// Processes other than the first, by containerd's name.
     pub(crate) execs: Mutex<HashMap<String, Arc<Process>>>,
     pub(crate) limits: Mutex<Limits>,
     /// The CPUs that it may use of the host's, as a list; empty for all.

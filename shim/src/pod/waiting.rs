@@ -71,7 +71,7 @@ impl Waiting {
         teardown::pod(place);
     }
 
-    /// Its folder is `place` from now on.
+    /// Notes that the VM's folder is `place` from now on.
     pub(crate) fn moved(&mut self, place: &Place) {
         self.vm.moved(place);
         self.shared.moved(place.shared());

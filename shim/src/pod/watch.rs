@@ -12,12 +12,13 @@ use crate::pod::error::Error;
 use crate::pod::guest::Guest;
 use crate::pod::task::{Exit, KILLED};
 
-/// Between looks at whether the guest's agent answers, by which its clock follows the host's.
+/// The time between looks at whether the guest's agent answers, by which its clock follows the
+/// host's.
 const HEARTBEAT: Duration = Duration::from_secs(10);
-/// How long it may take to answer before the guest is taken to hang.
+/// How long the agent may take to answer before the guest is taken to hang.
 const HEARTBEAT_PATIENCE: Duration = Duration::from_secs(30);
 
-/// Between a guest's words that it is out of memory.
+/// The time between a guest's words that it is out of memory.
 const OOM_PAUSE: Duration = Duration::from_millis(200);
 
 /// What goes on, on a thread of its own.

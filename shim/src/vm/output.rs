@@ -11,7 +11,7 @@ struct Budget {
 }
 
 impl Budget {
-    /// At once.
+    /// The most lines that are logged at once.
     const MOST: f64 = 500.0;
     const PER_SECOND: f64 = 1.0;
 

@@ -27,24 +27,24 @@ use crate::host::place::{fnv1a, make_private};
 use crate::vm::{self, Vm};
 use failures::{Failures, MAX_FAILURES};
 
-/// Pods whose limits are below have no template.
+/// The least memory of a pod that has a template, in MiB.
 const LEAST_MIB: u64 = 16;
 const MOST_MIB: u64 = 4096;
 /// What a folder was made of.
 const INPUTS: &str = "inputs.json";
 /// What a snapshot is not without.
 const STATE: &str = "state.json";
-/// Between looks for a template that another shim is making.
+/// The time between looks for a template that another shim is making.
 const PAUSE: Duration = Duration::from_millis(200);
 
 /// How the VM of a pod that has a template starts.
 #[derive(Debug)]
 pub(crate) enum Way {
-    /// From the snapshot.
+    /// The VM is restored from the snapshot.
     Clone(Stamp),
-    /// By booting, to make the snapshot on the way.
+    /// The VM boots, to make the snapshot on the way.
     Model(Claim),
-    /// By booting, because there is no snapshot and this shim does not make one.
+    /// The VM boots, because there is no snapshot and this shim does not make one.
     Boot,
 }
 
@@ -52,7 +52,7 @@ pub(crate) enum Way {
 #[derive(Debug)]
 pub(crate) struct Template {
     folder: PathBuf,
-    /// Of the VM.
+    /// The size of the VM that the template is a snapshot of.
     pub(crate) size: Size,
     inputs: Inputs,
 }
@@ -66,13 +66,13 @@ impl PartialEq for Template {
 /// All that a template depends on.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 struct Inputs {
-    /// Different after each boot of the host: its kernel, its KVM and its CPU are the same since.
+    /// The identifier of the host's boot: its kernel, its KVM and its CPU are the same since.
     host: String,
     shim: String,
     files: Vec<Stamp>,
     /// What all VMs of the size have in common.
     vm: Value,
-    /// Of its network, whatever their addresses are to be.
+    /// How many network interfaces the VM has, whatever their addresses are to be.
     interfaces: usize,
 }
 
@@ -98,7 +98,7 @@ impl Stamp {
         })
     }
 
-    /// Of the program that runs.
+    /// The stamp of the program that runs.
     pub(crate) fn of_program() -> io::Result<Self> {
         Self::of(&std::env::current_exe()?)
     }
@@ -133,8 +133,8 @@ impl Template {
         })
     }
 
-    /// The same for a pod: `None` also while its snapshot is set aside and it is too early for
-    /// another.
+    /// The template for a pod: as [`Self::of`], but `None` also while its snapshot is set aside and
+    /// it is too early for another.
     pub(crate) fn for_pod(config: &Config, size: Size, interfaces: usize) -> Option<Self> {
         let template = Self::of(config, size, interfaces)?;
         let failures = template.failures();
@@ -258,7 +258,7 @@ impl Template {
         }
     }
 
-    /// Only one shim at a time makes a template.
+    /// Takes the lock by which only one shim at a time makes a template.
     fn lock(&self) -> io::Result<File> {
         let mut options = File::options();
         let options = options.create(true).write(true).truncate(false);
@@ -384,7 +384,7 @@ impl Inputs {
         serde_json::to_vec(self).expect("paths and numbers are JSON")
     }
 
-    /// Whether a shim could still ask for what was made of them.
+    /// Whether a shim could still ask for what was made of these inputs.
     fn hold(&self, host: &str) -> bool {
         self.host == host && self.files.iter().all(Stamp::holds)
     }

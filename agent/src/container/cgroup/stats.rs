@@ -71,7 +71,7 @@ impl Cgroup {
         }
     }
 
-    /// By size of page, as `2MB`.
+    /// Huge pages that the container has used, by their size, as `2MB`.
     fn huge_pages(&self) -> BTreeMap<String, HugetlbStats> {
         let files = fs::read_dir(&self.path).into_iter().flatten().flatten();
         let sizes = files.filter_map(|file| {
@@ -91,7 +91,7 @@ impl Cgroup {
     }
 }
 
-/// Of the text of io.stat: a line for each device, as `254:0 rbytes=4096 wbytes=0 rios=1 ..`.
+/// Reads io.stat, which has a line for each device, as `254:0 rbytes=4096 wbytes=0 rios=1 ..`.
 fn io(text: &str) -> BlkioStats {
     let mut stats = BlkioStats::default();
     for line in text.lines() {

@@ -27,7 +27,7 @@ pub enum VolumeUsageUnit {
     Inodes = 2,
 }
 
-/// In one unit.
+/// How full a volume is, in one unit.
 #[derive(Clone, Copy, PartialEq, ::prost::Message)]
 pub struct VolumeUsage {
     #[prost(uint64, tag = "1")]
@@ -58,7 +58,7 @@ pub struct StatsContainerResponse {
     pub network_stats: Vec<NetworkStats>,
 }
 
-/// By its cgroup.
+/// What a container has used, by its cgroup.
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct CgroupStats {
     #[prost(message, optional, tag = "1")]
@@ -73,7 +73,7 @@ pub struct CgroupStats {
     pub hugetlb_stats: BTreeMap<String, HugetlbStats>,
 }
 
-/// Of processors.
+/// CPU time that a container has used, and how its quota held it up.
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct CpuStats {
     #[prost(message, optional, tag = "1")]
@@ -82,7 +82,7 @@ pub struct CpuStats {
     pub throttling_data: Option<ThrottlingData>,
 }
 
-/// Nanoseconds.
+/// CPU time that a container has used, in nanoseconds.
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct CpuUsage {
     #[prost(uint64, tag = "1")]
@@ -95,7 +95,7 @@ pub struct CpuUsage {
     pub usage_in_usermode: u64,
 }
 
-/// How its quota held it up.
+/// How often and how long a container's CPU quota held it up; the time is in nanoseconds.
 #[derive(Clone, Copy, PartialEq, ::prost::Message)]
 pub struct ThrottlingData {
     #[prost(uint64, tag = "1")]
@@ -106,7 +106,7 @@ pub struct ThrottlingData {
     pub throttled_time: u64,
 }
 
-/// Of memory.
+/// Memory that a container has used.
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct MemoryStats {
     #[prost(uint64, tag = "1")]
@@ -123,7 +123,7 @@ pub struct MemoryStats {
     pub stats: BTreeMap<String, u64>,
 }
 
-/// Bytes.
+/// One kind of memory that a container has used, in bytes.
 #[derive(Clone, Copy, PartialEq, ::prost::Message)]
 pub struct MemoryData {
     #[prost(uint64, tag = "1")]
@@ -136,7 +136,7 @@ pub struct MemoryData {
     pub limit: u64,
 }
 
-/// Of processes and threads.
+/// How many processes and threads a container has, and may have.
 #[derive(Clone, Copy, PartialEq, ::prost::Message)]
 pub struct PidsStats {
     #[prost(uint64, tag = "1")]
@@ -145,7 +145,7 @@ pub struct PidsStats {
     pub limit: u64,
 }
 
-/// Bytes of huge pages.
+/// Huge pages of one size that a container has used, in bytes.
 #[derive(Clone, Copy, PartialEq, ::prost::Message)]
 pub struct HugetlbStats {
     #[prost(uint64, tag = "1")]
@@ -156,7 +156,7 @@ pub struct HugetlbStats {
     pub failcnt: u64,
 }
 
-/// Of disks.
+/// What a container has read from and written to disks.
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct BlkioStats {
     #[prost(message, repeated, tag = "1")]
@@ -177,7 +177,7 @@ pub struct BlkioStats {
     pub sectors_recursive: Vec<BlkioStatsEntry>,
 }
 
-/// Of one disk and kind of operation.
+/// A figure for one disk and one kind of operation.
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct BlkioStatsEntry {
     #[prost(uint64, tag = "1")]
@@ -190,7 +190,7 @@ pub struct BlkioStatsEntry {
     pub value: u64,
 }
 
-/// Of an interface.
+/// What a network interface has received and sent.
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct NetworkStats {
     #[prost(string, tag = "1")]

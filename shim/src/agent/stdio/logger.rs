@@ -21,12 +21,12 @@ const READY_PATIENCE: Duration = Duration::from_secs(30);
 /// How long it may take to end when all output is told.
 const END_PATIENCE: Duration = Duration::from_secs(10);
 
-/// Whose output it is.
+/// The process whose output a program takes.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Owner<'a> {
-    /// containerd's.
+    /// The namespace of containerd's that the process is in.
     pub(crate) namespace: &'a str,
-    /// Of the process: the container's, or the one of an exec.
+    /// The process's identifier: the container's, or the one of an exec.
     pub(crate) id: &'a str,
 }
 

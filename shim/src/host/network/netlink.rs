@@ -40,24 +40,24 @@ const ANY_FRAME: [u8; 32] = {
     selector
 };
 const TCA_U32_SEL: u16 = 5;
-/// The only filter there is.
+/// The priority of the only filter there is.
 const PRIORITY: u32 = 1;
 
 /// Who is where on a link.
 #[derive(Debug)]
 pub(super) struct Neighbor {
-    /// Of the link.
+    /// The number of the link.
     pub(super) index: u32,
     pub(super) address: IpAddr,
     pub(super) lladdr: Vec<u8>,
-    /// By the kernel's number.
+    /// The neighbor's state, by the kernel's number.
     pub(super) state: u16,
 }
 
 /// An address of a link.
 #[derive(Debug)]
 pub(super) struct Address {
-    /// Of the link.
+    /// The number of the link.
     pub(super) index: u32,
     pub(super) address: IpAddr,
     pub(super) prefix: u8,
@@ -68,7 +68,7 @@ pub(super) struct Address {
 /// A route that the kernel did not make by itself.
 #[derive(Debug)]
 pub(super) struct FoundRoute {
-    /// Of the link.
+    /// The number of the link.
     pub(super) index: Option<u32>,
     pub(super) route: Route,
     /// All of it as the kernel lists it, if it has something that a [`Route`] cannot have.
@@ -148,7 +148,7 @@ impl Netlink {
             .ok_or_else(|| io::Error::new(io::ErrorKind::NotFound, format!("there is no {name}")))
     }
 
-    /// Those of one link alone are made by each by itself.
+    /// The addresses of links, without those of one link alone, which each kernel makes by itself.
     pub(super) fn addresses(&mut self) -> io::Result<Vec<Address>> {
         let request = RouteNetlinkMessage::GetAddress(AddressMessage::default());
         let answers = self.ask(request, NLM_F_DUMP)?;
@@ -159,7 +159,7 @@ impl Netlink {
         Ok(addresses.collect())
     }
 
-    /// Those of all tables. Those the kernel makes by itself it makes in the guest too.
+    /// The routes of all tables. Those the kernel makes by itself it makes in the guest too.
     pub(super) fn routes(&mut self) -> io::Result<Vec<FoundRoute>> {
         let request = RouteNetlinkMessage::GetRoute(RouteMessage::default());
         let answers = self.ask(request, NLM_F_DUMP)?;

@@ -163,7 +163,7 @@ impl Manager {
         self.call_peer(MANAGER, method, arguments)
     }
 
-    /// The same for one that is answered with a job.
+    /// Calls a method of the manager's that is answered with a job.
     pub(super) fn job(&mut self, method: &str, arguments: &[Argument<'_>]) -> Result<Job, Error> {
         let answer = self.call(method, arguments)?;
         let [path] = answer.texts().map_err(|source| Error::Malformed {

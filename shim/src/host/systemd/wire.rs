@@ -218,7 +218,7 @@ impl Writer {
     }
 }
 
-/// Of a message whose first [`FIXED_LEN`] bytes are these, how many bytes follow them.
+/// How many bytes of a message follow its first [`FIXED_LEN`], which are these.
 pub(super) fn rest_len(fixed: &[u8; FIXED_LEN]) -> Result<usize, Malformed> {
     if fixed[0] != LITTLE_ENDIAN {
         return Err(Malformed("byte order"));
@@ -245,9 +245,9 @@ pub(super) fn rest_len(fixed: &[u8; FIXED_LEN]) -> Result<usize, Malformed> {
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(super) struct Message {
     pub(super) kind: u8,
-    /// Which call it answers.
+    /// The serial number of the call that the message answers.
     pub(super) reply_serial: u32,
-    /// Of a signal.
+    /// The name of a signal.
     pub(super) member: String,
     pub(super) error_name: String,
     signature: String,

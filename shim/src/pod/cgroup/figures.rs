@@ -98,7 +98,7 @@ fn cpu_v2(path: &Path) -> Cpu {
     }
 }
 
-/// Nanoseconds, and without the quota, which another hierarchy has.
+/// CPU time by version 1, which counts nanoseconds; without the quota, which another hierarchy has.
 fn cpu_v1(path: &Path) -> Cpu {
     Cpu {
         usage_usec: number(path, "cpuacct.usage") / 1000,
@@ -108,7 +108,8 @@ fn cpu_v1(path: &Path) -> Cpu {
     }
 }
 
-/// The two versions have other names for the same things, but for swap, which the first has not apart.
+/// Memory that has been used. The two versions have other names for the same things, but for swap,
+/// which the first has not apart.
 fn memory(path: &Path, unified: bool) -> Memory {
     let [prefix, anon, file, current, max, peak] = if unified {
         [

@@ -16,11 +16,11 @@ use crate::pod::spec;
 const MIB: u64 = 1 << 20;
 /// What the kernel takes for a second of a processor, in microseconds.
 const SECOND_USEC: u64 = 1_000_000;
-/// systemd takes whole percents of a processor.
+/// A percent of a processor, in microseconds a second. systemd takes whole percents.
 const PERCENT_USEC: u64 = 10_000;
 const DEFAULT_PERIOD_USEC: u64 = 100_000;
-/// Of a VM beside its guest's memory: podvmm, the shim and what the host's kernel has for them, which
-/// the runtime class counts as 12 MiB, and some room for the files they read.
+/// Memory of a VM beside its guest's, in MiB: podvmm, the shim and what the host's kernel has for
+/// them, which the runtime class counts as 12 MiB, and some room for the files they read.
 const HOST_MIB: u64 = 32;
 /// Where KVM keeps shadow pages its table has 10 bytes for each page that the VM might come to have.
 const PAGES_PER_SHADOW: u64 = 400;
@@ -29,13 +29,13 @@ const SHARES: &str = "io.kubernetes.cri.sandbox-cpu-shares";
 /// Limits of a cgroup; none is the host's default.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Limits {
-    /// Of a processor's time beside the cgroup's siblings, 1 to 10,000.
+    /// The weight for processor time beside the cgroup's siblings, 1 to 10,000.
     weight: Option<u64>,
     cpu: Option<Quota>,
     memory_bytes: Option<u64>,
 }
 
-/// So much of a processor's time in each period.
+/// How much of a processor's time may be used in each period, in microseconds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Quota {
     quota_usec: u64,
@@ -43,7 +43,7 @@ struct Quota {
 }
 
 impl Limits {
-    /// Of the pod whose first container `spec` describes.
+    /// The limits of the pod whose first container `spec` describes.
     pub(crate) fn of(config: &Config, spec: &Spec) -> Self {
         if spec::is_sandbox(spec) {
             let shares = spec.annotations.get(SHARES);
@@ -72,8 +72,9 @@ impl Limits {
         }
     }
 
-    /// With what an update of a container alone says; what it does not say stays. Memory is never
-    /// taken away: the guest gives it back later, and until then the kernel would kill the VM.
+    /// The limits with what an update of a container alone says; what it does not say stays. Memory
+    /// is never taken away: the guest gives it back later, and until then the kernel would kill the
+    /// VM.
     pub(crate) fn updated(self, config: &Config, resources: &LinuxResources) -> Self {
         let new = Self::of_one(config, resources);
         let frees_cpu = resources.cpu.as_ref().is_some_and(|cpu| cpu.quota < 0);
@@ -93,8 +94,8 @@ impl Limits {
         }
     }
 
-    /// As properties of a unit (systemd.resource-control(5)), all of them, so that one that is gone is
-    /// taken back.
+    /// The limits as properties of a unit (systemd.resource-control(5)), all of them, so that one
+    /// that is gone is taken back.
     pub(crate) fn properties(&self) -> Vec<Property> {
         let period = self.cpu.map_or(u64::MAX, |cpu| cpu.period_usec);
         let quota = self.cpu.map_or(u64::MAX, Quota::per_second_usec);
@@ -108,7 +109,7 @@ impl Limits {
         .into()
     }
 
-    /// As files of a cgroup of version 2 and what is to be in them.
+    /// The limits as files of a cgroup of version 2, and what is to be in them.
     pub(crate) fn files(&self) -> [(&'static str, String); 3] {
         let or_max = |value: Option<u64>| value.map_or_else(|| "max".into(), |it| it.to_string());
         let period = self.cpu.map_or(DEFAULT_PERIOD_USEC, |cpu| cpu.period_usec);

@@ -10,7 +10,7 @@ use std::path::Path;
 pub(super) enum Depth {
     /// The mount alone.
     Top,
-    /// With all that is mounted below it.
+    /// The mount with all that is mounted below it.
     All,
 }
 

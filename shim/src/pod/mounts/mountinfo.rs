@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 pub(super) struct Mounted {
     /// The file system's device, as `0:45`.
     pub(super) device: Vec<u8>,
-    /// Which folder or file of the file system it shows.
+    /// The folder or file of the file system that the mount shows.
     pub(super) root: PathBuf,
     pub(super) place: PathBuf,
 }

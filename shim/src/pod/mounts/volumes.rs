@@ -16,7 +16,7 @@ use super::mountinfo;
 pub(super) struct Key {
     device: u64,
     inode: u64,
-    /// Of the mount that the source is in. They are the volume's as well.
+    /// Flags of the mount that the source is in. They are the volume's as well.
     flags: StatVfsMountFlags,
     apart: Option<Apart>,
 }
@@ -30,7 +30,7 @@ struct Apart {
 }
 
 impl Key {
-    /// That of the volume `source`, a path without symbolic links, mounted with these options.
+    /// The key of the volume `source`, a path without symbolic links, mounted with these options.
     pub(super) fn of(source: &Path, options: &[String]) -> io::Result<Self> {
         let file = fs::metadata(source)?;
         let is_deep = !options.iter().any(|option| option == "bind");
@@ -79,7 +79,7 @@ struct Volume {
 #[derive(Debug, Default)]
 pub(super) struct Volumes {
     all: Vec<Volume>,
-    /// How many there ever were: the guest is to take none for an earlier one.
+    /// How many volumes there ever were: the guest is to take none for an earlier one.
     made: usize,
     /// Folders in volumes of memory.
     parts: Vec<Memory>,
@@ -137,8 +137,8 @@ pub(super) struct Memory {
 }
 
 impl Memory {
-    /// That which the folder `source` on the host is in. The kubelet mounts a `subPath` elsewhere, so it is
-    /// looked for by the file system.
+    /// The volume of memory that the folder `source` on the host is in. The kubelet mounts a
+    /// `subPath` elsewhere, so it is looked for by the file system.
     pub(super) fn find(source: &Path) -> Option<Self> {
         let text = fs::read("/proc/self/mountinfo").ok()?;
         Self::in_mounts(&text, &fs::canonicalize(source).ok()?)
@@ -163,7 +163,7 @@ impl Memory {
         })
     }
 
-    /// Its name in its pod.
+    /// The volume's name in its pod.
     pub(super) fn name(&self) -> String {
         let name = self.place.file_name().unwrap_or_default();
         name.to_string_lossy().into_owned()

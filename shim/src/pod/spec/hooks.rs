@@ -19,10 +19,10 @@ use serde::Serialize;
 use crate::host::process::Process;
 use crate::pod::spec;
 
-/// What of a program's words is told, in bytes.
+/// How much of what a program says is told, in bytes.
 const MAX_WORDS: u64 = 2048;
 
-/// In the bundle once poststop hooks have run.
+/// The name of a file that is in the bundle once poststop hooks have run.
 const RAN: &str = "podvmm-poststop";
 
 /// Why a hook did not do its work.
@@ -60,7 +60,7 @@ struct State<'a> {
     oci_version: &'a str,
     id: &'a str,
     status: &'static str,
-    /// Of a container that has ended it is 0, and not told.
+    /// The number of the container's process. It is 0 once that has ended, and then not told.
     #[serde(skip_serializing_if = "is_none")]
     pid: u32,
     bundle: &'a Path,
@@ -106,7 +106,7 @@ pub(crate) fn check(hooks: &oci::Hooks) -> Result<(), spec::Error> {
 }
 
 impl Hooks {
-    /// Those of the container `id`, whose folder is `bundle`.
+    /// The hooks of the container `id`, whose folder is `bundle`.
     pub(crate) fn of(spec: &Spec, id: &str, bundle: &Path) -> Self {
         Self {
             hooks: spec.hooks.clone().unwrap_or_default(),
@@ -117,14 +117,15 @@ impl Hooks {
         }
     }
 
-    /// Runs those of a container that is made. `pid` is a process in its pod's network namespace.
+    /// Runs the hooks of a container that is made. `pid` is a process in its pod's network
+    /// namespace.
     pub(crate) fn created(&self, pid: u32) -> Result<(), Error> {
         self.run("prestart", &self.hooks.prestart, "creating", pid)?;
         let hooks = &self.hooks.create_runtime;
         self.run("createRuntime", hooks, "creating", pid)
     }
 
-    /// Runs those of a container that has started.
+    /// Runs the hooks of a container that has started.
     pub(crate) fn started(&self, pid: u32) -> Result<(), Error> {
         self.run("poststart", &self.hooks.poststart, "running", pid)
     }

@@ -22,7 +22,7 @@ use serde::{Deserialize, Serialize};
 
 use super::Stamp;
 
-/// So many failures in a row set a snapshot aside.
+/// How many failures in a row set a snapshot aside.
 pub(super) const MAX_FAILURES: usize = 3;
 /// How long no third snapshot is made, after the first two were set aside.
 const FIRST_PAUSE: Duration = Duration::from_secs(10 * 60);
@@ -39,8 +39,8 @@ pub(super) struct Failures(Vec<Failure>);
 #[derive(Debug, Serialize, Deserialize)]
 struct Failure {
     snapshot: Stamp,
-    /// Since the host booted, time asleep included. A template is never older than that, and no
-    /// one can set this clock.
+    /// When the clone failed, in seconds since the host booted, time asleep included. A template is
+    /// never older than that, and no one can set this clock.
     at_s: u64,
     why: String,
 }
@@ -122,7 +122,7 @@ impl Failures {
     }
 }
 
-/// Since the host booted.
+/// The time since the host booted, time asleep included.
 fn now() -> Duration {
     let now = clock_gettime(ClockId::Boottime);
     Duration::try_from(now).expect("it has counted up from zero")
