@@ -11,7 +11,7 @@ use crate::http::{Client, ClientError};
 use crate::request::{Ping, Restore, Snapshot, VmInfo};
 use crate::route::PREFIX;
 
-/// Each returns what podvmm answered, or why it refused: [`ClientError::Refused`].
+/// The requests: each returns what podvmm answered, or why it refused: [`ClientError::Refused`].
 impl Client {
     /// Says which podvmm it is.
     pub fn ping(&mut self) -> Result<Ping, ClientError> {

@@ -50,7 +50,7 @@ pub enum ApiError {
 /// Where in its life a VM is, in Cloud Hypervisor's words.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum State {
-    /// There is none.
+    /// There is no VM.
     #[serde(rename = "not created")]
     None,
     Created,

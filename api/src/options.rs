@@ -19,21 +19,21 @@ pub enum OptionsError {
     /// A part without `=`.
     #[error("'{0}' is not of the form key=value")]
     NotAPair(String),
-    /// The same key twice.
+    /// A key that is given twice.
     #[error("'{0}' is given twice")]
     Twice(String),
     /// A key the option does not have.
     #[error("there is no key '{key}', the keys are {known}")]
     UnknownKey {
-        /// What was written.
+        /// The key that was given.
         key: String,
-        /// What could have been.
+        /// The keys the option has.
         known: String,
     },
     /// A value that is none for its key.
     #[error("{key}: {reason}")]
     Value {
-        /// Its key.
+        /// Key of the value.
         key: String,
         /// What is wrong with it.
         reason: String,
@@ -138,7 +138,7 @@ enum Node<'a> {
     Fields(Fields<'a>),
 }
 
-/// They are read from the last to the first.
+/// Fields by key, which are read from the last to the first.
 #[derive(Debug, Default)]
 struct Fields<'a>(Vec<(&'a str, Node<'a>)>);
 

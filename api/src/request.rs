@@ -44,11 +44,11 @@ pub enum Request {
 /// Writes a paused VM to a folder.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Snapshot {
-    /// Where to: made if it is not there.
+    /// The folder to write to: made if it is not there.
     #[serde(rename = "destination_url", with = "file_url")]
     pub folder: PathBuf,
-    /// Of memory, writes only what has changed since the last such snapshot, where that can be.
-    /// podvmm's own.
+    /// Whether only the memory is written that has changed since the last such snapshot, where that
+    /// can be. podvmm's own field.
     #[serde(default, deserialize_with = "null_is_default")]
     pub incremental: bool,
 }
@@ -63,7 +63,7 @@ pub struct Restore {
     /// else all, meanwhile.
     #[serde(default, deserialize_with = "null_is_default")]
     pub prefetch: bool,
-    /// Let it run.
+    /// Whether the VM is to run at once.
     #[serde(default, deserialize_with = "null_is_default")]
     pub resume: bool,
     /// What Cloud Hypervisor's clients may ask for.
@@ -75,7 +75,8 @@ pub struct Restore {
     /// Read memory and compare its checksums first. From here on fields are podvmm's own.
     #[serde(default, deserialize_with = "null_is_default")]
     pub verify: bool,
-    /// Where another process listens that has its memory, and gives it page by page.
+    /// The socket where another process listens that has the VM's memory, and gives it page by
+    /// page.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub memory_socket: Option<PathBuf>,
     /// What is to be different from config.json (RFC 7396, JSON Merge Patch).
@@ -144,7 +145,7 @@ mod file_url {
 }
 
 impl Restore {
-    /// All of it as the snapshot has it.
+    /// A request for the VM as the snapshot in `folder` has it.
     pub fn new(folder: PathBuf) -> Self {
         Self {
             folder,
@@ -184,9 +185,9 @@ pub struct Ping {
 /// A VM as it is.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct VmInfo {
-    /// As it was defined, with the sizes it was asked to have since.
+    /// The VM as it was defined, with the sizes it was asked to have since.
     pub config: VmConfig,
-    /// Where in its life it is.
+    /// Where in its life the VM is.
     pub state: State,
     /// Memory the guest has now, in bytes.
     pub memory_actual_size: u64,

@@ -133,7 +133,7 @@ pub fn request(request: http::Request) -> Result<Request, ApiError> {
     (route.parse)(&path, request)
 }
 
-/// How it is told.
+/// The HTTP response that tells `answer`.
 pub fn response(answer: &Result<Answer, ApiError>) -> Response {
     match answer {
         Ok(Answer::Done) => Response::done(),

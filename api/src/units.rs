@@ -12,19 +12,19 @@ const MIB: u64 = 1 << 20;
 /// Why a number was refused.
 #[derive(Debug, Error, PartialEq, Eq)]
 pub enum UnitError {
-    /// Not a size.
+    /// A text that is not a size.
     #[error("'{0}' is not a size: write bytes, or a number with K, M, G or T")]
     NotASize(String),
-    /// Larger than 64 bits hold.
+    /// A size larger than 64 bits hold.
     #[error("'{0}' is more than 16 EiB")]
     SizeOverflow(String),
-    /// Outside the range of RAM sizes.
+    /// A size outside the range of RAM sizes.
     #[error("{0} of RAM: {min} to {max} is possible", min = RamSize::MIN, max = RamSize::MAX)]
     RamOutOfRange(ByteSize),
-    /// Not whole pages of 2 MiB.
+    /// A size of RAM that is not whole pages of 2 MiB.
     #[error("{0} of RAM is not a multiple of 2M")]
     RamUnaligned(ByteSize),
-    /// Outside the range of CPU counts.
+    /// A number outside the range of CPU counts.
     #[error("{0} vCPUs: 1 to {max} is possible", max = CpuCount::MAX)]
     CpusOutOfRange(u32),
 }
@@ -76,9 +76,9 @@ impl fmt::Display for ByteSize {
 pub struct RamSize(ByteSize);
 
 impl RamSize {
-    /// Less does not hold a kernel, its tables and an initramfs.
+    /// The least RAM of a guest: less does not hold a kernel, its tables and an initramfs.
     pub const MIN: ByteSize = ByteSize(32 * MIB);
-    /// What 40-bit physical addresses reach, the least any 64-bit CPU has.
+    /// The most RAM of a guest: what 40-bit physical addresses reach, the least any 64-bit CPU has.
     pub const MAX: ByteSize = ByteSize(KIB * KIB * MIB);
 
     /// The size in bytes.
@@ -88,7 +88,7 @@ impl RamSize {
 }
 
 impl Default for RamSize {
-    /// 512 MiB.
+    /// A guest's RAM if no size is given: 512 MiB.
     fn default() -> Self {
         Self(ByteSize(512 * MIB))
     }

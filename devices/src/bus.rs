@@ -41,7 +41,7 @@ struct Entry {
 /// Address ranges that never overlap, and the device behind each.
 #[derive(Default)]
 pub struct Bus {
-    /// By first address.
+    /// The ranges and devices, by first address.
     entries: BTreeMap<u64, Entry>,
 }
 

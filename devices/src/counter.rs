@@ -25,7 +25,7 @@ impl Counter {
     }
 }
 
-/// As the number it is at.
+/// Writes a counter as the number it is at.
 impl Serialize for Counter {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         serializer.serialize_u64(self.get())

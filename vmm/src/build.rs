@@ -42,61 +42,61 @@ pub(crate) enum BuildError {
     /// More vCPUs than KVM allows.
     #[error("{wanted} vCPUs: this host's KVM allows at most {max}")]
     TooManyCpus { wanted: u8, max: usize },
-    /// RAM.
+    /// RAM could not be had or filled.
     #[error(transparent)]
     Ram(#[from] RamError),
-    /// Interrupt controllers and timer.
+    /// Interrupt controllers and timer could not be set up.
     #[error(transparent)]
     Irqchip(#[from] IrqchipError),
-    /// Kernel or initramfs.
+    /// Kernel or initramfs could not be loaded.
     #[error(transparent)]
     Load(#[from] LoadError),
-    /// Boot parameters.
+    /// Boot parameters could not be set up.
     #[error(transparent)]
     Boot(#[from] BootError),
-    /// MP table.
+    /// The MP table could not be set up.
     #[error(transparent)]
     Mptable(#[from] MptableError),
-    /// Port devices on one another.
+    /// Port devices would lie on one another.
     #[error(transparent)]
     Bus(#[from] BusError),
-    /// A device's host side.
+    /// A device's host side could not be set up.
     #[error("{device}")]
     Device {
         device: String,
         source: Box<dyn std::error::Error + Send + Sync>,
     },
-    /// A device's guest side.
+    /// A device could not be attached to the guest.
     #[error("attach {device}")]
     Attach { device: String, source: AttachError },
-    /// A console or stream.
+    /// A console or stream could not be opened.
     #[error(transparent)]
     Stream(#[from] StreamError),
     /// CPUID has no room for the VM's topology.
     #[error("more CPUID leaves than KVM takes")]
     ManyLeaves,
-    /// A vCPU.
+    /// A vCPU could not be made or set up.
     #[error(transparent)]
     Vcpu(#[from] VcpuError),
-    /// A thread.
+    /// A thread could not be started.
     #[error("start the thread of {0}")]
     Thread(String, #[source] io::Error),
     /// The snapshot does not fit.
     #[error(transparent)]
     Snapshot(#[from] RestoreError),
-    /// The snapshot's RAM.
+    /// The snapshot's RAM could not be mapped.
     #[error("map the snapshot's RAM")]
     SnapshotRam(#[source] io::Error),
-    /// The process that is to give its RAM.
+    /// The process that is to give the snapshot's RAM does not.
     #[error(transparent)]
     RemoteRam(#[from] RemoteRamError),
-    /// A device's state in the snapshot.
+    /// A device's state in the snapshot could not be used.
     #[error("the state of {device} in the snapshot")]
     DeviceState {
         device: String,
         source: devices::virtio::StateError,
     },
-    /// The interrupt controllers', timer's or clock's.
+    /// The interrupt controllers', timer's or clock's state in the snapshot could not be used.
     #[error("the state of the board in the snapshot")]
     BoardState(#[source] arch::state::StateError),
 }

@@ -99,7 +99,7 @@ impl Inbox {
         self.sender.send((self.life, event))
     }
 
-    /// The same inbox, for those who belong to the next life.
+    /// This inbox for those who belong to the VM's next life.
     pub(crate) fn next_life(&mut self) -> Self {
         self.life += 1;
         self.clone()

@@ -40,7 +40,7 @@ pub(crate) struct ResumeError(#[source] io::Error);
 #[derive(Debug, Error)]
 #[error("pause {device}")]
 pub(crate) struct PauseError {
-    /// Its id in vm.counters.
+    /// Id of the device in vm.counters.
     device: String,
     source: Busy,
 }
@@ -58,7 +58,7 @@ pub(crate) struct Source {
 #[derive(Debug)]
 pub(crate) struct Machine {
     pub(crate) vcpus: Vcpus,
-    /// How many of them may run, and do unless they are parked.
+    /// How many vCPUs may run, and do unless they are parked.
     pub(crate) running: u8,
     /// vCPUs beyond `running` that the guest has not given up yet.
     pub(crate) shrinking: Option<Shrinking>,
@@ -68,7 +68,7 @@ pub(crate) struct Machine {
     pub(crate) _sockets: Vec<SocketConsole>,
     /// Asks the agent to end its command.
     pub(crate) button: Option<PowerButton>,
-    /// How it came to be.
+    /// How long the phases of the machine's start took.
     pub(crate) timeline: Timeline,
     pub(crate) serial: Option<Arc<Mutex<Serial>>>,
     /// What KVM could do for the vCPUs when the guest started.
@@ -86,9 +86,9 @@ pub(crate) struct Machine {
 /// the guest has had its time.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Shrinking {
-    /// How many run with them.
+    /// vCPUs that run, those that are too many included.
     from: u8,
-    /// From when on they are slow.
+    /// When the vCPUs that are too many become slow.
     deadline: Instant,
     /// Whether they run: while they are slow that is so for [`Machine::SLICE`] in each
     /// [`Machine::PERIOD`].
@@ -148,14 +148,14 @@ impl Machine {
         transports.map(state).collect()
     }
 
-    /// What it keeps of the serial port.
+    /// What a snapshot keeps of the serial port.
     pub(crate) fn serial_state(&self) -> Option<SerialState> {
         let serial = self.serial.as_ref()?;
         let serial = serial.lock().expect("no thread panics while it holds it");
         Some(serial.state())
     }
 
-    /// To be held while the machine is told to do something.
+    /// A guard to be held while the machine is told to do something.
     pub(crate) fn patience(&self) -> Option<Patience> {
         self.remote.as_ref().map(RemoteRam::patience)
     }
@@ -192,7 +192,7 @@ impl Machine {
         self.vcpus.iter().take(self.vcpus_running().into())
     }
 
-    /// Those of them that are too many.
+    /// The vCPUs that may run but are too many.
     fn extra(&self) -> impl Iterator<Item = &Vcpu> {
         self.allowed().skip(self.running.into())
     }
@@ -285,8 +285,8 @@ impl Machine {
 
     /// How long a guest may use vCPUs that it should have given up as it likes.
     pub(crate) const PATIENCE: Duration = Duration::from_secs(3);
-    /// How much of how much time it may use them after that. Short enough for the guest not to take one
-    /// that stands still for locked up.
+    /// How much of how much time the guest may use them after that. Short enough for the guest not
+    /// to take one that stands still for locked up.
     const SLICE: Duration = Duration::from_millis(5);
     const PERIOD: Duration = Duration::from_millis(100);
 }

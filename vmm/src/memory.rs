@@ -51,7 +51,7 @@ pub(crate) enum RamError {
     /// mmap failed.
     #[error("map {size} of guest RAM")]
     Map {
-        /// How much.
+        /// How much RAM was to be mapped.
         size: ByteSize,
         source: vm_memory::mmap::MmapRegionError,
     },
@@ -61,16 +61,16 @@ pub(crate) enum RamError {
          (see HugePages_Free in /proc/meminfo, set /proc/sys/vm/nr_hugepages)"
     )]
     HugePages {
-        /// How much.
+        /// How much RAM was to be mapped.
         size: ByteSize,
-        /// How many pages that is.
+        /// How many pages of 2 MiB that is.
         pages: u64,
         source: vm_memory::mmap::MmapRegionError,
     },
     /// memfd_create or ftruncate failed.
     #[error("create {size} of shared memory")]
     Memfd {
-        /// How much.
+        /// How much shared memory was to be made.
         size: ByteSize,
         source: io::Error,
     },
@@ -84,22 +84,22 @@ pub(crate) enum RamError {
     /// There is no RAM where something should go.
     #[error("{len_bytes} bytes at {start:#x} do not fit into guest RAM")]
     DoesNotFit {
-        /// Guest physical address.
+        /// Guest physical address where it should start.
         start: u64,
-        /// Length in bytes.
+        /// Length of what should go there, in bytes.
         len_bytes: u64,
     },
     /// mmap over RAM failed.
     #[error("map a file over guest RAM at {start:#x}")]
     MapFile {
-        /// Guest physical address.
+        /// Guest physical address where the file was to be mapped.
         start: u64,
         source: io::Error,
     },
     /// Reading the file into RAM failed.
     #[error("copy a file into guest RAM at {start:#x}")]
     Copy {
-        /// Guest physical address.
+        /// Guest physical address where the file was to be copied.
         start: u64,
         source: GuestMemoryError,
     },
@@ -114,7 +114,7 @@ pub(crate) struct Ram {
     thp: bool,
     /// Where files are mapped over it, in offsets ([`image`]).
     mapped: Vec<Range<u64>>,
-    /// Which files of RAM those are.
+    /// The files of RAM that are mapped.
     layers: Vec<Layer>,
 }
 

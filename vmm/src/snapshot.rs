@@ -53,7 +53,7 @@ const ID: &str = "snapshot";
 /// What a snapshot keeps besides RAM.
 #[derive(Debug, Serialize, Deserialize)]
 struct State {
-    /// Of this snapshot and no other.
+    /// Id of this snapshot and no other.
     id: String,
     /// How the host ran the guest's kernel.
     kvm: String,
@@ -61,7 +61,7 @@ struct State {
     board: BoardState,
     vcpus: Vec<VcpuState>,
     serial: Option<SerialState>,
-    /// By the id that the metrics have, too.
+    /// State of each device, by the id that the metrics have, too.
     devices: Vec<(String, TransportState)>,
     memory: Memory,
     /// What config.json was at first.

@@ -104,7 +104,7 @@ impl VmBuilder {
         }
     }
 
-    /// For other threads, to ask the VM and to end it.
+    /// A handle for other threads, to ask the VM and to end it.
     pub fn handle(&self) -> Handle {
         Handle {
             inbox: self.inbox.clone(),
@@ -219,7 +219,7 @@ enum Course {
 }
 
 impl Vm {
-    /// For other threads, to ask the VM and to end it.
+    /// A handle for other threads, to ask the VM and to end it.
     pub fn handle(&self) -> Handle {
         self.handle.clone()
     }

@@ -9,7 +9,7 @@ use crate::units::ByteSize;
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct BalloonConfig {
-    /// What it takes from the guest at first.
+    /// Memory that the balloon takes from the guest at first.
     pub size: ByteSize,
     /// The guest may take pages back rather than kill a process.
     pub deflate_on_oom: bool,

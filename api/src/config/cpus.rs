@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 use super::{ConfigError, Others, Part};
 use crate::units::CpuCount;
 
-/// vCPUs.
+/// The vCPUs of a VM.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct CpusConfig {
@@ -23,7 +23,7 @@ pub struct CpusConfig {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 struct Topology {
-    /// All there can be, or 0.
+    /// Cores of the die: all there can be, or 0.
     cores_per_die: u32,
     /// What else Cloud Hypervisor has here is 1, or refused
     /// ([`unsupported`](super::unsupported)).
@@ -42,7 +42,7 @@ impl CpusConfig {
         cpus.checked()
     }
 
-    /// The same with `boot` vCPUs.
+    /// These settings with `boot` vCPUs at boot, and as many at most as before.
     pub(crate) fn with_boot(&self, boot: CpuCount) -> Result<Self, ConfigError> {
         let cpus = Self {
             boot_vcpus: boot,

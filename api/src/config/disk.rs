@@ -10,9 +10,9 @@ use super::{ConfigError, Others, Part, RATES, RateLimits, check_queues};
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct DiskConfig {
-    /// File or block device.
+    /// Path of the disk's file or block device.
     pub path: PathBuf,
-    /// Refuse writes.
+    /// Whether the guest's writes are refused.
     pub readonly: bool,
     /// Bypass the host's page cache (`O_DIRECT`).
     pub direct: bool,
@@ -28,7 +28,7 @@ pub struct DiskConfig {
     pub rate_limiter_config: RateLimits,
     /// What the image is said to be. It is read as a raw one.
     pub image_type: ImageType,
-    /// Not to use io_uring, which podvmm does not use in any case.
+    /// Whether io_uring is not to be used, which podvmm does not use in any case.
     pub disable_io_uring: bool,
     /// What vm.remove-device may call it, besides `disk0`, `disk1`, ...
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -48,7 +48,7 @@ pub enum ImageType {
 }
 
 impl Default for DiskConfig {
-    /// No file yet.
+    /// A disk that has no file yet.
     fn default() -> Self {
         Self {
             path: PathBuf::new(),

@@ -15,10 +15,10 @@ pub struct FsConfig {
     /// The folder that podvmm serves.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub shared_dir: Option<PathBuf>,
-    /// Where another process, such as virtiofsd, serves by vhost-user.
+    /// The socket where another process, such as virtiofsd, serves the share by vhost-user.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub socket: Option<PathBuf>,
-    /// Refuse writes.
+    /// Whether the guest's writes are refused.
     pub readonly: bool,
     /// What the guest may keep without asking again.
     pub cache: FsCache,
@@ -39,7 +39,7 @@ pub struct FsConfig {
 /// Who serves a share.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum FsSource<'a> {
-    /// podvmm, from a folder.
+    /// podvmm serves the share, from this folder.
     Folder(&'a Path),
     /// Another process, by vhost-user on this socket.
     Socket(&'a Path),
@@ -49,17 +49,17 @@ pub enum FsSource<'a> {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum FsCache {
-    /// Nothing.
+    /// The guest keeps nothing.
     None,
     /// Names and attributes for a second, content until it is seen to have changed.
     #[default]
     Auto,
-    /// Everything.
+    /// The guest keeps everything.
     Always,
 }
 
 impl FsConfig {
-    /// Who serves it.
+    /// Who serves the share.
     pub fn source(&self) -> Result<FsSource<'_>, ConfigError> {
         match (&self.shared_dir, &self.socket) {
             (Some(folder), None) => Ok(FsSource::Folder(folder)),
@@ -84,7 +84,7 @@ impl FsConfig {
 }
 
 impl Default for FsConfig {
-    /// Not served yet.
+    /// A share that is not served yet.
     fn default() -> Self {
         Self {
             tag: String::new(),

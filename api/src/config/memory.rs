@@ -5,15 +5,15 @@ use serde::{Deserialize, Serialize};
 use super::{ConfigError, Others, Part};
 use crate::units::{ByteSize, RamSize};
 
-/// RAM.
+/// The RAM of a VM.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct MemoryConfig {
-    /// How much.
+    /// How much RAM the guest has at the start.
     pub size: RamSize,
-    /// How much more the guest can get while it runs.
+    /// How much more RAM the guest can get while it runs.
     pub hotplug_size: ByteSize,
-    /// How much of that it gets at once.
+    /// How much of `hotplug_size` the guest gets at once.
     pub hotplugged_size: ByteSize,
     /// Back it by 2 MiB pages from the host's pool (hugetlbfs).
     pub hugepages: bool,
@@ -44,8 +44,9 @@ impl MemoryConfig {
     /// Linux adds memory in blocks of at least this.
     const HOTPLUG_STEP: u64 = 128 << 20;
 
-    /// The same with `hotplug_size` rounded down to what can be had: whole blocks of 128 MiB, and 1 TiB
-    /// with the RAM of the start. Kata asks for what is left of the host's memory, of any size.
+    /// These settings with `hotplug_size` rounded down to what can be had: whole blocks of 128 MiB,
+    /// and 1 TiB with the RAM of the start. Kata asks for what is left of the host's memory, of any
+    /// size.
     pub(crate) fn with_possible_hotplug(self) -> Self {
         let asked = self.hotplug_size.0;
         let most = RamSize::MAX.0.saturating_sub(self.size.bytes());

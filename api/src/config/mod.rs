@@ -55,9 +55,9 @@ pub type Others = Map<String, Value>;
 pub struct VmConfig {
     /// What to boot.
     pub payload: PayloadConfig,
-    /// vCPUs.
+    /// The VM's vCPUs.
     pub cpus: CpusConfig,
-    /// RAM.
+    /// The VM's RAM.
     pub memory: MemoryConfig,
     /// Disks in the order the guest finds them: the first is `/dev/vda`.
     #[serde(skip_serializing_if = "Vec::is_empty")]
@@ -86,7 +86,7 @@ pub struct VmConfig {
 }
 
 impl Default for VmConfig {
-    /// Nothing to boot yet.
+    /// A VM that has nothing to boot yet.
     fn default() -> Self {
         Self {
             payload: PayloadConfig::default(),
@@ -125,14 +125,14 @@ pub struct PayloadConfig {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct RngConfig {
-    /// What the client said.
+    /// The source that the client named.
     pub src: RngSource,
     /// Fields that podvmm has no use for.
     #[serde(flatten)]
     pub others: Others,
 }
 
-/// Each of them stands for the host's random numbers.
+/// A source of random numbers. Each of them stands for the host's random numbers.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[expect(missing_docs, reason = "each is what it is called in JSON")]
 pub enum RngSource {
@@ -147,13 +147,14 @@ pub enum RngSource {
 
 /// A part of a VM that is written in JSON by clients, and on a command line by users.
 pub trait Part: DeserializeOwned {
-    /// Its key in the JSON of a VM.
+    /// The part's key in the JSON of a VM.
     const SECTION: &'static str;
-    /// How it is written on a command line, in pieces after which a line may end: `path=FILE`, and
-    /// `[,readonly=on]` for what may be left out. What is given here are the keys there are.
+    /// How the part is written on a command line, in pieces after which a line may end:
+    /// `path=FILE`, and `[,readonly=on]` for what may be left out. What is given here are the keys
+    /// there are.
     const USAGE: &'static [&'static str];
 
-    /// Itself, if all of it is in range, with the defaults that depend on other fields.
+    /// The part itself, if all of it is in range, with the defaults that depend on other fields.
     fn checked(self) -> Result<Self, ConfigError>;
 
     /// Reads `key=value,key=value`.
@@ -229,7 +230,7 @@ impl VmConfig {
         vm.checked()
     }
 
-    /// Itself, if each of its parts is in range.
+    /// The VM itself, if each of its parts is in range.
     fn checked(self) -> Result<Self, JsonError> {
         if self.payload.kernel.as_os_str().is_empty() {
             return Err(at("payload")(ConfigError::Missing("kernel")));
@@ -331,18 +332,18 @@ fn remove<T>(
 /// Why JSON was refused.
 #[derive(Debug, Error)]
 pub enum JsonError {
-    /// It is no JSON, or not of the right kind.
+    /// The text is no JSON, or JSON of the wrong kind.
     #[error(transparent)]
     Misread(#[from] Misread),
-    /// It asks for what podvmm does not have.
+    /// The JSON asks for what podvmm does not have.
     #[error("{path}: {why}")]
     Unsupported {
-        /// The field.
+        /// The field that asks for it.
         path: String,
-        /// Why there is none.
+        /// Why podvmm does not have it.
         why: &'static str,
     },
-    /// It is out of range.
+    /// A part of the VM is out of range.
     #[error("{path}")]
     Config {
         /// The part of the VM.
@@ -356,16 +357,16 @@ pub enum JsonError {
 /// Why an option was refused.
 #[derive(Debug, Error)]
 pub enum ConfigError {
-    /// It does not parse.
+    /// The option's text does not parse.
     #[error(transparent)]
     Options(#[from] OptionsError),
     /// A number or size out of range.
     #[error(transparent)]
     Unit(#[from] UnitError),
-    /// None of [`PARTS`].
+    /// An option that is none of [`PARTS`].
     #[error("there is no option --{0} for a part of a VM")]
     NoSuchPart(String),
-    /// Nothing could be made without it.
+    /// A key without which nothing could be made is missing.
     #[error("'{0}' is missing")]
     Missing(&'static str),
     /// Fewer vCPUs at most than at boot.
@@ -376,78 +377,78 @@ pub enum ConfigError {
         /// vCPUs at most.
         max: CpuCount,
     },
-    /// Another shape than guests have.
+    /// A CPU topology of another shape than guests have.
     #[error("topology.cores_per_die: {ONE_PACKAGE}")]
     CoresPerDie,
-    /// Linux adds memory by this much.
+    /// A `hotplug_size` that is not whole blocks of 128 MiB, by which Linux adds memory.
     #[error("hotplug_size={0} is not a multiple of 128M")]
     HotplugUnaligned(ByteSize),
-    /// Past what physical addresses reach.
+    /// RAM that with `hotplug_size` would go past what physical addresses reach.
     #[error("{0} of RAM with hotplug_size: {max} at most is possible", max = RamSize::MAX)]
     HotplugTooLarge(ByteSize),
     /// More plugged at start than can be plugged.
     #[error("hotplugged_size={plugged} is more than hotplug_size={most}")]
     HotpluggedTooLarge {
-        /// Plugged at start.
+        /// Size that was to be plugged at the start.
         plugged: ByteSize,
-        /// At most.
+        /// Size that can be plugged at most.
         most: ByteSize,
     },
-    /// Out of range.
+    /// A number of queues that is not 1 to 16.
     #[error("queues={0}: 1 to 16 are possible")]
     Queues(u16),
-    /// Out of range.
+    /// A queue size that is out of range or not a power of two.
     #[error("queue_size={size} is not a power of two from {least} to 1024")]
     QueueSize {
-        /// What was asked for.
+        /// The size that was asked for, in descriptors.
         size: u16,
-        /// Fewest such a device can have.
+        /// The fewest descriptors that a queue of such a device can have.
         least: u16,
     },
-    /// virtio-blk has room for 20 bytes (virtio 1.3 §5.2.6).
+    /// A serial number longer than the 20 bytes that virtio-blk has room for (virtio 1.3 §5.2.6).
     #[error("the serial number '{0}' is longer than 20 bytes")]
     SerialTooLong(String),
-    /// Reserved for others (virtio 1.3 §5.10.4).
+    /// A guest's address that is reserved for others (virtio 1.3 §5.10.4).
     #[error("cid={0}: 3 to 4294967294 is possible")]
     Cid(u32),
-    /// Longer than unix sockets allow.
+    /// A socket's path that is longer than unix sockets allow.
     #[error("the socket's path is {len} bytes long, {max} is possible")]
     SocketPath {
-        /// Of the path.
+        /// Length of the path, in bytes.
         len: usize,
-        /// With room for a port behind it.
+        /// Longest path that leaves room for a port behind it, in bytes.
         max: usize,
     },
     /// A network device without a host side, or with two.
     #[error("give either tap=NAME or fd=N")]
     TapOrFd,
-    /// Not a descriptor.
+    /// A value of `fd` that is not the number of a descriptor.
     #[error("fd='{0}' is not a number")]
     Fd(String),
-    /// podvmm's own.
+    /// A descriptor that is one of podvmm's own standard streams.
     #[error("fd={0} is a standard stream, not a tap")]
     StandardFd(i32),
-    /// One of a pair is missing.
+    /// A number of queues that is not even: they come in pairs.
     #[error("num_queues={0}: queues come in pairs")]
     OddQueues(u16),
-    /// A pair has one descriptor.
+    /// Not as many descriptors as pairs of queues: each pair has one.
     #[error("{pairs} pairs of queues with {fds} descriptors: one goes with each")]
     Pairs {
-        /// Wanted.
+        /// Pairs of queues that are wanted.
         pairs: u16,
-        /// Given.
+        /// Descriptors that were given.
         fds: usize,
     },
-    /// IPv4 needs 68 (RFC 791).
+    /// An MTU below the 68 bytes that IPv4 needs (RFC 791).
     #[error("mtu={0}: 68 to 65535 is possible")]
     Mtu(u16),
-    /// Nothing would ever go.
+    /// A rate whose size or refill time is 0: nothing would ever go.
     #[error("a rate needs a size and a refill time, each at least 1")]
     ZeroRate,
-    /// What virtio-fs has room for.
+    /// A tag that is not 1 to 36 bytes without NUL, which is what virtio-fs has room for.
     #[error("tag='{0}': 1 to 36 bytes without NUL are possible")]
     Tag(String),
-    /// The guest could not tell them apart.
+    /// Two shares with one tag: the guest could not tell them apart.
     #[error("two shares have the tag '{0}'")]
     TagTwice(String),
     /// A share that no process serves, or two do.
@@ -456,16 +457,16 @@ pub enum ConfigError {
     /// An option of podvmm's own server.
     #[error("{0}: the process that serves the socket has options of its own")]
     NotOurShare(&'static str),
-    /// Another process must be able to map RAM.
+    /// RAM that the process that serves a share could not map.
     #[error("the share '{0}' is served by another process, which needs memory with shared=on")]
     PrivateRam(String),
-    /// Not a MAC address, or one of a group.
+    /// A text that is not a MAC address, or the address of a group.
     #[error("'{0}' is not the address of one device, such as 02:00:00:00:00:01")]
     Mac(String),
     /// A path that JSON cannot say, so no client and no snapshot could.
     #[error("write it as JSON")]
     Unwritable(#[source] serde_json::Error),
-    /// No such output.
+    /// A text that names no kind of output.
     #[error("'{0}' is none of off, null, tty, file=PATH, socket=PATH")]
     Output(String),
 }

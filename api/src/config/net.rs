@@ -27,7 +27,8 @@ pub struct NetConfig {
     /// Bytes of IP in a frame, 68 to 65535.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub mtu: Option<u16>,
-    /// Two for each pair, of 1 to 16 pairs. None are two for each descriptor.
+    /// Number of queues: two for each pair, of 1 to 16 pairs. `None` stands for two for each
+    /// descriptor.
     #[serde(skip_serializing_if = "Option::is_none")]
     num_queues: Option<u16>,
     /// Descriptors in each queue, a power of two from 16 to 1024.
@@ -44,9 +45,9 @@ pub struct NetConfig {
     /// What vm.remove-device may call it, besides `net0`, `net1`, ...
     #[serde(skip_serializing_if = "Option::is_none")]
     pub id: Option<String>,
-    /// Kata reads it back. podvmm gives taps no address.
+    /// The tap's address. Kata reads it back; podvmm gives taps no address.
     ip: String,
-    /// Likewise.
+    /// The tap's mask. Kata reads it back, too; podvmm does not set it.
     mask: String,
     /// Fields that podvmm has no use for.
     #[serde(flatten)]
@@ -63,7 +64,7 @@ enum TapFds {
 /// Where a tap comes from.
 #[derive(Clone, Copy, Debug)]
 pub enum TapSource<'a> {
-    /// By name; it is made if there is none.
+    /// The tap of this name; it is made if there is none.
     Name(&'a str),
     /// Descriptors that podvmm was started with, by number, one for each pair.
     Inherited(&'a [RawFd]),
@@ -168,7 +169,7 @@ impl NetConfig {
 }
 
 impl Default for NetConfig {
-    /// No tap yet, and an address that no other device has.
+    /// A network device without a tap yet, with an address that no other device has.
     fn default() -> Self {
         Self {
             tap: None,

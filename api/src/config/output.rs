@@ -13,18 +13,18 @@ use super::ConfigError;
 pub enum Output {
     /// There is no such device.
     Off,
-    /// It is there; what it prints is kept only for the message of a crash.
+    /// The device is there; what it prints is kept only for the message of a crash.
     Null,
     /// podvmm's own terminal or standard streams.
     Tty,
-    /// Appended to a file.
+    /// What is printed is appended to a file.
     File {
-        /// Which.
+        /// Path of the file.
         file: PathBuf,
     },
     /// A unix socket that is listened on, for one client at a time.
     Socket {
-        /// Where.
+        /// Path of the socket.
         socket: PathBuf,
     },
 }

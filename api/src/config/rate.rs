@@ -12,23 +12,23 @@ pub(crate) const RATES: &str = "[,bw_size=N,bw_refill_time=MS][,bw_one_time_burs
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct RateLimits {
-    /// Of bytes.
+    /// Bound of the bytes.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub bandwidth: Option<RateLimit>,
-    /// Of requests.
+    /// Bound of the requests.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub ops: Option<RateLimit>,
 }
 
-/// So many per time, on average.
+/// A bound of so many bytes or requests per time, on average.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct RateLimit {
-    /// In each refill time, and at once after an idle time; at least 1.
+    /// Bytes or requests in each refill time, and at once after an idle time; at least 1.
     pub size: u64,
-    /// Besides, once, at the start.
+    /// Bytes or requests that are allowed besides, once, at the start.
     pub one_time_burst: u64,
-    /// Milliseconds, at least 1.
+    /// The refill time in milliseconds, at least 1.
     pub refill_time: u64,
 }
 

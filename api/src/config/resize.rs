@@ -11,9 +11,9 @@ use crate::units::{ByteSize, CpuCount};
 pub struct Resize {
     /// vCPUs the guest may use.
     pub desired_vcpus: Option<CpuCount>,
-    /// All memory of the VM.
+    /// All the memory that the VM is to have.
     pub desired_ram: Option<ByteSize>,
-    /// What the balloon takes from it.
+    /// Memory that the balloon is to take from the guest.
     pub desired_balloon: Option<ByteSize>,
 }
 

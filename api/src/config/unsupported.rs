@@ -4,8 +4,8 @@ use serde_json::Value;
 
 use super::JsonError;
 
-/// Where, `*` being each element of an array, and why not. Null, false, 0 and what is empty ask
-/// for nothing and are let through.
+/// Paths of fields, `*` being each element of an array, and why podvmm does not have them. Null,
+/// false, 0 and what is empty ask for nothing and are let through.
 const FIELDS: &[(&str, &str)] = &[
     ("payload.firmware", "podvmm boots kernels"),
     ("payload.igvm", "there are no confidential VMs"),
@@ -58,7 +58,7 @@ const FIELDS: &[(&str, &str)] = &[
     ),
 ];
 
-/// Of the same kind, but for one value more that asks for what is so anyway.
+/// Fields like [`FIELDS`], but for one value more that asks for what is so anyway.
 const CHOICES: &[(&str, &str, &str)] = &[
     (
         "cpus.core_scheduling",

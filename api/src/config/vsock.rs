@@ -12,8 +12,8 @@ use super::{ConfigError, Others, Part};
 pub struct VsockConfig {
     /// The guest's address, 3 to 4294967294.
     pub cid: u32,
-    /// Where the host's programs connect; where the guest's calls to port P go,
-    /// with `_P` behind it.
+    /// Path of the socket where the host's programs connect. The guest's calls to port P go to this
+    /// path with `_P` behind it.
     pub socket: PathBuf,
     /// What vm.remove-device may call it, besides `vsock`.
     #[serde(skip_serializing_if = "Option::is_none")]

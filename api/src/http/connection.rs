@@ -23,7 +23,7 @@ pub(super) enum Parsed {
     Continue,
     /// One whole request, and whether the client wants the connection kept.
     Request(Request, bool),
-    /// No request can follow: answer this and close.
+    /// The connection can take no further request: answer this and close.
     Refuse(Response),
 }
 

@@ -8,7 +8,7 @@ use std::os::fd::OwnedFd;
 pub enum Method {
     Get,
     Put,
-    /// Nothing here answers to it, but the answer says so.
+    /// Another method, by its name. Nothing here answers to it, but the answer says so.
     Other(String),
 }
 
@@ -36,7 +36,7 @@ impl std::fmt::Display for Method {
 #[derive(Debug)]
 pub struct Request {
     pub method: Method,
-    /// Without a query.
+    /// Path of the request, without a query.
     pub path: String,
     pub body: Vec<u8>,
     /// What came by SCM_RIGHTS with any part of it.

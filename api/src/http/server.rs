@@ -94,7 +94,7 @@ struct Client {
     waiting: Option<bool>,
     /// Bytes of answers that the client has not taken yet.
     unsent: Vec<u8>,
-    /// No more requests are read; it is closed once all is sent.
+    /// Whether no more requests are read: the connection is closed once all is sent.
     closing: bool,
     /// What it is watched for.
     interest: epoll::EventFlags,

@@ -36,7 +36,7 @@ pub struct StateError {
     source: kvm_ioctls::Error,
 }
 
-/// For `map_err`.
+/// Makes a [`StateError`] of what KVM refused while podvmm did `act`. For `map_err`.
 pub(super) fn failed(act: &'static str) -> impl Fn(kvm_ioctls::Error) -> StateError {
     move |source| StateError { act, source }
 }

@@ -77,7 +77,7 @@ pub(super) fn arch_capabilities(entries: &[kvm_msr_entry]) -> u64 {
     entry.map_or(0, |entry| entry.data)
 }
 
-/// Which of them KVM tells guests of here. 0 if it cannot say.
+/// Which of the CPU's weaknesses and mitigations KVM tells guests of here. 0 if it cannot say.
 pub(super) fn supported_arch_capabilities(kvm: &Kvm) -> u64 {
     let mut msrs = Msrs::from_entries(&[entry(IA32_ARCH_CAPABILITIES, 0)]).expect("it is one");
     match kvm.get_msrs(&mut msrs) {

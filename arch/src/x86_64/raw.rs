@@ -10,7 +10,7 @@ use zerocopy::{FromBytes, Immutable, IntoBytes};
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Raw<T>(pub(super) T);
 
-/// Any number of them.
+/// Any number of one of KVM's structures.
 #[derive(Clone, Debug)]
 pub(super) struct RawList<T>(pub(super) Vec<T>);
 

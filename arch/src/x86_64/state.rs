@@ -79,12 +79,12 @@ impl BoardState {
 pub struct CpuFeatures(RawList<kvm_cpuid_entry2>);
 
 impl CpuFeatures {
-    /// Of a guest with `cpuid` ([`super::cpuid::for_guest`]).
+    /// The features of a guest with `cpuid` ([`super::cpuid::for_guest`]).
     pub fn of(cpuid: &CpuId) -> Self {
         Self(RawList(cpuid.as_slice().to_vec()))
     }
 
-    /// As it was. None if it is more leaves than KVM knows.
+    /// The CPUID as the guest saw it. `None` if it is more leaves than KVM knows.
     pub fn cpuid(&self) -> Option<CpuId> {
         CpuId::from_entries(&self.0.0).ok()
     }
@@ -103,11 +103,11 @@ impl MsrIndices {
     }
 }
 
-/// A vCPU.
+/// The state of a vCPU.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct VcpuState {
     mp: Raw<kvm_mp_state>,
-    /// None if it was never started: then it is as at boot.
+    /// State of a vCPU that was started; `None` if it never was: then it is as at boot.
     started: Option<Box<Started>>,
 }
 
@@ -139,7 +139,7 @@ impl VcpuState {
         })
     }
 
-    /// One that was never started.
+    /// The state of a vCPU that was never started.
     pub fn not_started() -> Self {
         let mp = kvm_mp_state {
             mp_state: KVM_MP_STATE_UNINITIALIZED,

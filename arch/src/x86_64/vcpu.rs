@@ -18,7 +18,7 @@ const DELIVER_EXTINT: u32 = 0x700;
 /// Which vCPU of which VM one is.
 #[derive(Clone, Copy, Debug)]
 pub struct Identity<'a> {
-    /// Its index, which is its APIC id, too.
+    /// Index of the vCPU, which is its APIC id, too.
     pub index: u8,
     /// The CPUID of the VM's vCPUs, but for their APIC ids ([`cpuid::for_guest`]).
     pub cpuid: &'a CpuId,

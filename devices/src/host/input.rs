@@ -12,7 +12,7 @@ use crate::virtio::{GuestRam, Segments, vectored};
 #[derive(Debug)]
 pub struct Input {
     file: File,
-    /// Whether it can run dry. A file that cannot only ends.
+    /// Whether the input can run dry. A file that cannot only ends.
     watched: bool,
 }
 
@@ -20,9 +20,9 @@ pub struct Input {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Arrival {
     Bytes(usize),
-    /// Nothing for now; [`Input::watch`] tells when to try again.
+    /// There is nothing for now; [`Input::watch`] tells when to try again.
     Nothing,
-    /// There will never be more.
+    /// The input has ended: there will never be more.
     End,
 }
 

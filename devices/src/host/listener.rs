@@ -215,13 +215,13 @@ fn bind_beside(socket: impl AsFd, path: &Path) -> io::Result<PathBuf> {
 
 /// What is at a path.
 enum Occupant {
-    /// Nothing any more.
+    /// There is nothing at the path any more.
     Gone,
     /// A socket that a process serves.
     Served,
     /// A socket that no process serves, and none will.
     Stale(FileId),
-    /// No socket.
+    /// Something that is no socket.
     Other,
 }
 

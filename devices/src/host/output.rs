@@ -27,13 +27,13 @@ enum Kind {
 /// How a descriptor is written without blocking.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Way {
-    /// It never blocks, but for a disk.
+    /// The descriptor never blocks, but for a disk.
     Always,
-    /// By a call that does not block, whatever the descriptor's flags.
+    /// A socket, written by a call that does not block, whatever the descriptor's flags.
     Socket,
-    /// Its own open file description of a terminal, which does not block.
+    /// A terminal, written by an open file description of its own, which does not block.
     Reopened,
-    /// When it is ready, and at most PIPE_BUF.
+    /// Written when the descriptor is ready, and at most PIPE_BUF at once.
     WhenReady,
 }
 
@@ -43,7 +43,7 @@ pub enum Progress {
     Moved(usize),
     /// Nothing fits now; [`Output::watch`] tells when to try again.
     Full,
-    /// It will not be written: no process reads any more, or the disk is full.
+    /// The bytes will not be written: no process reads any more, or the disk is full.
     Lost,
 }
 

@@ -83,7 +83,7 @@ impl SerialEvents for Events {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SerialState(#[serde(with = "Registers")] vm_superio::SerialState);
 
-/// Its state in a snapshot.
+/// A serial port's state in a snapshot.
 #[derive(Serialize, Deserialize)]
 #[serde(remote = "vm_superio::SerialState")]
 struct Registers {

@@ -118,7 +118,7 @@ impl Interrupt {
         self.0.generation.store(state.generation, Ordering::SeqCst);
     }
 
-    /// Nothing is pending after a device reset.
+    /// Resets the interrupt: nothing is pending after a device reset.
     pub(super) fn reset(&self) {
         self.0.pending.store(0, Ordering::SeqCst);
         self.0.needs_reset.store(false, Ordering::SeqCst);

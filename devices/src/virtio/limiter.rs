@@ -23,16 +23,16 @@ pub struct Rate {
     pub size: u64,
     /// Tokens there are besides at the start, once.
     pub one_time_burst: u64,
-    /// At least a millisecond.
+    /// The refill time, at least a millisecond.
     pub refill_time: Duration,
 }
 
 /// What a device is held to.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Limits {
-    /// Bytes.
+    /// The rate of bytes, if it is bounded.
     pub bandwidth: Option<Rate>,
-    /// Requests.
+    /// The rate of requests, if it is bounded.
     pub operations: Option<Rate>,
 }
 
@@ -56,7 +56,8 @@ struct Buckets {
 }
 
 impl Limiter {
-    /// One for each of `handlers`, all held to `limits` together. None if there are no limits.
+    /// Limiters, one for each of `handlers`, all held to `limits` together. `None` if there are no
+    /// limits.
     pub(super) fn shared(limits: Limits, handlers: usize) -> io::Result<Option<Vec<Self>>> {
         if !limits.any() {
             return Ok(None);

@@ -165,10 +165,10 @@ pub trait Handler: MutEventSubscriber + Send + Debug {
     /// may block, but not for ever.
     fn drain(&mut self);
 
-    /// Its queues as they stand, for a snapshot.
+    /// The handler's queues as they stand, for a snapshot.
     fn rings(&self) -> Vec<RingState>;
 
-    /// Adds what it owns to its device's state.
+    /// Adds what the handler owns to its device's state.
     fn add_state(&self, device: &mut DeviceState) {
         let _ = device;
     }
@@ -206,9 +206,9 @@ pub trait Runner: Send + Sync {
 #[derive(Debug)]
 pub enum Recall {
     Back(Box<dyn Handler>),
-    /// It is still at an event, so the host does not answer.
+    /// The handler is still at an event, so the host does not answer.
     Late(Ticket),
-    /// Its loop is gone, and so is the handler.
+    /// The handler's loop is gone, and so is the handler.
     Gone,
 }
 

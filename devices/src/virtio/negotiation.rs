@@ -22,7 +22,7 @@ use super::StateError;
 /// What a write to the status register asks for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Step {
-    /// Nothing to do beyond what the status now says.
+    /// The write asks for nothing beyond what the status now says.
     Stay,
     /// The driver is ready; the queues come alive.
     Activate,

@@ -155,7 +155,7 @@ pub enum Table {
 #[derive(Debug, Default)]
 struct Sent {
     descriptors: Vec<u16>,
-    /// Start and length.
+    /// Start and length of each writable buffer, the length in bytes.
     writable: Vec<(u64, u32)>,
 }
 

@@ -61,11 +61,11 @@ pub(super) struct Frame {
 
 /// What the guest finds, and the host's side of it.
 pub(super) struct Devices {
-    /// Ports and addresses.
+    /// The devices behind ports and addresses.
     buses: Buses,
-    /// In the order the guest finds them.
+    /// The virtio devices by id, in the order the guest finds them.
     pub(super) transports: Vec<(String, Arc<Mutex<MmioTransport>>)>,
-    /// By which the guest finds them.
+    /// The kernel's parameters by which the guest finds the devices.
     pub(super) parameters: Vec<String>,
     io: Arc<IoThreads>,
     sockets: Vec<SocketConsole>,
@@ -160,7 +160,7 @@ impl Frame {
         }
     }
 
-    /// Puts the vCPUs in.
+    /// Makes the machine, with the vCPUs in it.
     pub(super) fn machine(mut self, config: &VmConfig, devices: Devices, vcpus: Vcpus) -> Machine {
         self.timeline.mark("vcpus");
         Machine {

@@ -18,34 +18,34 @@ const CPIO_ALIGNMENT: u64 = 4;
 /// Why a file did not make it into guest RAM.
 #[derive(Debug, Error)]
 pub(crate) enum LoadError {
-    /// It could not be opened.
+    /// The file could not be opened.
     #[error("open {}", .path.display())]
     Open {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
         source: io::Error,
     },
-    /// It is no kernel we can start.
+    /// The file is no kernel that podvmm can start.
     #[error("kernel {}", .path.display())]
     Image {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
         source: ImageError,
     },
-    /// It could not be mapped or copied.
+    /// The file could not be mapped or copied into RAM.
     #[error("load {}", .path.display())]
     Place {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
         source: RamError,
     },
-    /// RAM above the kernel is too small for it.
+    /// RAM above the kernel is too small for the initramfs.
     #[error(
         "an initramfs of {len_bytes} bytes does not fit into RAM above the kernel, \
          which ends at {kernel_end:#x}, and below {ram_end:#x}"
     )]
     InitramfsTooLarge {
-        /// Its length.
+        /// Length of the initramfs, in bytes.
         len_bytes: u64,
         /// First address past the kernel.
         kernel_end: u64,

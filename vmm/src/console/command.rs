@@ -7,7 +7,7 @@ use protocol::contract::{ARGV_PATH, Status, TTY_PATH};
 /// A command for the agent.
 #[derive(Clone, Debug)]
 pub(crate) struct Command {
-    /// Its arguments, the program first.
+    /// Arguments of the command, the program first.
     pub argv: Vec<Vec<u8>>,
     /// Rows and columns of the terminal it is to have; pipes without.
     pub terminal: Option<(u16, u16)>,

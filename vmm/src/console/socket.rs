@@ -86,7 +86,7 @@ struct Relay {
     listener: Listener,
     guest: UnixStream,
     client: Option<UnixStream>,
-    /// Not yet taken by the guest. While there is any the client is not heard.
+    /// Bytes the guest has not yet taken. While there are any the client is not heard.
     typed: Vec<u8>,
 }
 

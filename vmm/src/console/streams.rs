@@ -21,33 +21,33 @@ use crate::inbox::{Event, Inbox};
 /// Why a stream could not be had.
 #[derive(Debug, Error)]
 pub(crate) enum StreamError {
-    /// A console's file.
+    /// A console's file could not be opened.
     #[error("open {} for a console", .path.display())]
     Open {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
         source: io::Error,
     },
-    /// A console's socket.
+    /// A console's socket could not be served.
     #[error("serve a console")]
     Socket(#[from] SocketConsoleError),
-    /// One of podvmm's own streams, or a console's.
+    /// One of podvmm's own streams, or a console's, could not be used.
     #[error("use {0} for the guest")]
     Standard(&'static str, #[source] io::Error),
 }
 
 /// The host's end of a serial port or console.
 pub(crate) struct HostEnd {
-    /// What is typed there.
+    /// What is typed at the host's end.
     pub(crate) input: Option<OwnedFd>,
-    /// None if what is printed goes nowhere.
+    /// Where what is printed goes; `None` if it goes nowhere.
     output: Option<Output>,
-    /// Joins it to the client that connects, as long as this is kept.
+    /// Joins the console to the client that connects, as long as this is kept.
     pub(crate) socket: Option<SocketConsole>,
 }
 
 impl HostEnd {
-    /// None if there is to be no such device.
+    /// Opens `destination`; `None` if there is to be no such device.
     pub(crate) fn open(destination: &Destination) -> Result<Option<Self>, StreamError> {
         let (input, output, socket) = match destination {
             Destination::Off => return Ok(None),

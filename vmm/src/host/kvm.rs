@@ -15,7 +15,7 @@ pub(crate) enum KvmKind {
     /// `kvm_pvm`: guest user mode runs natively, guest kernel mode is
     /// interpreted, without hardware virtualization.
     Emulating,
-    /// No module we know, perhaps built into the kernel.
+    /// KVM is of no module that podvmm knows, perhaps built into the kernel.
     Unknown,
 }
 
@@ -74,7 +74,7 @@ impl KvmKind {
             .map_or(Self::Unknown, |(_, kind)| *kind)
     }
 
-    /// Its name in a snapshot.
+    /// The kind's name in a snapshot.
     pub(crate) fn name(self) -> &'static str {
         match self {
             Self::Intel => "intel",

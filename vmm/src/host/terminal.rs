@@ -13,7 +13,7 @@ pub(crate) struct RawTerminal {
 }
 
 impl RawTerminal {
-    /// None if standard input is no terminal.
+    /// Makes the terminal on standard input raw; `None` if that is no terminal.
     pub(crate) fn enter() -> io::Result<Option<Self>> {
         let fd = io::stdin().as_raw_fd();
         let mut before = MaybeUninit::uninit();

@@ -12,7 +12,7 @@ pub(crate) struct Timeline {
 }
 
 impl Timeline {
-    /// The first phase begins.
+    /// A timeline whose first phase begins now.
     pub(crate) fn start() -> Self {
         Self {
             last: Instant::now(),
@@ -27,7 +27,7 @@ impl Timeline {
         self.last = now;
     }
 
-    /// Microseconds of each.
+    /// Microseconds of each phase, by its name.
     pub(crate) fn json(&self) -> Value {
         let phases = self.phases.iter().map(|(phase, took)| {
             let micros = u64::try_from(took.as_micros()).unwrap_or(u64::MAX);

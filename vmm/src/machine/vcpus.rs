@@ -29,7 +29,7 @@ pub(crate) enum VcpuError {
         index: u8,
         source: kvm_ioctls::Error,
     },
-    /// Its registers.
+    /// The vCPU could not be set up.
     #[error("set up vCPU {index}")]
     Configure {
         index: u8,
@@ -47,9 +47,9 @@ pub(crate) enum VcpuError {
 /// What all vCPUs of a VM have in common.
 #[derive(Debug)]
 pub(crate) struct Common {
-    /// How many there can be.
+    /// How many vCPUs there can be.
     pub(crate) possible: u8,
-    /// Their CPUID, but for their APIC ids.
+    /// CPUID of the vCPUs, but for their APIC ids.
     pub(crate) cpuid: CpuId,
     pub(crate) buses: Buses,
     pub(crate) memory: GuestMemoryMmap,
@@ -171,12 +171,12 @@ impl Vcpus {
         Vcpu::spawn(index, fd, buses, memory, self.exits().clone(), ended)
     }
 
-    /// How many exist.
+    /// The number of vCPUs that exist.
     fn number(&self) -> u8 {
         u8::try_from(self.made.len()).expect("there are at most 254")
     }
 
-    /// Those that exist.
+    /// The vCPUs that exist.
     pub(crate) fn iter(&self) -> std::slice::Iter<'_, Vcpu> {
         self.made.iter()
     }
@@ -202,7 +202,7 @@ impl Vcpus {
     }
 }
 
-/// For `map_err`.
+/// Makes a [`VcpuError::Configure`] for vCPU `index`. For `map_err`.
 fn configure(index: u8) -> impl Fn(arch_vcpu::VcpuError) -> VcpuError {
     move |source| VcpuError::Configure { index, source }
 }

@@ -17,19 +17,19 @@ use serde::{Deserialize, Serialize};
 use crate::memory::userfault::Userfault;
 use crate::memory::{PAGE_BYTES, are_pages};
 
-/// Far more than a VM's.
+/// Longest message that is read, in bytes: far more than a VM's.
 const MOST_BYTES: usize = 1 << 20;
 
 /// A run of RAM in the VM's process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Mapping {
-    /// Where it is there.
+    /// Address of the run in the VM's process.
     pub(crate) base_host_virt_addr: u64,
-    /// In bytes.
+    /// Length of the run, in bytes.
     pub(crate) size: u64,
-    /// Of its first byte in RAM.
+    /// Offset in RAM of the run's first byte.
     pub(crate) offset: u64,
-    /// In bytes, too.
+    /// Size of the run's pages, in bytes.
     pub(crate) page_size: u64,
 }
 
@@ -43,7 +43,7 @@ impl Mapping {
         }
     }
 
-    /// Of RAM of `ram_len` bytes, if it can be.
+    /// Whether this can be a run of RAM of `ram_len` bytes.
     fn fits(&self, ram_len: u64) -> bool {
         let run = |start: u64| start.checked_add(self.size).map(|end| start..end);
         let (addresses, offsets) = (run(self.base_host_virt_addr), run(self.offset));
@@ -54,17 +54,17 @@ impl Mapping {
             && are_pages(offsets, ram_len)
     }
 
-    /// Its offsets in RAM.
+    /// The run's offsets in RAM.
     pub(crate) fn offsets(&self) -> Range<u64> {
         self.offset..self.offset + self.size
     }
 
-    /// Where the RAM of that offset is, if it is of this run.
+    /// Address of the RAM at `offset`, if it is of this run.
     pub(crate) fn address(&self, offset: u64) -> u64 {
         self.base_host_virt_addr + (offset - self.offset)
     }
 
-    /// Which RAM is at an address.
+    /// Offset of the RAM at `address`; `None` if it is not of this run.
     pub(crate) fn offset_of(&self, address: u64) -> Option<u64> {
         let from = address.checked_sub(self.base_host_virt_addr)?;
         (from < self.size).then_some(self.offset + from)

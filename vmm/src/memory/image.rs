@@ -63,13 +63,13 @@ pub(crate) enum LayerError {
 }
 
 impl Layer {
-    /// Whether it can be mapped as RAM of `ram_len` bytes. Looks at no byte of RAM.
+    /// Whether the file can be mapped as RAM of `ram_len` bytes. Looks at no byte of RAM.
     pub(crate) fn check(&self, ram_len: u64) -> Result<(), LayerError> {
         let ranges = check_extents(&self.extents, ram_len)?;
         check_len(&self.file, ranges.last().map_or(0, |range| range.end))
     }
 
-    /// What of it counts.
+    /// The ranges of the file that count.
     fn ranges(&self) -> Vec<Range<u64>> {
         self.extents.iter().map(Extent::range).collect()
     }
@@ -96,7 +96,8 @@ impl Layer {
     }
 }
 
-/// Which RAM of `ram_len` bytes the extents of a file are. Another process may have written them.
+/// The runs of RAM that the extents of a file are, of `ram_len` bytes of RAM. Another process may
+/// have written them.
 pub(crate) fn check_extents(
     extents: &[Extent],
     ram_len: u64,
@@ -127,13 +128,13 @@ fn chunk(rest: u64) -> usize {
 pub(super) struct Part<'a> {
     pub(super) offset: u64,
     pub(super) region: &'a GuestRegionMmap,
-    /// Where in the region.
+    /// Where the piece starts in the region.
     pub(super) start: MemoryRegionAddress,
     pub(super) len: usize,
 }
 
 impl Ram {
-    /// Its bytes, as offsets count them.
+    /// Bytes of RAM, as offsets count them.
     pub(crate) fn len(&self) -> u64 {
         self.memory.iter().map(GuestMemoryRegion::len).sum()
     }

@@ -11,7 +11,7 @@ use super::PAGE_BYTES;
 
 const PRESENT: u64 = 1 << 63;
 const SWAPPED: u64 = 1 << 62;
-/// Of a file, or of shared memory.
+/// The page is of a file, or of shared memory.
 const FILE: u64 = 1 << 61;
 
 const ENTRY_BYTES: usize = 8;
@@ -20,9 +20,9 @@ const ENTRIES: usize = 64 << 10;
 /// What about a page is asked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Pages {
-    /// It is there, whatever it is a page of.
+    /// The page is there, whatever it is a page of.
     Used,
-    /// It is this process's own: of no file, or a written copy of a file's.
+    /// The page is this process's own: of no file, or a written copy of a file's.
     Written,
 }
 
@@ -104,7 +104,7 @@ pub(super) fn push(runs: &mut Vec<Range<u64>>, run: Range<u64>, gap: u64) {
     }
 }
 
-/// The same runs, joined over what lies between them until there are no more than `most`.
+/// Joins `runs` over what lies between them until there are no more than `most`.
 pub(super) fn at_most(mut runs: Vec<Range<u64>>, most: usize) -> Vec<Range<u64>> {
     let mut gap = PAGE_BYTES;
     while runs.len() > most {

@@ -7,12 +7,12 @@ use super::{Ram, pages};
 use crate::memory::handover::Mapping;
 use crate::memory::userfault::Userfault;
 
-/// So many runs are made of RAM at most: each is a mapping of its own, to the host and to a handler.
+/// The most runs that are made of RAM: each is a mapping of its own, to the host and to a handler.
 const MOST_RUNS: usize = 64;
 const FEW_BYTES: usize = 4 << 20;
 
 impl Ram {
-    /// Whether it is this process's alone and of small pages, so that pages can be put into it.
+    /// Whether RAM is this process's alone and of small pages, so that pages can be put into it.
     pub(crate) fn is_private(&self) -> bool {
         self.private
     }

@@ -44,14 +44,14 @@ pub(crate) enum RemoteRamError {
     /// The VM has RAM of another kind.
     #[error("RAM that is shared or of huge pages cannot come from a memory_socket")]
     NotPrivate,
-    /// No process listens there.
+    /// The process at memory_socket cannot be connected to.
     #[error("memory_socket {}", .path.display())]
     Connect {
-        /// The socket.
+        /// Path of the socket.
         path: PathBuf,
         source: io::Error,
     },
-    /// No userfaultfd.
+    /// A userfaultfd cannot be made.
     #[error("make a userfaultfd, for which podvmm must be root or able to open /dev/userfaultfd")]
     Userfault(#[source] io::Error),
     /// RAM is not as it should be.
@@ -60,14 +60,14 @@ pub(crate) enum RemoteRamError {
     /// The other side does not listen.
     #[error("hand RAM over to the process at {}", .path.display())]
     HandOver {
-        /// The socket.
+        /// Path of the socket.
         path: PathBuf,
         source: io::Error,
     },
-    /// There is no thread to watch it.
+    /// There is no thread to watch the process that gives RAM.
     #[error("watch the process at {}", .path.display())]
     Watch {
-        /// The socket.
+        /// Path of the socket.
         path: PathBuf,
         source: io::Error,
     },
@@ -77,8 +77,8 @@ pub(crate) enum RemoteRamError {
 #[derive(Debug)]
 pub(crate) struct RemoteRam {
     path: PathBuf,
-    /// While it is open, no thread that waits for a page goes on without it. The handler has the
-    /// other descriptor.
+    /// The userfaultfd. While it is open, no thread that waits for a page goes on without it. The
+    /// handler has the other descriptor.
     _userfault: Userfault,
     /// Closing it ends the watch.
     _watched: PipeWriter,
@@ -115,7 +115,7 @@ impl RemoteRam {
         })
     }
 
-    /// To be held while something is done that ends by itself, unless pages do not come.
+    /// A guard to be held while something is done that ends by itself, unless pages do not come.
     pub(crate) fn patience(&self) -> Patience {
         let (held, released) = channel();
         let ending = silent(&self.path);

@@ -21,8 +21,8 @@ const UFFD_API: u64 = 0xaa;
 const UFFDIO_REGISTER_MODE_MISSING: u64 = 1;
 const UFFD_EVENT_PAGEFAULT: u8 = 0x12;
 const UFFD_EVENT_REMOVE: u8 = 0x15;
-/// Of `struct uffd_msg`, and where in it the address of a fault is, and the start and the end of what
-/// was removed.
+/// Length of `struct uffd_msg`, in bytes. The next three say where in it the address of a fault is,
+/// and the start and the end of what was removed.
 const MESSAGE_BYTES: usize = 32;
 const ADDRESS: Range<usize> = 16..24;
 const START: Range<usize> = 8..16;
@@ -89,12 +89,12 @@ ioctl_iowr_nr!(UFFDIO_ZEROPAGE, UFFDIO, 0x04, Zero);
 pub(crate) struct Userfault(File);
 
 impl Userfault {
-    /// One for memory of this process. The kernel's own accesses count, as KVM's are.
+    /// A userfaultfd for memory of this process. The kernel's own accesses count, as KVM's are.
     pub(crate) fn new() -> io::Result<Self> {
         Self::with(0)
     }
 
-    /// One that also tells what is given back, as other monitors have it.
+    /// A userfaultfd that also tells what is given back, as other monitors have it.
     #[cfg(test)]
     pub(crate) fn with_removals() -> io::Result<Self> {
         const UFFD_FEATURE_EVENT_REMOVE: u64 = 1 << 3;
@@ -116,7 +116,7 @@ impl Userfault {
         Ok(Self(fd.into()))
     }
 
-    /// Since Linux 6.1, for whom the device lets in.
+    /// Makes a userfaultfd by /dev/userfaultfd: since Linux 6.1, for whom the device lets in.
     fn of_device() -> io::Result<OwnedFd> {
         let device = File::options()
             .read(true)
@@ -130,7 +130,7 @@ impl Userfault {
         Ok(unsafe { OwnedFd::from_raw_fd(fd) })
     }
 
-    /// For root.
+    /// Makes a userfaultfd by the system call: for root.
     fn of_call() -> io::Result<OwnedFd> {
         let flags = UserfaultfdFlags::CLOEXEC | UserfaultfdFlags::NONBLOCK;
         // SAFETY: what the descriptor can do to memory is done by the ioctls below.
@@ -151,7 +151,7 @@ impl Userfault {
         check(unsafe { ioctl_with_mut_ref(&self.0, UFFDIO_REGISTER(), &mut register) })
     }
 
-    /// What it tells, as far as that is known yet, in its order.
+    /// What the userfaultfd tells, as far as that is known yet, in its order.
     pub(crate) fn events(&self) -> io::Result<Vec<Event>> {
         let mut messages = [0; MESSAGES * MESSAGE_BYTES];
         let read = match (&self.0).read(&mut messages) {
@@ -200,7 +200,7 @@ impl Userfault {
     }
 }
 
-/// One that another process made, of its memory, if it is one.
+/// Takes a userfaultfd that another process made, of its memory, if it is one.
 impl TryFrom<OwnedFd> for Userfault {
     type Error = io::Error;
 

@@ -70,7 +70,7 @@ impl Ram {
 /// Extents in the making.
 #[derive(Default)]
 struct Extents {
-    /// So many zeros may lie between two parts of one.
+    /// Zeros that may lie between two parts of one extent, in bytes.
     gap: u64,
     done: Vec<Extent>,
     open: Option<(Range<u64>, crc32fast::Hasher)>,

@@ -29,10 +29,10 @@ pub(crate) enum Action {
 /// How log lines are written.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) enum LogFormat {
-    /// For people.
+    /// Lines of text, for people.
     #[default]
     Text,
-    /// An object each, for programs.
+    /// A JSON object for each line, for programs.
     Json,
 }
 
@@ -142,17 +142,17 @@ pub(crate) fn log_level(verbosity: u8) -> LevelFilter {
 /// Why the arguments make no sense.
 #[derive(Debug, Error)]
 pub(crate) enum CliError {
-    /// Unknown, incomplete or superfluous.
+    /// Unknown, incomplete or superfluous arguments.
     #[error(transparent)]
     Arguments(#[from] lexopt::Error),
     /// A value that does not parse.
     #[error("--{option}")]
     Value {
-        /// The option.
+        /// Name of the option, without its dashes.
         option: &'static str,
         source: ConfigError,
     },
-    /// Two things that cannot both be.
+    /// Options that cannot be, or not together.
     #[error("{0}")]
     Contradiction(&'static str),
 }

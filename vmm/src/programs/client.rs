@@ -34,9 +34,9 @@ pub(crate) struct Call {
 #[derive(Debug)]
 enum Then {
     Print,
-    /// Asks again and again.
+    /// Asks again and again, for `top`.
     Top,
-    /// Goes where it says a console is.
+    /// Goes where the answer says a console is.
     Console,
 }
 
@@ -53,7 +53,7 @@ pub(crate) enum CallError {
     /// Unknown, incomplete or superfluous arguments.
     #[error(transparent)]
     Arguments(#[from] lexopt::Error),
-    /// No such command.
+    /// A command that does not exist.
     #[error("there is no command '{0}'; see podvmm api --help")]
     Command(String),
     /// Something is missing.
@@ -62,9 +62,9 @@ pub(crate) enum CallError {
     /// A command without what it is about.
     #[error("{what} of {command} is missing; see podvmm api --help")]
     Operand {
-        /// The command.
+        /// Name of the command.
         command: &'static str,
-        /// As the help calls it.
+        /// What is missing, as the help calls it.
         what: &'static str,
     },
     /// An option of another command.
@@ -76,32 +76,32 @@ pub(crate) enum CallError {
     /// A relative path without a working directory, or an empty one.
     #[error("folder '{}'", .folder.display())]
     Folder {
-        /// As it was given.
+        /// The folder as it was given.
         folder: PathBuf,
-        /// Why it has no absolute path.
+        /// Why the folder has no absolute path.
         source: io::Error,
     },
     /// A size that is none.
     #[error("--{option}")]
     Size {
-        /// Of which option.
+        /// Name of the option that has no size, without its dashes.
         option: &'static str,
         source: api::UnitError,
     },
     /// The definition cannot be read.
     #[error("read {}", .path.display())]
     Read {
-        /// Which file.
+        /// Path of the file.
         path: PathBuf,
         source: io::Error,
     },
     /// podvmm did not answer, or refused.
     #[error(transparent)]
     Client(#[from] ClientError),
-    /// Standard output.
+    /// The answer could not be printed.
     #[error("print the answer")]
     Print(#[source] io::Error),
-    /// The guest's console.
+    /// The guest's console failed.
     #[error(transparent)]
     Console(#[from] ConsoleError),
     /// podvmm's answer is not what it should be.
@@ -303,7 +303,7 @@ impl Call {
         }
     }
 
-    /// None if there is nothing to say but that it was done.
+    /// Makes the request; `None` if there is nothing to say but that it was done.
     fn answer(&self) -> Result<Option<Value>, CallError> {
         let body = match &self.body {
             None => None,

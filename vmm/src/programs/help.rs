@@ -5,7 +5,7 @@ use api::PARTS;
 /// Columns of a terminal.
 const WIDTH: usize = 80;
 
-/// All of it.
+/// All of the help.
 pub(crate) fn text() -> String {
     let mut text = include_str!("help.txt").to_owned();
     for (option, usage) in PARTS {

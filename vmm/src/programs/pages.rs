@@ -27,23 +27,23 @@ use crate::snapshot::{self, RestoreError};
 /// What `podvmm pages --help` prints.
 pub(crate) const HELP: &str = include_str!("pages.txt");
 
-/// What it is to do.
+/// What `podvmm pages` is to do.
 #[derive(Debug)]
 pub(crate) enum Task {
     /// Print [`HELP`].
     Help,
     /// Give VMs pages.
     Serve {
-        /// Where they come to.
+        /// The socket that VMs come to.
         socket: PathBuf,
-        /// The snapshot they are of.
+        /// Folder of the snapshot that the pages are of.
         folder: PathBuf,
         /// `-v`, counted.
         verbosity: u8,
     },
     /// Compress RAM.
     Compress {
-        /// The snapshot it is of.
+        /// Folder of the snapshot that the RAM is of.
         folder: PathBuf,
     },
 }
@@ -60,10 +60,10 @@ pub(crate) enum PagesError {
     /// Two things that cannot both be.
     #[error("--compress goes with nothing else; see podvmm pages --help")]
     Contradiction,
-    /// No such snapshot.
+    /// There is no such snapshot, or it cannot be used.
     #[error("the snapshot in {}", .folder.display())]
     Snapshot {
-        /// Where.
+        /// Folder where the snapshot should be.
         folder: PathBuf,
         source: RestoreError,
     },
@@ -73,11 +73,11 @@ pub(crate) enum PagesError {
     /// RAM is not compressed.
     #[error("compress to {}", .path.display())]
     Compress {
-        /// Where.
+        /// Path of the compressed file.
         path: PathBuf,
         source: io::Error,
     },
-    /// The socket.
+    /// The socket could not be made.
     #[error("--socket")]
     Listen(#[from] ListenError),
     /// Signals, or who comes to the socket.

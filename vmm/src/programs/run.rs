@@ -32,31 +32,31 @@ pub(crate) enum RunError {
     /// The root file system is not there.
     #[error("root file system {}", .path.display())]
     Rootfs {
-        /// Folder or image.
+        /// Path of the root file system: a folder or an image.
         path: PathBuf,
         source: io::Error,
     },
-    /// It could not be started.
+    /// The VM could not be started.
     #[error(transparent)]
     Start(#[from] StartError),
     /// There is no such snapshot.
     #[error("--restore {}", .folder.display())]
     Restore {
-        /// Where.
+        /// Folder where the snapshot should be.
         folder: PathBuf,
         source: RestoreError,
     },
-    /// A descriptor that should be a tap.
+    /// A descriptor that should be a tap is not usable as one.
     #[error("--net fd={fd}")]
     Tap {
-        /// Its number.
+        /// Number of the descriptor.
         fd: i32,
         source: io::Error,
     },
-    /// Events cannot go there.
+    /// Events cannot go where `--event-monitor` says.
     #[error("--event-monitor {monitor}")]
     EventMonitor {
-        /// Where.
+        /// Where events were to go, as the option says it.
         monitor: String,
         source: io::Error,
     },

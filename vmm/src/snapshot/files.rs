@@ -4,15 +4,15 @@ use std::fs::{self, File};
 use std::io::{self, Read};
 use std::path::Path;
 
-/// Far more than the largest VM's.
+/// Longest state that is read, in bytes: far more than the largest VM's.
 const MOST_STATE_BYTES: u64 = 256 << 20;
 
-/// All of a file.
+/// Reads all of a file.
 pub(super) fn read(path: &Path) -> io::Result<Vec<u8>> {
     read_rest(open(path)?)
 }
 
-/// All that is left of a file.
+/// Reads all that is left of a file.
 pub(super) fn read_rest(file: File) -> io::Result<Vec<u8>> {
     let mut bytes = Vec::new();
     file.take(MOST_STATE_BYTES).read_to_end(&mut bytes)?;

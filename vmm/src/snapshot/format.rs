@@ -8,7 +8,7 @@ use thiserror::Error;
 
 /// What a file of ours holds.
 pub(super) trait Document: Serialize + DeserializeOwned {
-    /// What it calls itself.
+    /// What the document calls itself.
     const MAGIC: &'static str;
     /// Goes up with each change after which an older podvmm, or the same document, is misunderstood.
     const VERSION: u32;
@@ -21,7 +21,7 @@ struct Envelope<'a> {
     magic: String,
     arch: String,
     version: u32,
-    /// Of `state`, in bytes.
+    /// Length of `state`, in bytes.
     length: usize,
     /// CRC-32 (IEEE) of `state`.
     crc32: u32,

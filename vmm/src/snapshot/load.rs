@@ -66,7 +66,7 @@ pub struct Loaded {
 /// Where RAM comes from.
 #[derive(Debug)]
 pub(crate) enum Pages {
-    /// These files, of which what is needed may be read ahead.
+    /// RAM comes from these files, of which what is needed may be read ahead.
     Files { layers: Vec<Layer>, prefetch: bool },
     /// The process at this socket has what is `covered`.
     Socket {
@@ -120,17 +120,17 @@ impl Loaded {
         Ok((loaded, config))
     }
 
-    /// Which snapshot it is.
+    /// Which snapshot was loaded.
     pub(crate) fn source(&self) -> &Source {
         &self.source
     }
 
-    /// Where its RAM comes from.
+    /// Where the snapshot's RAM comes from.
     pub(crate) fn pages(&self) -> &Pages {
         &self.pages
     }
 
-    /// Which pages of RAM it is known to need.
+    /// Which runs of RAM a VM of this snapshot is known to need.
     pub(crate) fn working_set(&self) -> Option<Vec<Range<u64>>> {
         working_set::read(&self.source, self.state.memory.len)
     }
@@ -280,7 +280,7 @@ fn config(path: &Path, state: &State) -> Result<Vec<u8>, RestoreError> {
 #[derive(Debug)]
 pub(crate) struct MemoryFile {
     path: PathBuf,
-    /// What of RAM it is.
+    /// Which ranges of RAM the file is.
     pub(crate) ranges: Vec<Range<u64>>,
 }
 
@@ -292,7 +292,7 @@ impl MemoryFile {
         Ok(file)
     }
 
-    /// The same, compressed, with its path. None if it is not there.
+    /// Opens the compressed copy of the file, with its path. `None` if it is not there.
     pub(crate) fn open_compressed(&self) -> Result<Option<(PathBuf, File)>, RestoreError> {
         let path = self.compressed();
         match open(&path) {
@@ -302,7 +302,7 @@ impl MemoryFile {
         }
     }
 
-    /// Where the same is, compressed.
+    /// Path of the compressed copy of the file.
     pub(crate) fn compressed(&self) -> PathBuf {
         let mut path = self.path.clone().into_os_string();
         path.push(COMPRESSED);

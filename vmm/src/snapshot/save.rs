@@ -50,7 +50,7 @@ pub(crate) enum SaveError {
     Encode(#[source] serde_json::Error),
 }
 
-/// For `map_err`.
+/// Makes a [`SaveError::File`] of what failed. For `map_err`.
 fn failed(act: &'static str, path: &Path) -> impl Fn(io::Error) -> SaveError {
     move |source| SaveError::File {
         act,
@@ -142,11 +142,11 @@ pub(crate) fn lock(folder: &Path) -> io::Result<Option<File>> {
 /// A snapshot in the making. Dropping it removes what was written of it.
 struct Draft<'a> {
     folder: &'a Path,
-    /// Held locked.
+    /// Keeps the folder locked.
     lock: File,
     id: String,
     made_folder: bool,
-    /// What it has put there.
+    /// The files that were put into the folder.
     made: Vec<PathBuf>,
     committed: bool,
 }
@@ -332,7 +332,8 @@ impl Drop for Draft<'_> {
 }
 
 impl State {
-    /// Which VM config.json is to describe, if its user has not said.
+    /// Whether `config`, which is config.json, is of this snapshot. Without an id it counts as
+    /// such.
     pub(super) fn is_config_of(&self, config: &Value) -> bool {
         config.get(ID).is_none_or(|id| *id == self.id.as_str())
     }

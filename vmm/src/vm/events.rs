@@ -26,12 +26,12 @@ impl Events {
         }
     }
 
-    /// Something happened to the VM.
+    /// Tells that something happened to the VM.
     pub(crate) fn vm(&mut self, event: &str, properties: Value) {
         self.write("vm", event, properties);
     }
 
-    /// Something happened to podvmm.
+    /// Tells that something happened to podvmm.
     pub(crate) fn vmm(&mut self, event: &str) {
         self.write("vmm", event, Value::Null);
     }

@@ -75,7 +75,7 @@ enum Phase {
 struct Saving {
     config: Box<VmConfig>,
     writer: JoinHandle<(Box<Machine>, Result<(), SaveError>)>,
-    /// Who waits for it.
+    /// The client who waits for the snapshot.
     reply: Reply,
     folder: Value,
     /// What is said of the machine meanwhile: it is paused.
@@ -123,7 +123,7 @@ impl Phase {
 }
 
 impl Lifecycle {
-    /// No VM yet.
+    /// A lifecycle that has no VM yet.
     pub(crate) fn new(around: Surround) -> Self {
         Self {
             around,
@@ -141,7 +141,7 @@ impl Lifecycle {
         &mut self.around.events
     }
 
-    /// What it is defined as, if there is a VM.
+    /// What the VM is defined as, if there is one.
     pub(crate) fn config(&self) -> Option<&VmConfig> {
         self.phase.config()
     }

@@ -17,7 +17,7 @@ pub(crate) fn counters(machine: &Machine) -> Value {
     Value::Object(all)
 }
 
-/// The same as Prometheus reads it (text format 0.0.4).
+/// The VM's metrics as Prometheus reads them (text format 0.0.4).
 pub(crate) fn text(state: State, machine: Option<&Machine>) -> String {
     let mut text = String::new();
     metric(

@@ -17,13 +17,13 @@ use crate::inbox::{Event, Inbox, Reply};
 /// Why there is no API.
 #[derive(Debug, Error)]
 pub enum ServiceError {
-    /// The socket.
+    /// The API's socket could not be made.
     #[error("--api-socket")]
     Listen(#[from] ListenError),
-    /// What waits for its clients.
+    /// What waits for the socket's clients could not be set up.
     #[error("watch the API socket")]
     Watch(#[source] io::Error),
-    /// Its thread.
+    /// The API's thread could not be started.
     #[error("start the thread of the API")]
     Thread(#[source] io::Error),
 }

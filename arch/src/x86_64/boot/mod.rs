@@ -41,7 +41,7 @@ pub struct Segment {
     pub file_offset: u64,
     /// How many bytes come from the file.
     pub file_bytes: u64,
-    /// Where they go.
+    /// Where the segment goes in guest RAM.
     pub start: GuestAddress,
     /// How much RAM the segment takes; past `file_bytes` it is zero.
     pub memory_bytes: u64,
@@ -53,7 +53,7 @@ pub struct Segment {
 pub struct KernelImage {
     /// What to load.
     pub segments: Vec<Segment>,
-    /// Where to start.
+    /// Where and how the kernel is entered.
     pub entry: Entry,
     /// First address past what the kernel needs for itself.
     pub end: GuestAddress,
@@ -78,15 +78,15 @@ pub enum ImageError {
     Truncated {
         /// The part that is missing.
         what: &'static str,
-        /// Where it should end.
+        /// Where the part should end, as an offset in the file.
         end: u64,
-        /// How long the file is.
+        /// Length of the file, in bytes.
         file_bytes: u64,
     },
     /// Numbers in the headers contradict each other.
     #[error("malformed: {0}")]
     Malformed(&'static str),
-    /// It would overwrite the boot data below 1 MiB.
+    /// A segment that would overwrite the boot data below 1 MiB.
     #[error("a segment is linked at {0:#x}, below {lowest:#x}", lowest = KERNEL_RAM_START.raw_value())]
     TooLow(u64),
     /// bzImage of a boot protocol older than 2.12 or without 64-bit entry.
@@ -132,13 +132,13 @@ pub struct BootInfo<'a> {
 /// Why the boot data could not be written.
 #[derive(Debug, Error)]
 pub enum BootError {
-    /// Linux would cut it.
+    /// A command line that is so long that Linux would cut it.
     #[error(
         "the kernel command line has {0} bytes, Linux reads at most {max}",
         max = CMDLINE_MAX_BYTES - 1
     )]
     CmdlineTooLong(usize),
-    /// A NUL would end it early.
+    /// A command line with a NUL, which would end it early.
     #[error("the kernel command line contains a NUL byte")]
     CmdlineHasNul,
     /// Guest RAM does not reach that far.

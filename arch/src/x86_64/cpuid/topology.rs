@@ -137,7 +137,8 @@ pub(super) fn identify(entry: &mut kvm_cpuid_entry2, apic_id: u8) {
     }
 }
 
-/// Of leaf 4 or 0x8000_001d, which have the level at the same place.
+/// Whether `entry` describes a last-level cache. `entry` is of leaf 4 or 0x8000_001d, which have
+/// the level at the same place.
 fn is_last_level(entry: &kvm_cpuid_entry2) -> bool {
     (entry.eax >> 5) & 0x7 >= 3
 }

@@ -29,8 +29,8 @@ const UNUSED: [RangeInclusive<u32>; 11] = [
     0xc001_0200..=0xc001_020b,
 ];
 
-/// More of them that stand alone: Intel's debug store, AMD's global counter control, and what an AMD
-/// guest's own guests need.
+/// More unused registers that stand alone: Intel's debug store, AMD's global counter control, and
+/// what an AMD guest's own guests need.
 const UNUSED_ONES: [u32; 7] = [
     0x600,
     0xc000_0104,
@@ -81,7 +81,7 @@ fn memory_types() -> impl Iterator<Item = u32> {
     variable.chain(fixed).chain([super::IA32_MTRR_DEF_TYPE])
 }
 
-/// Those that a snapshot keeps where KVM lists `indices`.
+/// The registers that a snapshot keeps where KVM lists `indices`.
 pub(in super::super) fn kept(indices: &[u32]) -> Vec<u32> {
     let listed = indices.iter().copied();
     let more = memory_types().filter(|index| !indices.contains(index));

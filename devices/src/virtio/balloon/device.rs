@@ -35,7 +35,7 @@ const MAX_REPORT: usize = 1 << 30;
 /// A balloon.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct BalloonConfig {
-    /// What it is to take at first, in bytes.
+    /// Memory that the balloon is to take from the guest at first, in bytes.
     pub size: u64,
     /// The guest may take pages back rather than kill a process.
     pub deflate_on_oom: bool,

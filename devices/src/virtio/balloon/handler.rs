@@ -60,7 +60,7 @@ impl Queues {
 #[derive(Debug)]
 pub(super) struct BalloonHandler {
     pub(super) queues: Queues,
-    /// Set up without the feature they belong to; kept for their state alone.
+    /// Rings set up without the feature they belong to; kept for their state alone.
     pub(super) unused: Vec<Ring>,
     pub(super) discard: Discard,
     pub(super) target: Arc<Target>,

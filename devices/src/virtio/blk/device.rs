@@ -34,7 +34,7 @@ pub struct BlkConfig {
     pub queue_size: u16,
     /// What the guest reads as the disk's serial number: at most 20 bytes.
     pub serial: String,
-    /// What it is held to, all queues together.
+    /// What the disk is held to, all queues together.
     pub rates: virtio::Limits,
     /// Names the threads `<name>-q<n>`; at most 11 bytes, so that they are told apart.
     pub name: String,

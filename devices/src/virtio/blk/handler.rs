@@ -182,7 +182,7 @@ impl Handler for BlkHandler {
         Thread::Own(self.thread.clone())
     }
 
-    /// At once: what was queued is not to be lost.
+    /// Serves what is queued at once, without a rate limit: it is not to be lost.
     fn drain(&mut self) {
         self.limiter = None;
         (0..LAST_TURNS).any(|_| self.serve());

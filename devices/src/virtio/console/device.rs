@@ -43,7 +43,7 @@ pub struct Console {
     ports: Vec<Lender<HostEnd>>,
     queue_sizes: Vec<u16>,
     window: Arc<Window>,
-    /// Where the next activation goes on.
+    /// The state from which the next activation goes on.
     restored: ConsoleState,
     counters: Arc<Counters>,
 }

@@ -66,7 +66,7 @@ enum Stop {
     /// All that was queued is sent.
     Empty,
     Full,
-    /// Its turn is over, and there may be more.
+    /// The port's turn is over, and there may be more.
     Turn,
 }
 

@@ -22,7 +22,8 @@ pub(super) enum FromDriver {
 }
 
 impl FromDriver {
-    /// None if the message says nothing the device could follow. Port numbers are below `ports`.
+    /// Reads a message. `None` if it says nothing the device could follow. Port numbers are below
+    /// `ports`.
     pub(super) fn parse(message: [u8; HEADER_LEN], ports: usize) -> Option<Self> {
         let [i0, i1, i2, i3, e0, e1, v0, v1] = message;
         let port = usize::try_from(u32::from_le_bytes([i0, i1, i2, i3])).ok()?;

@@ -39,14 +39,14 @@ operations! {
 }
 
 impl Op {
-    /// Whether it waits for a disk by its nature.
+    /// Whether the operation waits for a disk by its nature.
     pub(super) fn waits(self) -> bool {
         use Op::*;
         matches!(self, FSync | FSyncDir | SyncFs | FAllocate | CopyFileRange)
     }
 
-    /// Whether it changes the share, and so is refused on one that is read-only. Opening is not
-    /// among them: that depends on how.
+    /// Whether the operation changes the share, and so is refused on one that is read-only. Opening
+    /// is not among them: that depends on how.
     pub(super) fn writes(self) -> bool {
         use Op::*;
         match self {
@@ -69,7 +69,7 @@ macro_rules! wire {
 }
 
 wire! {
-    /// Before each request.
+    /// The header before each request.
     struct InHeader {
         len: u32, opcode: u32, unique: u64, nodeid: u64, uid: u32, gid: u32, pid: u32,
         extensions: u16, padding: u16,
@@ -179,24 +179,24 @@ pub(super) mod valid {
     pub(in super::super) const KILL_SUIDGID: u32 = 1 << 11;
 }
 
-/// [`OpenOut::open_flags`].
+/// Bits of [`OpenOut::open_flags`].
 pub(super) mod fopen {
     pub(in super::super) const DIRECT_IO: u32 = 1;
     pub(in super::super) const KEEP_CACHE: u32 = 1 << 1;
     pub(in super::super) const CACHE_DIR: u32 = 1 << 3;
 }
 
-/// [`OpenIn::open_flags`] and [`CreateIn::open_flags`].
+/// A bit of [`OpenIn::open_flags`] and [`CreateIn::open_flags`].
 pub(super) const OPEN_KILL_SUIDGID: u32 = 1;
-/// [`SetXattrInExt::setxattr_flags`].
+/// A bit of [`SetXattrInExt::setxattr_flags`].
 pub(super) const SETXATTR_ACL_KILL_SGID: u32 = 1;
-/// [`GetAttrIn::flags`].
+/// A bit of [`GetAttrIn::flags`].
 pub(super) const GETATTR_FH: u32 = 1;
-/// [`TransferIn::transfer_flags`] of WRITE: from the guest's page cache.
+/// A bit of [`TransferIn::transfer_flags`] of WRITE: from the guest's page cache.
 pub(super) const WRITE_CACHE: u32 = 1;
-/// [`TransferIn::transfer_flags`] of WRITE.
+/// A bit of [`TransferIn::transfer_flags`] of WRITE.
 pub(super) const WRITE_KILL_SUIDGID: u32 = 1 << 2;
-/// [`FSyncIn::flags`].
+/// A bit of [`FSyncIn::flags`].
 pub(super) const FSYNC_FDATASYNC: u32 = 1;
 /// [`Attr::flags`]: a mount of the host's begins here.
 pub(super) const ATTR_SUBMOUNT: u32 = 1;

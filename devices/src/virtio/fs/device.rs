@@ -68,7 +68,7 @@ pub enum FsError {
 pub struct Fs {
     server: Arc<Server>,
     tag: [u8; TAG_LEN],
-    /// That for requests of high priority, and those for all others.
+    /// Size of the queue for requests of high priority, then the sizes of those for all others.
     queue_sizes: Vec<u16>,
     name: String,
     counters: Arc<Counters>,

@@ -11,16 +11,16 @@ use rustix::io::Errno;
 /// Numbers come in blocks, so that few open files take little memory.
 const BLOCK: usize = 256;
 const BLOCKS: usize = 256;
-/// More cannot be open, whatever the limit.
+/// The most handles that can be open, whatever the limit.
 pub(super) const MOST: usize = BLOCK * BLOCKS;
 
 /// An open file or folder.
 #[derive(Debug)]
 pub(super) struct Handle {
     pub(super) file: OwnedFd,
-    /// Which file it is.
+    /// Number of the node that is open.
     pub(super) nodeid: u64,
-    /// How to open it once more.
+    /// How to open the file once more.
     pub(super) flags: OFlags,
     /// Held to read a folder: its position is the descriptor's.
     pub(super) reading: Mutex<()>,
@@ -57,15 +57,15 @@ pub(super) struct Handles {
 
 #[derive(Debug, Default)]
 struct Numbers {
-    /// Were used and can be again.
+    /// Numbers that were used and can be again.
     free: Vec<usize>,
-    /// From here on none was ever used.
+    /// The first number from which on none was ever used.
     fresh: usize,
     lost: HashMap<usize, Lost>,
 }
 
 impl Handles {
-    /// At most `limit` can be open.
+    /// Handles of which at most `limit` can be open.
     pub(super) fn new(limit: usize) -> Self {
         Self {
             blocks: [const { OnceLock::new() }; BLOCKS],

@@ -23,7 +23,8 @@ pub(super) type Device = (u32, u32);
 /// from one of another kind everywhere.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) struct Identity {
-    /// The same file seen through another mount is another one: folders have one parent.
+    /// The mount the file is seen through. Through another mount it is another file: folders have
+    /// one parent.
     pub(super) mount: u64,
     pub(super) device: Device,
     inode: u64,
@@ -33,7 +34,7 @@ pub(super) struct Identity {
 }
 
 impl Identity {
-    /// What of it another life of the VM finds again: mounts have other numbers then.
+    /// What of the identity another life of the VM finds again: mounts have other numbers then.
     pub(super) fn lasting(&self) -> LastingIdentity {
         LastingIdentity {
             device: self.device,
@@ -44,7 +45,7 @@ impl Identity {
     }
 }
 
-/// Which file it is, for a snapshot.
+/// What tells one file from all others, for a snapshot.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct LastingIdentity {
     device: Device,

@@ -72,25 +72,25 @@ impl Place {
 /// How a node's file can be found (see the module's diagram).
 #[derive(Debug)]
 enum Whereabouts {
-    /// By its name in its folder.
+    /// The file is found by its name in its folder.
     Named(Identity),
-    /// By its name, but its place is open, so it need not be looked up.
+    /// The file has a name, but its place is open, so it need not be looked up.
     Placed {
         identity: Identity,
         fd: Arc<OwnedFd>,
         /// Used since it was last considered for eviction.
         recent: bool,
     },
-    /// By its place alone: the root, and files without a name.
+    /// The file is found by its place alone: the root, and files without a name.
     Pinned(Identity, Arc<OwnedFd>),
-    /// Not any more.
+    /// The file cannot be found any more.
     Gone,
 }
 
 #[derive(Debug)]
 struct Node {
     at: Whereabouts,
-    /// Its folder's number. The root's is its own.
+    /// Number of the node's folder. The root's is its own.
     parent: u64,
     name: CString,
     /// How often the guest was told of it and has not said to forget.
@@ -105,7 +105,7 @@ struct Node {
 pub(super) type Version = (u64, u32);
 
 impl Node {
-    /// Which file it is. `None` if that is gone.
+    /// What tells the node's file from others. `None` if that is gone.
     fn identity(&self) -> Option<Identity> {
         match &self.at {
             Whereabouts::Named(identity)
@@ -164,7 +164,7 @@ impl Nodes {
         })
     }
 
-    /// Where the file is. ESTALE if it is not where it was.
+    /// The place where a node's file is. ESTALE if it is not where it was.
     pub(super) fn place(&mut self, nodeid: u64) -> Result<Place, Errno> {
         // Up to the nearest folder with a place. Were there a ring, it would not be longer than
         // there are nodes.
@@ -297,13 +297,13 @@ impl Nodes {
         self.nodes.len()
     }
 
-    /// Which folder is shared.
+    /// What tells the shared folder from other files.
     pub(super) fn root(&self) -> LastingIdentity {
         let identity = self.nodes[&ROOT].identity();
         identity.expect("the root is pinned").lasting()
     }
 
-    /// All but the root, for a snapshot.
+    /// All nodes but the root, for a snapshot.
     pub(super) fn state(&self) -> (u64, Vec<NodeState>) {
         let known = self.nodes.iter().filter(|(nodeid, _)| **nodeid != ROOT);
         let nodes = known.map(|(nodeid, node)| NodeState {

@@ -46,7 +46,7 @@ fn wrong(what: &str) -> StateError {
 }
 
 impl Server {
-    /// Nothing may be served meanwhile.
+    /// The server's state for a snapshot. Nothing may be served meanwhile.
     pub(super) fn state(&self) -> FsState {
         let known = self.nodes();
         let (root, (next, nodes)) = (known.root(), known.state());

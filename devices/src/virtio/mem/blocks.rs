@@ -17,7 +17,7 @@ use vm_memory::{GuestAddress, GuestAddressSpace, GuestMemoryBackend, GuestMemory
 use super::plugmap::PlugMap;
 use crate::virtio::Memory;
 
-/// Linux handles no less.
+/// The smallest block, in bytes: Linux handles no less.
 const LEAST_BLOCK: u64 = 2 << 20;
 /// The kernel allows a process 65,530 mappings; a guest that plugs every other block makes one each.
 const MOST_BLOCKS: u64 = 16 << 10;

@@ -20,7 +20,7 @@ pub(super) struct PlugMap {
 }
 
 impl PlugMap {
-    /// `blocks` blocks, none plugged.
+    /// A map of `blocks` blocks, none plugged.
     pub(super) fn new(blocks: usize) -> Self {
         Self {
             words: vec![0; blocks.div_ceil(BITS)],
@@ -29,7 +29,8 @@ impl PlugMap {
         }
     }
 
-    /// From what [`words`](Self::words) gave. None if there are not as many blocks.
+    /// The map of `blocks` blocks that gave these [`words`](Self::words). `None` if they are of
+    /// another number of blocks.
     pub(super) fn from_words(blocks: usize, words: &[u64]) -> Option<Self> {
         let spare = words.len().checked_mul(BITS)?.checked_sub(blocks)?;
         let last = words.last().copied().unwrap_or(0);

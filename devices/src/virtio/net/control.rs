@@ -32,7 +32,7 @@ pub(super) struct ControlHandler {
     memory: Memory,
     ring: Ring,
     taps: Vec<Tap>,
-    /// How many are in use.
+    /// How many taps are in use.
     pairs: u16,
     counters: Arc<Counters>,
 }

@@ -28,11 +28,12 @@ const HOST_USO: u32 = 56;
 /// Which work may be left to the other side.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Offloads {
-    /// Checksums.
+    /// Whether checksums may be left to the other side.
     pub csum: bool,
-    /// Segments of TCP. Only with checksums.
+    /// Whether segments of TCP may be left to the other side. Only with checksums.
     pub tso: bool,
-    /// Segments of UDP, if the host can (Linux 6.2). Only with checksums.
+    /// Whether segments of UDP may be left to the other side, if the host can (Linux 6.2). Only
+    /// with checksums.
     pub uso: bool,
 }
 
@@ -81,7 +82,7 @@ pub struct Net {
     offloads: Offloads,
     rates: Limits,
     queue_sizes: Vec<u16>,
-    /// For the next activation.
+    /// The state from which the next activation goes on.
     state: NetState,
     counters: Arc<Counters>,
 }

@@ -31,7 +31,7 @@ pub(super) struct NetHandler {
     receive: Option<Ring>,
     transmit: Option<Ring>,
     tap: Lent<Tap>,
-    /// With mergeable buffers, bytes that a frame may take; without, it gets one buffer.
+    /// Bytes that a frame may take with mergeable buffers; `None` without: a frame gets one buffer.
     merge: Option<usize>,
     /// The tap may have frames.
     readable: bool,
@@ -252,7 +252,7 @@ impl Handler for NetHandler {
         Thread::Io
     }
 
-    /// At once: what was queued is not to be lost.
+    /// Sends what is queued at once, without a rate limit: it is not to be lost.
     fn drain(&mut self) {
         self.limiters = [None, None];
         let memory = self.memory.clone();

@@ -26,7 +26,7 @@ pub const NUMBERS: u64 = 6 << 20;
 const TABLE: u64 = 14 << 20;
 /// More descriptors than a chain may have.
 const MAX_REPEATS: u16 = 1100;
-/// No device here has more queues.
+/// The most queues of a device here.
 pub const QUEUES: u32 = 8;
 
 /// Where this driver puts queues.

@@ -64,9 +64,9 @@ struct Due {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Fate {
     Lives,
-    /// It is to be forgotten, and the guest told by a reset.
+    /// The connection is to be forgotten, and the guest told by a reset.
     Reset,
-    /// It is to be forgotten; the guest knows.
+    /// The connection is to be forgotten; the guest knows.
     Over,
 }
 
@@ -83,7 +83,7 @@ pub(super) struct Message {
 pub(super) struct Connection {
     pub(super) stream: UnixStream,
     pub(super) state: State,
-    /// None until the greeting is over.
+    /// What tells the connection from others; `None` until the greeting is over.
     pub(super) key: Option<Key>,
     /// The guest's program called the host's.
     pub(super) by_guest: bool,
@@ -106,7 +106,7 @@ pub(super) struct Connection {
     waiting: VecDeque<u8>,
     /// Bytes the socket took so far.
     forwarded: u32,
-    /// The same as the guest knows it.
+    /// Bytes the socket took, as far as the guest was told.
     told_forwarded: u32,
     /// Bytes sent to the guest so far.
     sent: u32,

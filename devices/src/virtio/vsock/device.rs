@@ -22,7 +22,7 @@ const QUEUE_SIZES: [u16; 3] = [256, 256, 16];
 pub struct VsockConfig {
     /// The guest's address, from 3 on.
     pub cid: u32,
-    /// Where the host's programs connect.
+    /// Path of the unix socket where the host's programs connect.
     pub socket: PathBuf,
 }
 
@@ -31,7 +31,7 @@ pub struct VsockConfig {
 pub struct VsockState {
     /// The guest's address.
     cid: u64,
-    /// Its driver may know connections, and is to hear that they are gone.
+    /// The guest's driver may know connections, and is to hear that they are gone.
     pub(super) connected: bool,
 }
 
@@ -84,7 +84,7 @@ impl VirtioDevice for Vsock {
         &self.counters
     }
 
-    /// Its handler says whether there are connections.
+    /// The state of the device itself. Its handler says whether there are connections.
     fn state(&self) -> DeviceState {
         DeviceState::Vsock(VsockState {
             cid: self.cid,

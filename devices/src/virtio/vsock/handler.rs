@@ -34,10 +34,10 @@ const TRANSPORT_RESET: [u8; 4] = 0_u32.to_le_bytes();
 /// What the driver of a restored device knows of its connections.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Reset {
-    /// It is to hear that all of them are gone.
+    /// The driver is to hear that all connections are gone.
     Due,
-    /// It was told, and then had so many buffers for events. Until it has given back that of this
-    /// one, it may take a new connection for an old one, and end it.
+    /// The driver was told, and then had so many buffers for events. Until it has given back that
+    /// of this one, it may take a new connection for an old one, and end it.
     Told(u16),
     Over,
 }
@@ -45,9 +45,9 @@ enum Reset {
 /// How a turn of hearing the guest ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Heard {
-    /// Its ring tells when there is more.
+    /// The turn is over; the guest's ring tells when there is more.
     ToTheEnd,
-    /// It has to take resets first.
+    /// The guest has to take resets first.
     Choked,
 }
 

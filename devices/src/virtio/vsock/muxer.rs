@@ -19,7 +19,7 @@ use crate::virtio::{Counters, GuestRam, Segments};
 
 /// Connections there may be, greetings included.
 pub(super) const MAX_CONNECTIONS: usize = 2048;
-/// Of which the guest may have opened so many, so that the host can always reach it.
+/// The most connections the guest may have opened, so that the host can always reach it.
 const MAX_OF_GUEST: usize = 1024;
 /// Resets that may wait for the guest to take them. Until it does, it is not heard.
 const MAX_RESETS: usize = 256;
@@ -39,14 +39,14 @@ pub(super) struct Muxer {
     slots: Vec<Option<Connection>>,
     free: Vec<usize>,
     keys: HashMap<Key, usize>,
-    /// Those that have something for the guest, in turn.
+    /// Connections that have something for the guest, in turn.
     turns: VecDeque<usize>,
     resets: VecDeque<Header>,
     of_guest: usize,
     next_port: u32,
     /// There may be callers that were not let in.
     callers: bool,
-    /// For the loop to follow.
+    /// Connections that came and went, for the loop to follow.
     pub(super) changes: Vec<Change>,
 }
 

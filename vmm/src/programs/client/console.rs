@@ -17,13 +17,13 @@ const LEAVE: u8 = 0x1d;
 /// Why there is no console to be on.
 #[derive(Debug, Error)]
 pub(crate) enum ConsoleError {
-    /// The VM was defined without.
+    /// The VM was defined without a console on a socket.
     #[error("neither console nor serial has mode Socket")]
     None,
-    /// No process listens there.
+    /// The console's socket cannot be connected to.
     #[error("connect to {}", .path.display())]
     Connect {
-        /// The console's socket.
+        /// Path of the console's socket.
         path: PathBuf,
         source: io::Error,
     },

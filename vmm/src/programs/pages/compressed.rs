@@ -79,7 +79,7 @@ fn part<const N: usize>(bytes: &[u8], at: usize) -> [u8; N] {
 #[derive(Debug)]
 pub(super) struct Compressed {
     file: File,
-    /// By chunk.
+    /// The entries of the chunks that the file has, by chunk.
     entries: Vec<Entry>,
 }
 

@@ -14,13 +14,13 @@ use crate::snapshot::{self, MemoryFile, RestoreError, unusable};
 #[derive(Debug)]
 pub(super) struct Source {
     len: u64,
-    /// Each lies over those before it.
+    /// The files of RAM: each lies over those before it.
     layers: Vec<Layer>,
 }
 
 #[derive(Debug)]
 struct Layer {
-    /// What of RAM it is.
+    /// Which ranges of RAM the file is.
     ranges: Vec<Range<u64>>,
     bytes: Bytes,
 }
@@ -32,7 +32,7 @@ enum Bytes {
 }
 
 impl Source {
-    /// Of compressed files where there are some.
+    /// Opens the RAM of the snapshot in `folder`, from compressed files where there are some.
     pub(super) fn open(folder: &Path) -> Result<Self, RestoreError> {
         let (len, files) = snapshot::memory_files(folder)?;
         let open = |file: MemoryFile| {
@@ -50,7 +50,7 @@ impl Source {
         Ok(Self { len, layers })
     }
 
-    /// One of one file.
+    /// A source of one file.
     #[cfg(test)]
     pub(super) fn of(len: u64, ranges: Vec<Range<u64>>, file: File) -> Self {
         let bytes = Bytes::Plain(file);

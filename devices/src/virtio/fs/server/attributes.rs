@@ -226,13 +226,13 @@ enum Xattr {
     /// overlay in the guest notes of its layers. The host's kernel keeps the last apart from what an
     /// overlay of the host's notes itself.
     Shared,
-    /// Of the host's services and file systems. The guest sees none, as without privileges.
+    /// Belongs to the host's services and file systems. The guest sees none, as without privileges.
     OfHost,
     /// POSIX access control lists, by which the guest's kernel decides who may do what, as it does by
     /// owners and modes. The host's kernel keeps them and a file's mode in step, and gives files their
     /// folder's default.
     AccessControl,
-    /// Of the host's kernel: labels, measurements. They mean nothing to the guest's kernel.
+    /// Belongs to the host's kernel: labels, measurements. They mean nothing to the guest's kernel.
     Meaningless,
 }
 
