@@ -1,8 +1,10 @@
 //! PID 1 of the guest: finds the root file system, runs the command there with its streams
-//! connected to the host, reports its status and ends the VM.
+//! connected to the host, reports its status and ends the VM. In a pod ([`serve`]) it runs containers
+//! instead, as the shim asks for them.
 //!
-//! The guest's kernel may be interpreted, at half a millisecond for a system call: so one thread,
-//! no work before it is needed, and std's own start-up is passed over (`no_main`).
+//! The guest's kernel may be interpreted, at half a millisecond for a system call: so a command has
+//! one thread, no work is done before it is needed, and std's own start-up is passed over
+//! (`no_main`).
 
 #![cfg_attr(not(test), no_main)]
 

@@ -410,7 +410,7 @@ impl Pod {
         Ok(exit)
     }
 
-    /// Forgets a container that has ended; with the last of the pod, its VM.
+    /// Forgets a container that has ended. With the pod's first one the pod ends, and its VM.
     pub(crate) fn delete(&self, id: &str) -> Result<Exit, Error> {
         let container = self.container(id)?;
         let exit = match container.first.state() {

@@ -280,8 +280,8 @@ impl Drop for Vm {
     }
 }
 
-/// Asks a VM and orders it, from any thread but the one in [`Vm::run`], which answers. Each method
-/// waits for its answer, and fails with [`ApiError::Ending`] when there is none any more.
+/// Asks a VM and orders it, from another thread than the one that calls [`Vm::run`], which alone
+/// answers. Each method waits for its answer, and fails with [`ApiError::Ending`] when there is none any more.
 #[derive(Clone, Debug)]
 pub struct Handle {
     inbox: Inbox,

@@ -33,8 +33,8 @@ pub enum Ending {
 pub const EXIT_FAILURE: u8 = 125;
 
 impl Ending {
-    /// podvmm's exit code. With a command to run, any end but the command's own
-    /// is a failure.
+    /// podvmm's exit code. With a command to run, any end but the command's own or
+    /// a client's is a failure.
     pub fn exit_code(&self, had_command: bool) -> u8 {
         match self {
             Self::Command(status) => *status,

@@ -139,20 +139,26 @@ impl Net {
     }
 }
 
-/// What the tap may leave to a guest that accepted these features.
-fn offloads_of(activation: &Activation) -> u32 {
-    if !activation.has(VIRTIO_NET_F_GUEST_CSUM) {
+/// What the tap may leave to a guest that `has` these features, in combinations that Linux's tun driver
+/// takes: ECN only beside TSO, and USO for both versions of IP or for none.
+fn offloads_of(has: impl Fn(u32) -> bool) -> u32 {
+    if !has(VIRTIO_NET_F_GUEST_CSUM) {
         return 0;
     }
-    let bits = [
-        (VIRTIO_NET_F_GUEST_TSO4, offload::TSO4),
-        (VIRTIO_NET_F_GUEST_TSO6, offload::TSO6),
-        (VIRTIO_NET_F_GUEST_ECN, offload::TSO_ECN),
-        (GUEST_USO4, offload::USO4),
-        (GUEST_USO6, offload::USO6),
-    ];
-    let accepted = bits.iter().filter(|(feature, _)| activation.has(*feature));
-    accepted.fold(offload::CSUM, |all, (_, bit)| all | bit)
+    let mut bits = offload::CSUM;
+    if has(VIRTIO_NET_F_GUEST_TSO4) {
+        bits |= offload::TSO4;
+    }
+    if has(VIRTIO_NET_F_GUEST_TSO6) {
+        bits |= offload::TSO6;
+    }
+    if bits != offload::CSUM && has(VIRTIO_NET_F_GUEST_ECN) {
+        bits |= offload::TSO_ECN;
+    }
+    if has(GUEST_USO4) && has(GUEST_USO6) {
+        bits |= offload::USO4 | offload::USO6;
+    }
+    bits
 }
 
 impl VirtioDevice for Net {
@@ -224,7 +230,7 @@ impl VirtioDevice for Net {
         &mut self,
         mut activation: Activation,
     ) -> Result<Vec<Box<dyn Handler>>, ActivateError> {
-        let bits = offloads_of(&activation);
+        let bits = offloads_of(|feature| activation.has(feature));
         let segments = bits & !offload::CSUM != 0;
         let multi = activation.has(VIRTIO_NET_F_MQ);
         let pairs = if multi { self.taps.len() } else { 1 };
@@ -233,8 +239,10 @@ impl VirtioDevice for Net {
             taps.push(tap.lend().ok_or(ActivateError::Held { what: "tap" })?);
         }
         if let Err(error) = taps[0].set_offloads(bits) {
-            // Only what pretends to be a tap cannot.
+            // A tap that another program made may not take them. Then nothing is left to the guest, not
+            // even what was offered when the device was made.
             log::debug!("set the offloads of a tap: {error}");
+            let _ = taps[0].set_offloads(0);
         }
         let mut handlers: Vec<Box<dyn Handler>> = Vec::new();
         if self.taps.len() > 1 {
@@ -275,5 +283,31 @@ impl VirtioDevice for Net {
             )));
         }
         Ok(handlers)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_tap_is_asked_only_for_combinations_that_it_takes() {
+        const CSUM: u32 = VIRTIO_NET_F_GUEST_CSUM;
+        const TSO4: u32 = VIRTIO_NET_F_GUEST_TSO4;
+        const ECN: u32 = VIRTIO_NET_F_GUEST_ECN;
+        let tso = offload::CSUM | offload::TSO4;
+        let uso = offload::CSUM | offload::USO4 | offload::USO6;
+        let cases: [(&[u32], u32); 6] = [
+            (&[TSO4, GUEST_USO4, GUEST_USO6], 0),
+            (&[CSUM, ECN], offload::CSUM),
+            (&[CSUM, GUEST_USO4], offload::CSUM),
+            (&[CSUM, TSO4], tso),
+            (&[CSUM, TSO4, ECN], tso | offload::TSO_ECN),
+            (&[CSUM, GUEST_USO4, GUEST_USO6], uso),
+        ];
+        for (accepted, expected) in cases {
+            let bits = offloads_of(|feature| accepted.contains(&feature));
+            assert_eq!(bits, expected, "{accepted:?}");
+        }
     }
 }
