@@ -276,7 +276,11 @@ impl Vm {
 
 impl Drop for Vm {
     fn drop(&mut self) {
-        self.life.stop();
+        // One that has ended is stopped, or waits for RAM that does not come: then its threads are not
+        // to be waited for.
+        if let Course::Open { .. } = self.course {
+            self.life.stop();
+        }
     }
 }
 
