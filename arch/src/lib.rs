@@ -6,6 +6,10 @@
 //! guest memory or to registers; who owns the file descriptors is the caller's
 //! business.
 //!
+//! To use it alone: take a guest's CPUID from `cpuid`, lay RAM out by [`ram`] and `layout`, write the
+//! tables and what `boot` says the kernel wants into it, and set each vCPU up by `vcpu::configure`.
+//! vmm's `build` does just that.
+//!
 //! Each architecture offers the same names; this file re-exports those of the
 //! one being built for.
 #![deny(unsafe_code)]

@@ -4,6 +4,10 @@
 //! the configuration. The `vmm` crate decides which devices there are, puts them on a [`bus`],
 //! joins their event fds to KVM and runs their handlers.
 //!
+//! To use it alone: make a device, such as [`virtio::blk::Blk`], activate it with guest memory and
+//! its queues, and put the handlers that this gives on an event-manager loop. With the feature
+//! `test-utils`, `virtio::testing` does so with a driver of its own, for tests and benchmarks.
+//!
 //! The guest is hostile. No byte it writes may make a device panic, wait for ever or grow; what
 //! it gets wrong is counted, and answered with DEVICE_NEEDS_RESET or a dropped chain.
 

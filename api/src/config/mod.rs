@@ -247,8 +247,19 @@ impl VmConfig {
         })
     }
 
-    /// Whether its parts go together, and can be written.
+    /// Whether each of its parts is in range, they go together, and all can be written. A program that
+    /// fills the structs itself has not been through [`VmConfig::parse`].
     pub fn check(&self) -> Result<(), ConfigError> {
+        if self.payload.kernel.as_os_str().is_empty() {
+            return Err(ConfigError::Missing("kernel"));
+        }
+        in_range(&self.cpus)?;
+        in_range(&self.memory)?;
+        self.disks.iter().try_for_each(in_range)?;
+        self.net.iter().try_for_each(in_range)?;
+        self.fs.iter().try_for_each(in_range)?;
+        self.vsock.iter().try_for_each(in_range)?;
+        self.balloon.iter().try_for_each(in_range)?;
         for (index, share) in self.fs.iter().enumerate() {
             let tag = || share.tag.clone();
             if self.fs[..index].iter().any(|other| other.tag == share.tag) {
@@ -305,6 +316,10 @@ impl VmConfig {
             || remove(&mut self.net, "net", id, |net| &net.id)
             || remove(&mut self.fs, "fs", id, |share| &share.id)
     }
+}
+
+fn in_range<T: Part + Clone>(part: &T) -> Result<(), ConfigError> {
+    part.clone().checked().map(drop)
 }
 
 fn checked<T: Part>(part: T) -> Result<T, JsonError> {

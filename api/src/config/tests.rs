@@ -268,6 +268,20 @@ fn what_is_written_of_a_vm_is_the_same_vm() {
 }
 
 #[test]
+fn what_a_program_fills_in_is_held_to_the_same_ranges() {
+    let mut vm = VmConfig::default();
+    let why = |vm: &VmConfig| printed(&vm.check().unwrap_err());
+    assert_eq!(why(&vm), "'kernel' is missing");
+    vm.payload.kernel = "/k".into();
+    vm.check().unwrap();
+    vm.disks.push(DiskConfig::default());
+    assert_eq!(why(&vm), "'path' is missing");
+    vm.disks[0].path = "/d".into();
+    vm.disks[0].num_queues = 17;
+    assert_eq!(why(&vm), "queues=17: 1 to 16 are possible");
+}
+
+#[test]
 fn a_path_that_json_cannot_say_is_refused() {
     use std::os::unix::ffi::OsStringExt;
     let mut vm = vm(&json!({"payload": {"kernel": "/k"}}));
