@@ -92,6 +92,12 @@ pub trait VirtioDevice: Send + Debug {
         let _ = (offset, data);
     }
 
+    /// The threads that the device's handlers will run on. The transport has them started before the
+    /// guest runs, so that no thread that a driver's access reaches has to start another.
+    fn threads(&self) -> Vec<Thread> {
+        vec![Thread::Io]
+    }
+
     /// Shared with the device's handlers and with the code that gathers metrics.
     fn counters(&self) -> &Arc<Counters>;
 
@@ -175,12 +181,37 @@ pub trait Handler: MutEventSubscriber + Send + Debug {
 }
 
 /// Where a handler runs.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Thread {
     /// The loop that all devices share: nothing there may block.
     Io,
-    /// A thread of its own, of this name (at most 15 bytes), for work that blocks.
-    Own(String),
+    /// A thread of its own, for work that blocks.
+    Own {
+        /// At most 15 bytes.
+        name: String,
+        work: Work,
+    },
+}
+
+/// What a thread of a handler's own does, which says what it needs of the host.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Work {
+    /// Reads and writes the image of a disk.
+    Disk,
+    /// Serves the files of a share.
+    Files,
+    /// Gives guest RAM back to the host, and takes it again.
+    Memory,
+}
+
+impl Thread {
+    /// The thread of queue `index` of the device `name`.
+    pub(crate) fn of_queue(name: &str, index: u16, work: Work) -> Self {
+        Self::Own {
+            name: format!("{name}-q{index}"),
+            work,
+        }
+    }
 }
 
 /// Stands for a handler on its loop.
@@ -190,6 +221,12 @@ pub struct Ticket(pub u64);
 /// Runs handlers on event loops. Its calls come from vCPU threads and the control thread, never from a
 /// handler.
 pub trait Runner: Send + Sync {
+    /// Starts the thread, if it is not there yet. What has one loop for all has nothing to start.
+    fn prepare(&self, thread: Thread) -> io::Result<()> {
+        let _ = thread;
+        Ok(())
+    }
+
     /// Returns once the handler has been added.
     fn run(&self, handler: Box<dyn Handler>) -> io::Result<Ticket>;
 

@@ -57,6 +57,9 @@ impl Session {
         irqfd: EventFd,
         runner: Arc<dyn Runner>,
     ) -> io::Result<Self> {
+        for thread in device.threads() {
+            runner.prepare(thread)?;
+        }
         let sizes = device.queue_sizes();
         let queues = sizes
             .iter()

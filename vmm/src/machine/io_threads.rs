@@ -20,7 +20,7 @@ use event_manager::{Error as EventError, EventManager, RemoteEndpoint, Subscribe
 /// How long a loop that is to end is waited for. Its handlers have been recalled, with more patience.
 const LAST_PATIENCE: Duration = Duration::from_secs(1);
 
-/// All loops of a VM. Threads start when the first handler needs them.
+/// All loops of a VM. A thread that is prepared, or that a handler needs, lives as long as they do.
 #[derive(Debug, Default)]
 pub(crate) struct IoThreads {
     table: Mutex<Table>,
@@ -28,7 +28,7 @@ pub(crate) struct IoThreads {
 
 #[derive(Debug, Default)]
 struct Table {
-    shared: Option<Arc<Loop>>,
+    loops: HashMap<Thread, Arc<Loop>>,
     handlers: HashMap<u64, Running>,
     next_ticket: u64,
 }
@@ -60,18 +60,13 @@ impl IoThreads {
 
 impl Table {
     fn loop_for(&mut self, thread: Thread) -> io::Result<Arc<Loop>> {
-        match (thread, &self.shared) {
-            (Thread::Own(name), _) => Ok(Arc::new(Loop::start(name)?)),
-            (Thread::Io, Some(shared)) => Ok(shared.clone()),
-            (Thread::Io, None) => {
-                let shared = Arc::new(Loop::start("io".into())?);
-                Ok(self.shared.insert(shared).clone())
-            }
+        if let Some(home) = self.loops.get(&thread) {
+            return Ok(home.clone());
         }
+        let home = Arc::new(Loop::start(&thread)?);
+        Ok(self.loops.entry(thread).or_insert(home).clone())
     }
-}
 
-impl Table {
     fn insert(&mut self, running: Running) -> Ticket {
         let ticket = self.next_ticket;
         self.next_ticket += 1;
@@ -81,6 +76,10 @@ impl Table {
 }
 
 impl Runner for IoThreads {
+    fn prepare(&self, thread: Thread) -> io::Result<()> {
+        self.table().loop_for(thread).map(drop)
+    }
+
     fn run(&self, handler: Box<dyn Handler>) -> io::Result<Ticket> {
         let mut table = self.table();
         let home = table.loop_for(handler.thread())?;
@@ -138,12 +137,17 @@ struct Loop {
 }
 
 impl Loop {
-    fn start(name: String) -> io::Result<Self> {
+    fn start(thread: &Thread) -> io::Result<Self> {
+        let name = match thread {
+            Thread::Io => "io",
+            Thread::Own { name, .. } => name,
+        };
         let mut manager = EventManager::new().map_err(io::Error::other)?;
         let endpoint = manager.remote_endpoint();
         let stop = Arc::new(AtomicBool::new(false));
         let stopped = stop.clone();
-        let thread = Builder::new().name(name).spawn(move || {
+        let builder = Builder::new().name(name.into());
+        let thread = builder.spawn(move || {
             while !stopped.load(Ordering::Acquire) {
                 if let Err(error) = manager.run() {
                     // epoll_wait fails only for arguments that are wrong from
@@ -219,7 +223,7 @@ impl std::fmt::Debug for Loop {
 mod tests {
     use std::os::fd::AsRawFd;
 
-    use devices::virtio::RingState;
+    use devices::virtio::{RingState, Work};
     use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
     use vmm_sys_util::eventfd::EventFd;
 
@@ -252,7 +256,10 @@ mod tests {
 
     impl Handler for Slow {
         fn thread(&self) -> Thread {
-            Thread::Own("slow".into())
+            Thread::Own {
+                name: "slow".into(),
+                work: Work::Disk,
+            }
         }
 
         fn drain(&mut self) {}

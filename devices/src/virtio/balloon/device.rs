@@ -11,10 +11,10 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::PAGE_BYTES;
 use super::discard::Discard;
-use super::handler::{BalloonHandler, Queues};
+use super::handler::{self, BalloonHandler, Queues};
 use super::target::{BalloonHandle, Target};
 use crate::virtio::{
-    ActivateError, Activation, Counters, DeviceState, Handler, StateError, VirtioDevice,
+    ActivateError, Activation, Counters, DeviceState, Handler, StateError, Thread, VirtioDevice,
     read_config_bytes,
 };
 
@@ -123,6 +123,10 @@ impl VirtioDevice for Balloon {
             let actual = u32::from_le_bytes(actual);
             self.target.actual.store(actual, Ordering::SeqCst);
         }
+    }
+
+    fn threads(&self) -> Vec<Thread> {
+        vec![handler::thread()]
     }
 
     fn counters(&self) -> &Arc<Counters> {

@@ -12,7 +12,7 @@ use super::statistics::Statistics;
 use super::target::Target;
 use crate::virtio::queue::LAST_TURNS;
 use crate::virtio::{
-    Chain, Counters, GuestRam, Handler, Interrupt, Memory, Ring, RingState, Thread,
+    Chain, Counters, GuestRam, Handler, Interrupt, Memory, Ring, RingState, Thread, Work,
 };
 
 /// Data of events that are not of queues.
@@ -176,9 +176,17 @@ impl MutEventSubscriber for BalloonHandler {
     }
 }
 
+/// Where the handler runs.
+pub(super) fn thread() -> Thread {
+    Thread::Own {
+        name: "balloon".into(),
+        work: Work::Memory,
+    }
+}
+
 impl Handler for BalloonHandler {
     fn thread(&self) -> Thread {
-        Thread::Own("balloon".into())
+        thread()
     }
 
     fn drain(&mut self) {

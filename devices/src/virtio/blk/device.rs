@@ -16,8 +16,8 @@ use super::request::{
 };
 use crate::virtio::limiter::Limiter;
 use crate::virtio::{
-    self, ActivateError, Activation, Counters, DeviceState, Handler, StateError, VirtioDevice,
-    read_config_bytes,
+    self, ActivateError, Activation, Counters, DeviceState, Handler, StateError, Thread,
+    VirtioDevice, Work, read_config_bytes,
 };
 
 /// A disk to be opened.
@@ -149,6 +149,12 @@ impl VirtioDevice for Blk {
         read_config_bytes(&self.config(), offset, data);
     }
 
+    fn threads(&self) -> Vec<Thread> {
+        let queues = (0..).zip(&self.queue_sizes).map(|(index, _)| index);
+        let thread = |index| Thread::of_queue(&self.name, index, Work::Disk);
+        queues.map(thread).collect()
+    }
+
     fn counters(&self) -> &Arc<Counters> {
         &self.counters
     }
@@ -175,7 +181,7 @@ impl VirtioDevice for Blk {
             .into_iter()
             .map(|ring| {
                 let handler = BlkHandler {
-                    thread: format!("{}-q{}", self.name, ring.index()),
+                    thread: Thread::of_queue(&self.name, ring.index(), Work::Disk),
                     image: self.image.clone(),
                     limits: self.limits,
                     id: self.id,

@@ -18,7 +18,7 @@ use crate::virtio::{Chain, Counters, GuestRam, Handler, Memory, Ring, RingState,
 
 #[derive(Debug)]
 pub(super) struct BlkHandler {
-    pub(super) thread: String,
+    pub(super) thread: Thread,
     pub(super) image: Arc<Image>,
     pub(super) limits: Limits,
     pub(super) id: [u8; ID_LEN],
@@ -179,7 +179,7 @@ impl MutEventSubscriber for BlkHandler {
 
 impl Handler for BlkHandler {
     fn thread(&self) -> Thread {
-        Thread::Own(self.thread.clone())
+        self.thread.clone()
     }
 
     /// Serves what is queued at once, without a rate limit: it is not to be lost.

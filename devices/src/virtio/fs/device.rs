@@ -9,8 +9,8 @@ use virtio_bindings::virtio_ids::VIRTIO_ID_FS;
 use super::handler::FsHandler;
 use super::server::{Cache, MAX_REQUEST, Options, Scratch, Server};
 use crate::virtio::{
-    ActivateError, Activation, Counters, DeviceState, Handler, StateError, VirtioDevice,
-    read_config_bytes,
+    ActivateError, Activation, Counters, DeviceState, Handler, StateError, Thread, VirtioDevice,
+    Work, read_config_bytes,
 };
 
 /// Bytes of a tag (virtio 1.3 §5.11.4).
@@ -155,6 +155,12 @@ impl VirtioDevice for Fs {
         read_config_bytes(&config, offset, data);
     }
 
+    fn threads(&self) -> Vec<Thread> {
+        let queues = (0..).zip(&self.queue_sizes).map(|(index, _)| index);
+        let thread = |index| Thread::of_queue(&self.name, index, Work::Files);
+        queues.map(thread).collect()
+    }
+
     fn counters(&self) -> &Arc<Counters> {
         &self.counters
     }
@@ -179,7 +185,7 @@ impl VirtioDevice for Fs {
         let Activation { memory, rings, .. } = activation;
         let handlers = rings.into_iter().map(|ring| {
             let handler = FsHandler {
-                thread: format!("{}-q{}", self.name, ring.index()),
+                thread: Thread::of_queue(&self.name, ring.index(), Work::Files),
                 server: self.server.clone(),
                 memory: memory.clone(),
                 ring,

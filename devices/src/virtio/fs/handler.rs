@@ -13,7 +13,7 @@ use crate::virtio::{Chain, Counters, Handler, Memory, Ring, RingState, Thread};
 
 #[derive(Debug)]
 pub(super) struct FsHandler {
-    pub(super) thread: String,
+    pub(super) thread: Thread,
     pub(super) server: Arc<Server>,
     pub(super) memory: Memory,
     pub(super) ring: Ring,
@@ -53,7 +53,7 @@ impl MutEventSubscriber for FsHandler {
 
 impl Handler for FsHandler {
     fn thread(&self) -> Thread {
-        Thread::Own(self.thread.clone())
+        self.thread.clone()
     }
 
     fn drain(&mut self) {

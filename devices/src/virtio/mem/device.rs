@@ -8,11 +8,11 @@ use vm_memory::GuestAddress;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::blocks::Blocks;
-use super::handler::MemHandler;
+use super::handler::{self, MemHandler};
 use super::plugmap::PlugMap;
 use super::target::{MemError, MemHandle, MemState, Target};
 use crate::virtio::{
-    ActivateError, Activation, Counters, DeviceState, Handler, Lender, Memory, StateError,
+    ActivateError, Activation, Counters, DeviceState, Handler, Lender, Memory, StateError, Thread,
     VirtioDevice, read_config_bytes,
 };
 
@@ -96,6 +96,10 @@ impl VirtioDevice for Mem {
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
         read_config_bytes(&self.config(), offset, data);
+    }
+
+    fn threads(&self) -> Vec<Thread> {
+        vec![handler::thread()]
     }
 
     fn counters(&self) -> &Arc<Counters> {

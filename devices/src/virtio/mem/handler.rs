@@ -15,7 +15,7 @@ use super::target::{MemState, Target};
 use crate::virtio::queue::LAST_TURNS;
 use crate::virtio::{
     Chain, Counters, DeviceState, GuestRam, Handler, Interrupt, Lent, Memory, Ring, RingState,
-    Thread,
+    Thread, Work,
 };
 
 /// Data of the event that the host wants another size; queues have lower numbers.
@@ -93,9 +93,17 @@ impl MutEventSubscriber for MemHandler {
     }
 }
 
+/// Where the handler runs.
+pub(super) fn thread() -> Thread {
+    Thread::Own {
+        name: "virtio-mem".into(),
+        work: Work::Memory,
+    }
+}
+
 impl Handler for MemHandler {
     fn thread(&self) -> Thread {
-        Thread::Own("virtio-mem".into())
+        thread()
     }
 
     fn drain(&mut self) {
