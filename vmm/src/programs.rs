@@ -10,7 +10,7 @@ mod run;
 
 use std::error::Error;
 use std::ffi::OsString;
-use std::fs::OpenOptions;
+use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
 use std::path::Path;
 use std::process::ExitCode;
@@ -73,6 +73,7 @@ fn give_pages(arguments: impl Iterator<Item = OsString>) -> ExitCode {
         Task::Serve {
             socket,
             folder,
+            seccomp,
             verbosity,
         } => {
             let level = cli::log_level(verbosity);
@@ -81,7 +82,7 @@ fn give_pages(arguments: impl Iterator<Item = OsString>) -> ExitCode {
                 .format_timestamp(None)
                 .format_target(false)
                 .init();
-            pages::serve(socket, folder)
+            pages::serve(socket, folder, seccomp)
         }
     });
     match given {
@@ -94,11 +95,14 @@ fn give_pages(arguments: impl Iterator<Item = OsString>) -> ExitCode {
 }
 
 fn run_vm(options: &RunOptions) -> ExitCode {
-    if let Err(error) = start_logging(options) {
-        complain(error.as_ref());
-        return ExitCode::from(EXIT_FAILURE);
-    }
-    match run::run(options) {
+    let log = match start_logging(options) {
+        Ok(log) => log,
+        Err(error) => {
+            complain(error.as_ref());
+            return ExitCode::from(EXIT_FAILURE);
+        }
+    };
+    match run::run(options, log.as_ref()) {
         Ok(code) => ExitCode::from(code),
         Err(error) => {
             complain(&error);
@@ -107,7 +111,8 @@ fn run_vm(options: &RunOptions) -> ExitCode {
     }
 }
 
-fn start_logging(options: &RunOptions) -> Result<(), Box<dyn Error>> {
+/// Returns the file that is logged to, if it is one.
+fn start_logging(options: &RunOptions) -> Result<Option<File>, Box<dyn Error>> {
     let mut builder = Builder::new();
     builder
         .filter_level(options.log_level())
@@ -129,14 +134,15 @@ fn start_logging(options: &RunOptions) -> Result<(), Box<dyn Error>> {
             writeln!(out, "{line}")
         });
     }
-    if let Some(path) = &options.log_file {
-        builder.target(Target::Pipe(Box::new(open_log(path)?)));
+    let file = options.log_file.as_deref().map(open_log).transpose()?;
+    if let Some(file) = &file {
+        builder.target(Target::Pipe(Box::new(file.try_clone()?)));
     }
     builder.init();
-    Ok(())
+    Ok(file)
 }
 
-fn open_log(path: &Path) -> Result<std::fs::File, String> {
+fn open_log(path: &Path) -> Result<File, String> {
     OpenOptions::new()
         .append(true)
         .create(true)

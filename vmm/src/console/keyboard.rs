@@ -9,6 +9,8 @@ use devices::legacy::Serial;
 use vmm_sys_util::eventfd::EventFd;
 use vmm_sys_util::poll::PollContext;
 
+use crate::host::thread::Kind;
+
 /// Ctrl-A begins an order to podvmm itself.
 const ESCAPE: u8 = 0x01;
 const END: u8 = b'x';
@@ -23,29 +25,27 @@ pub(crate) fn attach(
 ) -> io::Result<()> {
     let room = lock(serial).room()?;
     let serial = Arc::downgrade(serial);
-    Builder::new()
-        .name("keyboard".into())
-        .stack_size(64 << 10)
-        .spawn(move || {
-            let mut filter = Filter {
-                escapes,
-                escaped: false,
+    let builder = Builder::new().name("keyboard".into()).stack_size(64 << 10);
+    Kind::Console.spawn(builder, move || {
+        let mut filter = Filter {
+            escapes,
+            escaped: false,
+        };
+        let mut input = [0; 64];
+        loop {
+            // A closed terminal types nothing any more; the guest lives on.
+            let Ok(count @ 1..) = typed.read(&mut input) else {
+                return;
             };
-            let mut input = [0; 64];
-            loop {
-                // A closed terminal types nothing any more; the guest lives on.
-                let Ok(count @ 1..) = typed.read(&mut input) else {
-                    return;
-                };
-                let (bytes, ends) = filter.apply(&input[..count]);
-                if type_all(&serial, &room, &bytes).is_none() {
-                    return;
-                }
-                if ends {
-                    end();
-                }
+            let (bytes, ends) = filter.apply(&input[..count]);
+            if type_all(&serial, &room, &bytes).is_none() {
+                return;
             }
-        })?;
+            if ends {
+                end();
+            }
+        }
+    })?;
     Ok(())
 }
 

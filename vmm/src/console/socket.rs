@@ -17,6 +17,8 @@ use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 use thiserror::Error;
 
+use crate::host::thread::Kind;
+
 /// Why a console has no socket.
 #[derive(Debug, Error)]
 pub(crate) enum SocketConsoleError {
@@ -49,10 +51,9 @@ impl SocketConsole {
             client: None,
             typed: Vec::new(),
         };
-        let thread = Builder::new()
-            .name("console".into())
-            .stack_size(64 << 10)
-            .spawn(move || {
+        let builder = Builder::new().name("console".into()).stack_size(64 << 10);
+        let thread = Kind::Console
+            .spawn(builder, move || {
                 if let Err(error) = relay.run(&stopped) {
                     log::error!("a console's socket: {error}");
                 }

@@ -6,6 +6,8 @@ use std::mem::MaybeUninit;
 use std::ptr;
 use std::thread::Builder;
 
+use super::thread::Kind;
+
 /// What a terminal, an init system or a person sends to end a process.
 const ENDING: [libc::c_int; 4] = [libc::SIGINT, libc::SIGTERM, libc::SIGHUP, libc::SIGQUIT];
 
@@ -18,19 +20,17 @@ pub(crate) fn watch(received: impl Fn(i32) + Send + 'static) -> io::Result<()> {
     if result != 0 {
         return Err(io::Error::from_raw_os_error(result));
     }
-    Builder::new()
-        .name("signals".into())
-        .stack_size(32 << 10)
-        .spawn(move || {
-            loop {
-                let mut signal = 0;
-                // SAFETY: both point to valid memory of this thread.
-                let result = unsafe { libc::sigwait(&raw const set, &raw mut signal) };
-                if result == 0 {
-                    received(signal);
-                }
+    let builder = Builder::new().name("signals".into()).stack_size(32 << 10);
+    Kind::Signals.spawn(builder, move || {
+        loop {
+            let mut signal = 0;
+            // SAFETY: both point to valid memory of this thread.
+            let result = unsafe { libc::sigwait(&raw const set, &raw mut signal) };
+            if result == 0 {
+                received(signal);
             }
-        })?;
+        }
+    })?;
     Ok(())
 }
 

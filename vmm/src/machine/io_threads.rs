@@ -17,6 +17,8 @@ use std::time::{Duration, Instant};
 use devices::virtio::{Handler, Recall, Runner, Thread, Ticket};
 use event_manager::{Error as EventError, EventManager, RemoteEndpoint, SubscriberId};
 
+use crate::host::thread::Kind;
+
 /// How long a loop that is to end is waited for. Its handlers have been recalled, with more patience.
 const LAST_PATIENCE: Duration = Duration::from_secs(1);
 
@@ -138,16 +140,16 @@ struct Loop {
 
 impl Loop {
     fn start(thread: &Thread) -> io::Result<Self> {
-        let name = match thread {
-            Thread::Io => "io",
-            Thread::Own { name, .. } => name,
+        let (name, kind) = match thread {
+            Thread::Io => ("io", Kind::Io),
+            Thread::Own { name, work } => (name.as_str(), Kind::from(*work)),
         };
         let mut manager = EventManager::new().map_err(io::Error::other)?;
         let endpoint = manager.remote_endpoint();
         let stop = Arc::new(AtomicBool::new(false));
         let stopped = stop.clone();
         let builder = Builder::new().name(name.into());
-        let thread = builder.spawn(move || {
+        let thread = kind.spawn(builder, move || {
             while !stopped.load(Ordering::Acquire) {
                 if let Err(error) = manager.run() {
                     // epoll_wait fails only for arguments that are wrong from

@@ -31,6 +31,7 @@ use vm_memory::GuestMemoryMmap;
 
 use kick::Kick;
 
+use crate::host::thread::Kind;
 use crate::inbox::Ending;
 
 /// What the guest's accesses reach.
@@ -99,7 +100,7 @@ impl Vcpu {
         // has taken it, the thread has its name, by which Kata's shim looks for vCPUs.
         let (give, given) = sync_channel(0);
         let name = format!("vcpu{index}");
-        let thread = Builder::new().name(name).spawn(move || {
+        let thread = Kind::Vcpu.spawn(Builder::new().name(name), move || {
             let Ok(fd) = given.recv() else { return };
             Thread {
                 kick: Kick::for_this_thread(fd),

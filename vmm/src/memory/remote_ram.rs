@@ -27,6 +27,7 @@ use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use thiserror::Error;
 
+use crate::host::thread::Kind;
 use crate::inbox::{Ending, Event, Inbox};
 use crate::memory::handover::{self, Mapping};
 use crate::memory::userfault::Userfault;
@@ -125,7 +126,7 @@ impl RemoteRam {
             }
         };
         let named = Builder::new().name("patience".into());
-        if let Err(error) = named.spawn(waits) {
+        if let Err(error) = Kind::Pages.spawn(named, waits) {
             log::warn!("wait for pages without end: {error}");
         }
         Patience { _held: held }
@@ -154,7 +155,7 @@ fn connect(path: &Path) -> io::Result<UnixStream> {
 fn watch(stream: UnixStream, path: &Path, inbox: Inbox) -> io::Result<PipeWriter> {
     let (released, held) = io::pipe()?;
     let ending = gone(path);
-    Builder::new().name("memory".into()).spawn(move || {
+    Kind::Pages.spawn(Builder::new().name("memory".into()), move || {
         if !is_hung_up(&stream, &released) {
             return;
         }

@@ -10,6 +10,8 @@ use lexopt::{Arg, Parser, ValueExt};
 use log::LevelFilter;
 use thiserror::Error;
 
+use crate::host::thread::Enforcement;
+
 /// Parts of a VM that may be others than those of the snapshot it is restored from.
 const REPLACEABLE: [&str; 4] = ["disk", "net", "fs", "vsock"];
 
@@ -79,6 +81,8 @@ pub(crate) struct RunOptions {
     pub prefetch: bool,
     /// `--api-socket`
     pub api_socket: Option<PathBuf>,
+    /// `--seccomp`
+    pub seccomp: Enforcement,
     /// `--event-monitor`
     pub event_monitor: Option<EventMonitor>,
     /// `--log-file`
@@ -175,8 +179,7 @@ pub(crate) fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Act
             Arg::Long("restore") => options.restore = Some(parser.value()?.into()),
             Arg::Long("prefetch") => options.prefetch = true,
             Arg::Long("api-socket") => options.api_socket = Some(parser.value()?.into()),
-            // What Kata says to have no filters. There are none yet.
-            Arg::Long("seccomp") => seccomp(&parser.value()?)?,
+            Arg::Long("seccomp") => options.seccomp = seccomp(&parser.value()?)?,
             Arg::Long("event-monitor") => options.event_monitor = Some(monitor(&mut parser)?),
             Arg::Long("log-file") => options.log_file = Some(parser.value()?.into()),
             Arg::Long("log-format") => {
@@ -234,13 +237,11 @@ fn monitor(parser: &mut Parser) -> Result<EventMonitor, CliError> {
     ))
 }
 
-fn seccomp(value: &OsString) -> Result<(), CliError> {
-    match value.to_str() {
-        Some("false") => Ok(()),
-        _ => Err(CliError::Contradiction(
-            "--seccomp: there are no filters yet, so only false can be honoured",
-        )),
-    }
+fn seccomp(value: &OsString) -> Result<Enforcement, CliError> {
+    let enforcement = value.to_str().and_then(Enforcement::parse);
+    enforcement.ok_or(CliError::Contradiction(
+        "--seccomp: write true, log or false",
+    ))
 }
 
 fn check(options: &RunOptions) -> Result<(), CliError> {
@@ -329,7 +330,6 @@ mod tests {
         assert!(!run(&["--api-socket", "/s", "--kernel", "k", "--cpus", "boot=2"]).only_serves());
         let refused = refusal(&["--api-socket", "/s", "--disk", "path=/d"]);
         assert!(refused.starts_with("--api-socket without"), "{refused}");
-        assert!(refusal(&["--seccomp", "true"]).starts_with("--seccomp: there are no"));
     }
 
     #[test]
@@ -352,6 +352,16 @@ mod tests {
         }
         assert!(run(&["--restore", "/s", "--prefetch"]).prefetch);
         assert!(refusal(&["--prefetch"]).starts_with("--prefetch: it goes with --restore"));
+    }
+
+    #[test]
+    fn filters_are_on_unless_they_are_not_wanted() {
+        assert_eq!(run(&[]).seccomp, Enforcement::On);
+        let given = |value: &str| run(&["--seccomp", value]).seccomp;
+        let all = ["true", "log", "false"].map(given);
+        assert_eq!(all, [Enforcement::On, Enforcement::Log, Enforcement::Off]);
+        let refused = refusal(&["--seccomp", "off"]);
+        assert_eq!(refused, "--seccomp: write true, log or false");
     }
 
     #[test]

@@ -22,6 +22,7 @@ use thiserror::Error;
 
 use self::source::Source;
 use crate::host::signals;
+use crate::host::thread::{self, Enforcement, FilterError, Kind};
 use crate::snapshot::{self, RestoreError};
 
 /// What `podvmm pages --help` prints.
@@ -38,6 +39,8 @@ pub(crate) enum Task {
         socket: PathBuf,
         /// Folder of the snapshot that the pages are of.
         folder: PathBuf,
+        /// What a system call means that it has no need of.
+        seccomp: Enforcement,
         /// `-v`, counted.
         verbosity: u8,
     },
@@ -80,6 +83,12 @@ pub(crate) enum PagesError {
     /// The socket could not be made.
     #[error("--socket")]
     Listen(#[from] ListenError),
+    /// The process cannot give up what it does not need.
+    #[error(transparent)]
+    Filter(#[from] FilterError),
+    /// The value of `--seccomp`.
+    #[error("--seccomp: write true, log or false")]
+    Seccomp,
     /// Signals, or who comes to the socket.
     #[error("{0}")]
     Wait(&'static str, #[source] io::Error),
@@ -89,13 +98,18 @@ pub(crate) enum PagesError {
 pub(crate) fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Task, PagesError> {
     let mut parser = Parser::from_args(arguments);
     let (mut socket, mut folder, mut verbosity) = (None, None, 0_u8);
-    let mut compress = None;
+    let (mut compress, mut seccomp) = (None, Enforcement::default());
     while let Some(argument) = parser.next()? {
         match argument {
             Arg::Long("help") | Arg::Short('h') => return Ok(Task::Help),
             Arg::Long("socket") => socket = Some(PathBuf::from(parser.value()?)),
             Arg::Long("snapshot") => folder = Some(PathBuf::from(parser.value()?)),
             Arg::Long("compress") => compress = Some(PathBuf::from(parser.value()?)),
+            Arg::Long("seccomp") => {
+                let value = parser.value()?;
+                let value = value.to_str().and_then(Enforcement::parse);
+                seccomp = value.ok_or(PagesError::Seccomp)?;
+            }
             Arg::Short('v') => verbosity = verbosity.saturating_add(1),
             unexpected => return Err(unexpected.unexpected().into()),
         }
@@ -109,18 +123,25 @@ pub(crate) fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Tas
     Ok(Task::Serve {
         socket: socket.ok_or(PagesError::Missing("--socket"))?,
         folder: folder.ok_or(PagesError::Missing("--snapshot"))?,
+        seccomp,
         verbosity,
     })
 }
 
 /// Gives pages until a signal ends the process.
-pub(crate) fn serve(socket: PathBuf, folder: PathBuf) -> Result<(), PagesError> {
+pub(crate) fn serve(
+    socket: PathBuf,
+    folder: PathBuf,
+    seccomp: Enforcement,
+) -> Result<(), PagesError> {
     let source = Source::open(&folder).map_err(|source| PagesError::Snapshot { folder, source })?;
     let source = Arc::new(source);
     let listener = Listener::bind(&socket)?;
     let accepting = |source| PagesError::Wait("accept a VM", source);
     let vms = listener.socket().map_err(accepting)?;
     vms.set_nonblocking(false).map_err(accepting)?;
+    // What VMs say is read from here on.
+    thread::filter(Kind::PageServer, seccomp, None)?;
     signals::watch(move |_| {
         // The next page server finds the path free.
         listener.remove();
@@ -134,7 +155,8 @@ pub(crate) fn serve(socket: PathBuf, folder: PathBuf) -> Result<(), PagesError> 
             Ok(served) => log::info!("VM {number} is gone: {served}"),
             Err(error) => log::error!("VM {number} is left: {}", chain(&error).join(": ")),
         };
-        if let Err(error) = Builder::new().name(format!("vm{number}")).spawn(serves) {
+        let builder = Builder::new().name(format!("vm{number}"));
+        if let Err(error) = Kind::PageServer.spawn(builder, serves) {
             log::error!("VM {number} is left: {error}");
         }
     }

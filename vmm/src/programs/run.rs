@@ -13,6 +13,7 @@ use thiserror::Error;
 
 use crate::console::command::Command;
 use crate::host::terminal::{self, RawTerminal};
+use crate::host::thread::{self, Kind};
 use crate::host::{inherited, signals};
 use crate::inbox::Ending;
 use crate::programs::cli::{EventMonitor, RunOptions};
@@ -26,6 +27,9 @@ const LAST_LINES: usize = 12;
 /// Why there was no VM to run.
 #[derive(Debug, Error)]
 pub(crate) enum RunError {
+    /// The process cannot give up what it does not need.
+    #[error(transparent)]
+    Filter(#[from] thread::FilterError),
     /// A default part is missing.
     #[error(transparent)]
     Guest(#[from] MissingPart),
@@ -69,9 +73,11 @@ pub(crate) enum RunError {
 }
 
 /// Runs podvmm to its end and returns its exit code: with `--api-socket` and
-/// nothing to boot it serves clients, otherwise it runs the VM of the options.
-pub(crate) fn run(options: &RunOptions) -> Result<u8, RunError> {
+/// nothing to boot it serves clients, otherwise it runs the VM of the options. `log` is the file that is
+/// logged to, if it is one.
+pub(crate) fn run(options: &RunOptions, log: Option<&File>) -> Result<u8, RunError> {
     allow_many_descriptors();
+    thread::filter(Kind::Control, options.seccomp, log)?;
     signals::survive_file_size_limit().map_err(RunError::Signals)?;
     let mut builder = VmBuilder::new();
     let handle = builder.handle();

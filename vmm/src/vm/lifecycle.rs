@@ -31,6 +31,7 @@ use self::blame::{contradiction, not_recorded, not_saved, refusal};
 use crate::build::{self, Surroundings};
 use crate::console::command::Command;
 use crate::console::transcript::Transcript;
+use crate::host::thread::Kind;
 use crate::inbox::{Event, Inbox, Reply};
 use crate::machine::Machine;
 use crate::snapshot::{self, Loaded, SaveError};
@@ -276,7 +277,8 @@ impl Lifecycle {
         let written = config.clone();
         // The thread gets the machine once there is a thread.
         let (give, take) = channel::<Box<Machine>>();
-        let writer = Builder::new().name("snapshot".into()).spawn(move || {
+        let builder = Builder::new().name("snapshot".into());
+        let writer = Kind::Snapshot.spawn(builder, move || {
             let mut machine = take.recv().expect("it is given below");
             let Snapshot {
                 folder,

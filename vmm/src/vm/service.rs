@@ -12,6 +12,7 @@ use api::route;
 use devices::host::{ListenError, Listener};
 use thiserror::Error;
 
+use crate::host::thread::Kind;
 use crate::inbox::{Event, Inbox, Reply};
 
 /// Why there is no API.
@@ -43,9 +44,8 @@ impl Service {
         let server = listener.socket().and_then(Server::new);
         let mut server = server.map_err(ServiceError::Watch)?;
         let (stopped, stop) = io::pipe().map_err(ServiceError::Thread)?;
-        let thread = Builder::new()
-            .name("api".into())
-            .spawn(move || {
+        let thread = Kind::Api
+            .spawn(Builder::new().name("api".into()), move || {
                 let served = server.serve(stopped.as_fd(), |request, reply| {
                     ask(&inbox, request, reply)
                 });
