@@ -10,6 +10,7 @@ pub(crate) mod publish;
 mod resources;
 pub(crate) mod size;
 pub(crate) mod spec;
+pub(crate) mod state;
 pub(crate) mod task;
 pub(crate) mod teardown;
 pub(crate) mod waiting;
@@ -17,7 +18,6 @@ mod watch;
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, mpsc};
 use std::thread;
 
@@ -31,12 +31,13 @@ use crate::agent::stdio::{Paths, Stdio};
 use crate::config::Config;
 use crate::host::phases::Phases;
 use crate::host::place::Place;
-use crate::pod::error::{Error, asked, expect, state};
+use crate::pod::error::{Error, asked};
 use crate::pod::guest::{Birth, Guest, leave};
 use crate::pod::publish::Publisher;
 use crate::pod::size::Limits;
 use crate::pod::spec::hooks::Hooks;
-use crate::pod::task::{Container, Exit, NOT_STARTED, Process, State};
+use crate::pod::state::{Exit, State};
+use crate::pod::task::{Container, NOT_STARTED, Process};
 use crate::pod::waiting::Waiting;
 
 const SIGKILL: u32 = libc::SIGKILL.unsigned_abs();
@@ -230,8 +231,11 @@ impl Pod {
 
     /// Notes the end of a process, once, and tells containerd.
     fn ended(&self, container: &Container, process: &Process, exit: Exit) {
-        let has_run = process.state() != State::Created || process.target.exec.is_empty();
-        if !process.enter(State::Stopped(exit)) || !has_run {
+        let Ok(before) = process.change(|state| state.ended(exit)) else {
+            return;
+        };
+        // Containerd was not told of an exec's start, so it is not told of an end.
+        if before.is_to_start() && !process.target.exec.is_empty() {
             return;
         }
         let exec = &process.target.exec;
@@ -257,24 +261,25 @@ impl Pod {
     pub(crate) fn start(self: &Arc<Self>, id: &str) -> Result<(), Error> {
         let container = self.container(id)?;
         let guest = self.guest()?;
-        expect(&container.first, id, State::Created)?;
+        let process = &container.first;
+        process.expect(State::Created)?;
         if id == self.id {
             guest.connect_late()?;
         }
-        let stdio = self.open(&container.first)?;
-        container.first.starts.store(true, Ordering::Relaxed);
+        let stdio = self.open(process)?;
+        process.change(State::begin)?;
         let started = guest.agent.start_container(id);
-        container.first.starts.store(false, Ordering::Relaxed);
+        let started = started.map_err(asked("start the container"));
+        let started = started.and_then(|()| process.change(State::started));
         if let Err(error) = started {
-            self.ended(&container, &container.first, Exit::now(NOT_STARTED));
+            self.ended(&container, process, Exit::now(NOT_STARTED));
             if id == self.id {
                 // What it has on the host is another pod's to use.
                 self.end();
             }
-            return Err(asked("start the container")(error));
+            return Err(error);
         }
-        container.first.enter(State::Running);
-        self.attend(&guest, &container, &container.first, stdio)?;
+        self.attend(&guest, &container, process, stdio)?;
         if let Err(error) = container.hooks.started(guest.vm.pid()) {
             // As with runc it has failed to start then.
             let _ = self.kill(id, "", SIGKILL, true);
@@ -293,13 +298,17 @@ impl Pod {
         let container = self.container(id)?;
         let process = self.process(id, exec_id)?;
         let guest = self.guest()?;
-        expect(&container.first, id, State::Running)?;
-        expect(&process, exec_id, State::Created)?;
+        container.first.expect(State::Running)?;
+        process.expect(State::Created)?;
         let stdio = self.open(&process)?;
         let spec = process.spec.clone().unwrap_or_default();
-        let asked_for = guest.agent.exec(&process.target, spec);
-        asked_for.map_err(asked("start the process"))?;
-        process.enter(State::Running);
+        process.change(State::begin)?;
+        if let Err(error) = guest.agent.exec(&process.target, spec) {
+            // It stays as it is if it ended meanwhile, with its VM.
+            let _ = process.change(State::not_started);
+            return Err(asked("start the process")(error));
+        }
+        process.change(State::started)?;
         self.publish(Event::ExecStarted(TaskExecStarted {
             container_id: id.into(),
             exec_id: exec_id.into(),
@@ -395,12 +404,7 @@ impl Pod {
     pub(crate) fn delete_exec(&self, id: &str, exec_id: &str) -> Result<Exit, Error> {
         let container = self.container(id)?;
         let process = self.process(id, exec_id)?;
-        let exit = match process.state() {
-            State::Stopped(exit) => exit,
-            // One that never ran has no end to wait for.
-            State::Created => Exit::now(0),
-            _ => return Err(state(exec_id, process.state(), "stopped")),
-        };
+        let exit = process.delete()?;
         process.end_logger();
         container
             .execs
@@ -413,14 +417,10 @@ impl Pod {
     /// Forgets a container that has ended. With the pod's first one the pod ends, and its VM.
     pub(crate) fn delete(&self, id: &str) -> Result<Exit, Error> {
         let container = self.container(id)?;
-        let exit = match container.first.state() {
-            State::Stopped(exit) => exit,
-            State::Created => {
-                self.drop_created(&container);
-                container.first.wait()
-            }
-            running => return Err(state(id, running, "stopped")),
-        };
+        if container.first.state() == State::Created {
+            self.drop_created(&container);
+        }
+        let exit = container.first.delete()?;
         // It runs in a cgroup that may be the pod's.
         let processes = container.processes();
         processes.iter().for_each(|process| process.end_logger());
@@ -479,12 +479,12 @@ impl Pod {
 
     pub(crate) fn pause(&self, id: &str) -> Result<(), Error> {
         let container = self.container(id)?;
-        expect(&container.first, id, State::Running)?;
+        container.first.expect(State::Running)?;
         self.guest()?
             .agent
             .pause(id)
             .map_err(asked("pause the container"))?;
-        container.first.enter(State::Paused);
+        container.first.change(State::paused)?;
         self.publish(Event::Paused(TaskOnly {
             container_id: id.into(),
         }));
@@ -493,12 +493,12 @@ impl Pod {
 
     pub(crate) fn resume(&self, id: &str) -> Result<(), Error> {
         let container = self.container(id)?;
-        expect(&container.first, id, State::Paused)?;
+        container.first.expect(State::Paused)?;
         self.guest()?
             .agent
             .resume(id)
             .map_err(asked("resume the container"))?;
-        container.first.enter(State::Running);
+        container.first.change(State::resumed)?;
         self.publish(Event::Resumed(TaskOnly {
             container_id: id.into(),
         }));

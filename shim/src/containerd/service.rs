@@ -21,7 +21,6 @@ use crate::agent::stdio::Paths;
 use crate::config::DEFAULT_PATH;
 use crate::host::turn::Turn;
 use crate::pod::spec;
-use crate::pod::task::State;
 use crate::pod::{Creation, Pod};
 
 /// The time between looks at whether a caller that waits for a process is still there.
@@ -139,7 +138,7 @@ impl Tasks {
         Ok(StateResponse {
             id: request.id,
             bundle: container.bundle.display().to_string(),
-            pid: if state == State::Created && !request.exec_id.is_empty() {
+            pid: if state.is_to_start() && !request.exec_id.is_empty() {
                 0
             } else {
                 self.pod.pid_of(&container)

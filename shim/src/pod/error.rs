@@ -9,7 +9,6 @@ use crate::config;
 use crate::host::logging::MAX_TEXT_CHARS;
 use crate::host::network;
 use crate::pod::spec::hooks;
-use crate::pod::task::{Process, State};
 use crate::pod::{cgroup, mounts, spec};
 use crate::vm;
 
@@ -90,29 +89,4 @@ impl From<Error> for Status {
 
 pub(crate) fn asked(act: &'static str) -> impl Fn(CallError) -> Error {
     move |source| Error::Agent { act, source }
-}
-
-/// An error unless the process is in that state.
-pub(crate) fn expect(process: &Process, what: &str, wanted: State) -> Result<(), Error> {
-    if process.state() == wanted {
-        return Ok(());
-    }
-    Err(state(what, process.state(), word(wanted)))
-}
-
-pub(crate) fn state(what: &str, is: State, wanted: &'static str) -> Error {
-    Error::State {
-        what: what.into(),
-        is: word(is),
-        wanted,
-    }
-}
-
-fn word(state: State) -> &'static str {
-    match state {
-        State::Created => "created",
-        State::Running => "running",
-        State::Paused => "paused",
-        State::Stopped(_) => "stopped",
-    }
 }

@@ -1,7 +1,6 @@
 //! Signals to a pod's processes, and that SIGKILL is the end of one.
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::thread;
 use std::time::Duration;
 
@@ -10,7 +9,8 @@ use protocol::ttrpc::{CallError, Code};
 use super::{Pod, SIGKILL, first_of};
 use crate::pod::error::{Error, asked};
 use crate::pod::guest::Guest;
-use crate::pod::task::{Container, Exit, KILLED, Process, State};
+use crate::pod::state::{Exit, State};
+use crate::pod::task::{Container, KILLED, Process};
 
 /// How long a guest that did not do as told may take to say that it lives.
 const SIGN_OF_LIFE: Duration = Duration::from_secs(2);
@@ -30,21 +30,25 @@ impl Pod {
     ) -> Result<(), Error> {
         let container = self.container(id)?;
         let process = self.process(id, exec_id)?;
-        if let State::Stopped(_) = process.state() {
-            let what = if exec_id.is_empty() { id } else { exec_id };
-            return Err(Error::NotFound(format!("process of {what}: it has ended")));
-        }
-        let is_kill = signal == SIGKILL;
-        if process.state() == State::Created && !exec_id.is_empty() {
-            // Nor while it is being started: then it would start all the same.
-            return Err(Error::NotFound(format!("process {exec_id} in {id} yet")));
-        }
-        if process.state() == State::Created && !process.starts.load(Ordering::Relaxed) {
-            self.drop_created(&container);
-            return Ok(());
+        match process.state() {
+            State::Stopped(_) | State::Deleted(_) => {
+                let what = if exec_id.is_empty() { id } else { exec_id };
+                return Err(Error::NotFound(format!("process of {what}: it has ended")));
+            }
+            // Not while it is being started either: then it would start all the same.
+            State::Created | State::Starting if !exec_id.is_empty() => {
+                return Err(Error::NotFound(format!("process {exec_id} in {id} yet")));
+            }
+            State::Created => {
+                self.drop_created(&container);
+                return Ok(());
+            }
+            // A first process that is being started is there, and is signalled by the agent.
+            State::Starting | State::Running | State::Paused => {}
         }
         let guest = self.guest()?;
-        if is_kill && !process.killed.swap(true, Ordering::Relaxed) {
+        let is_kill = signal == SIGKILL;
+        if is_kill && process.give_up() {
             insist(&guest, &process)?;
         }
         // All of a container are signalled by what stands for it.

@@ -1,18 +1,20 @@
-//! A container of the pod's, and its processes, as containerd sees them.
+//! A container of the pod's, and its processes, as containerd sees them. Where a process is in its life is in
+//! `state`.
 
 use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock};
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use protocol::agent::oci;
-use protocol::containerd::task::status;
 
 use crate::agent::Target;
 use crate::agent::stdio::{Close, Logger, Owner, Paths};
+use crate::pod::error::Error;
 use crate::pod::size::Limits;
 use crate::pod::spec::hooks::Hooks;
+use crate::pod::state::{Exit, Refused, State};
 
 /// What a process that ended with its VM is said to have ended by: SIGKILL.
 pub(crate) const KILLED: u32 = 128 + 9;
@@ -23,50 +25,6 @@ pub(crate) const NOT_STARTED: u32 = 127;
 /// The largest status that a process can end with (wait(2)).
 const MAX_STATUS: u32 = 255;
 
-/// How a process ended.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub(crate) struct Exit {
-    pub(crate) status: u32,
-    pub(crate) at: SystemTime,
-}
-
-impl Exit {
-    pub(crate) fn now(status: u32) -> Self {
-        Self {
-            status,
-            at: SystemTime::now(),
-        }
-    }
-}
-
-/// Where a process is in its life.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub(crate) enum State {
-    Created,
-    Running,
-    Paused,
-    Stopped(Exit),
-}
-
-impl State {
-    /// The state as containerd's number.
-    pub(crate) fn number(self) -> i32 {
-        match self {
-            Self::Created => status::CREATED,
-            Self::Running => status::RUNNING,
-            Self::Paused => status::PAUSED,
-            Self::Stopped(_) => status::STOPPED,
-        }
-    }
-
-    pub(crate) fn exit(self) -> Option<Exit> {
-        match self {
-            Self::Stopped(exit) => Some(exit),
-            _ => None,
-        }
-    }
-}
-
 /// A process.
 #[derive(Debug)]
 pub(crate) struct Process {
@@ -76,11 +34,10 @@ pub(crate) struct Process {
     pub(crate) spec: Option<oci::Process>,
     state: Mutex<State>,
     changed: Condvar,
-    /// Whether the agent is starting the process.
-    pub(crate) starts: AtomicBool,
     /// Whether the process was told to end at once, so that the shim does not wait for the readers
-    /// of its output.
-    pub(crate) killed: AtomicBool,
+    /// of its output. This is no state of its own: one that runs, is paused or starts can be killed, and
+    /// its exit status is read by it once it has ended.
+    killed: AtomicBool,
     /// What ends its input, while it runs.
     pub(crate) close: Mutex<Option<Arc<Close>>>,
     /// The program that takes its output, until both have ended.
@@ -95,7 +52,6 @@ impl Process {
             spec,
             state: Mutex::new(State::Created),
             changed: Condvar::new(),
-            starts: AtomicBool::new(false),
             killed: AtomicBool::new(false),
             close: Mutex::default(),
             logger: Mutex::default(),
@@ -110,26 +66,50 @@ impl Process {
         self.state.lock().expect("a panic ends the process")
     }
 
-    /// Changes the state unless it has ended. Says whether it did.
-    pub(crate) fn enter(&self, state: State) -> bool {
-        let mut now = self.locked();
-        if matches!(*now, State::Stopped(_)) {
-            return false;
-        }
-        *now = state;
+    /// Takes a step to another state, or says why that is refused. Returns the state before.
+    pub(crate) fn change(
+        &self,
+        step: impl FnOnce(State) -> Result<State, Refused>,
+    ) -> Result<State, Error> {
+        let mut state = self.locked();
+        let before = *state;
+        *state = step(before).map_err(|refused| self.refusal(refused))?;
         self.changed.notify_all();
-        true
+        Ok(before)
     }
 
-    /// Waits for the end.
-    pub(crate) fn wait(&self) -> Exit {
-        let mut state = self.locked();
-        loop {
-            match *state {
-                State::Stopped(exit) => return exit,
-                _ => state = self.changed.wait(state).expect("a panic ends the process"),
-            }
+    /// Has containerd delete it, which is refused before its end. Returns the end.
+    pub(crate) fn delete(&self) -> Result<Exit, Error> {
+        let step = match self.target.exec.as_str() {
+            "" => State::deleted,
+            _ => State::deleted_exec,
+        };
+        self.change(step)?;
+        Ok(self.state().exit().expect("what was deleted has ended"))
+    }
+
+    /// An error unless the process is in that state.
+    pub(crate) fn expect(&self, wanted: State) -> Result<(), Error> {
+        let met = self.state().expect(wanted);
+        met.map_err(|refused| self.refusal(refused))
+    }
+
+    /// Why containerd is told that a step was refused.
+    fn refusal(&self, refused: Refused) -> Error {
+        match refused {
+            Refused::State { is, wanted } => Error::State {
+                what: self.name().into(),
+                is,
+                wanted,
+            },
+            Refused::Deleted => Error::NotFound(self.target.to_string()),
         }
+    }
+
+    /// Containerd's name of it: that of its container, or the one of an exec.
+    fn name(&self) -> &str {
+        let Target { container, exec } = &self.target;
+        if exec.is_empty() { container } else { exec }
     }
 
     /// Waits for the end, but not on behalf of a caller who `is_gone`, after whom it looks each `period`.
@@ -144,12 +124,12 @@ impl Process {
 
     /// Waits for the end, but no longer than `patience`. Says whether it came.
     pub(crate) fn ends_within(&self, patience: Duration) -> bool {
-        let runs = |state: &mut State| !matches!(state, State::Stopped(_));
+        let runs = |state: &mut State| state.exit().is_none();
         let waited = self
             .changed
             .wait_timeout_while(self.locked(), patience, runs);
         let (state, _) = waited.expect("a panic ends the process");
-        matches!(*state, State::Stopped(_))
+        state.exit().is_some()
     }
 
     /// Ends its input.
@@ -170,9 +150,10 @@ impl Process {
 
     /// Whose output it is that this process writes, in a namespace of containerd's.
     pub(crate) fn owner<'a>(&'a self, namespace: &'a str) -> Owner<'a> {
-        let Target { container, exec } = &self.target;
-        let id = if exec.is_empty() { container } else { exec };
-        Owner { namespace, id }
+        Owner {
+            namespace,
+            id: self.name(),
+        }
     }
 
     /// The status containerd knows, of what the agent says. Older agents of Kata's give the number
@@ -183,6 +164,11 @@ impl Process {
         } else {
             said.min(MAX_STATUS)
         }
+    }
+
+    /// Notes that it was told to end at once. Returns whether that is new.
+    pub(crate) fn give_up(&self) -> bool {
+        !self.killed.swap(true, Ordering::Relaxed)
     }
 
     pub(crate) fn is_given_up(&self) -> bool {
@@ -239,42 +225,80 @@ impl Container {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use protocol::ttrpc::{Code, Status};
+
+    fn process(exec: &str) -> Arc<Process> {
+        let target = Target {
+            container: "c".into(),
+            exec: exec.into(),
+        };
+        Arc::new(Process::new(target, Paths::default(), None))
+    }
 
     #[test]
     fn an_end_is_final_and_wakes_who_waits() {
-        let target = Target {
-            container: "c".into(),
-            exec: String::new(),
-        };
-        let process = Arc::new(Process::new(target, Paths::default(), None));
+        let process = process("");
         let waiting = std::thread::spawn({
             let process = Arc::clone(&process);
-            move || process.wait().status
+            move || process.wait_for(Duration::from_secs(60), || false)
         });
-        assert!(process.enter(State::Running));
+        process.change(State::begin).unwrap();
+        process.change(State::started).unwrap();
         assert!(!process.ends_within(Duration::from_millis(1)));
         let soon = Duration::from_millis(1);
         assert_eq!(process.wait_for(soon, || true), None, "the caller is gone");
-        assert!(process.enter(State::Stopped(Exit::now(7))));
+        let end = |status| process.change(|state| state.ended(Exit::now(status)));
+        assert_eq!(end(7).unwrap(), State::Running);
         let exit = process.wait_for(soon, || true);
         assert_eq!(exit.map(|exit| exit.status), Some(7));
         assert!(process.ends_within(Duration::ZERO));
-        assert!(!process.enter(State::Stopped(Exit::now(KILLED))));
-        assert!(!process.enter(State::Running));
-        assert_eq!(waiting.join().unwrap(), 7);
+        end(KILLED).unwrap_err();
+        process.change(State::begin).unwrap_err();
+        assert_eq!(waiting.join().unwrap().map(|exit| exit.status), Some(7));
+    }
+
+    #[test]
+    fn what_is_refused_names_the_process_as_containerd_does() {
+        let said = |process: &Process, step: fn(State) -> Result<State, Refused>| {
+            let before = process.state();
+            let refused = process.change(step).unwrap_err();
+            assert_eq!(process.state(), before);
+            Status::from(refused)
+        };
+        let first = process("");
+        let paused = said(&first, State::paused);
+        let expected = (Code::FailedPrecondition, "c is created, not running");
+        assert_eq!((paused.code, paused.message.as_str()), expected);
+        let exec = process("e");
+        exec.change(State::begin).unwrap();
+        let again = said(&exec, State::begin);
+        let expected = (Code::FailedPrecondition, "e is starting, not created");
+        assert_eq!((again.code, again.message.as_str()), expected);
+        exec.change(|state| state.ended(Exit::now(0))).unwrap();
+        assert_eq!(exec.delete().unwrap().status, 0);
+        let deleted = said(&exec, State::deleted_exec);
+        let expected = (Code::NotFound, "there is no process e of c");
+        assert_eq!((deleted.code, deleted.message.as_str()), expected);
+    }
+
+    #[test]
+    fn of_two_that_start_a_process_one_does() {
+        let process = process("e");
+        let start = || process.change(State::begin).is_ok();
+        let started = std::thread::scope(|scope| {
+            let starts = [(); 8].map(|()| scope.spawn(start));
+            starts.map(|start| start.join().unwrap())
+        });
+        assert_eq!(started.iter().filter(|it| **it).count(), 1);
     }
 
     #[test]
     fn only_a_kill_makes_nine_a_signal() {
-        let target = Target {
-            container: "c".into(),
-            exec: String::new(),
-        };
-        let process = Process::new(target, Paths::default(), None);
+        let process = process("");
         assert_eq!([0, 9, 137].map(|said| process.status(said)), [0, 9, 137]);
         let of_no_process = [256, u32::MAX].map(|said| process.status(said));
         assert_eq!(of_no_process, [255, 255]);
-        process.killed.store(true, Ordering::Relaxed);
+        assert!(process.give_up() && !process.give_up());
         assert_eq!([0, 9, 15].map(|said| process.status(said)), [0, 137, 15]);
     }
 }

@@ -10,7 +10,8 @@ use protocol::ttrpc::CallError;
 use super::Pod;
 use crate::pod::error::Error;
 use crate::pod::guest::Guest;
-use crate::pod::task::{Exit, KILLED};
+use crate::pod::state::Exit;
+use crate::pod::task::KILLED;
 
 /// The time between looks at whether the guest's agent answers, by which its clock follows the
 /// host's.
