@@ -2,6 +2,7 @@
 
 pub(crate) mod cgroup;
 pub(crate) mod error;
+mod events;
 pub(crate) mod figures;
 pub(crate) mod guest;
 mod kill;
@@ -18,13 +19,13 @@ mod watch;
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, mpsc};
 use std::thread;
 
 use protocol::agent::oci::{Process as OciProcess, Spec};
-use protocol::containerd::events::{Event, TaskExecStarted, TaskExit, TaskOnly, TaskStart};
+use protocol::containerd::events::{Event, TaskOnly};
 use protocol::containerd::task::Mount;
-use protocol::containerd::timestamp;
 
 use crate::agent::Target;
 use crate::agent::stdio::{Paths, Stdio};
@@ -62,6 +63,8 @@ pub(crate) struct Pod {
     /// A lock that is held while the VM is made, resized or ended.
     changing: Mutex<()>,
     guest: Mutex<Option<Arc<Guest>>>,
+    /// The number of the pod's VMM, which is kept after its end; 0 before there is one.
+    vmm: AtomicU32,
     phases: Mutex<Phases>,
     /// A VM that waited for the pod, until it is the pod's.
     waiting: Mutex<Option<Waiting>>,
@@ -82,13 +85,10 @@ impl Pod {
             containers: Mutex::default(),
             changing: Mutex::default(),
             guest: Mutex::default(),
+            vmm: AtomicU32::new(0),
             phases: Mutex::new(phases),
             waiting: Mutex::new(waiting),
         })
-    }
-
-    pub(crate) fn publish(&self, event: Event) {
-        self.events.publish(event);
     }
 
     fn containers(&self) -> MutexGuard<'_, HashMap<String, Arc<Container>>> {
@@ -119,22 +119,6 @@ impl Pod {
         guest.clone().ok_or(Error::NoVm)
     }
 
-    /// The process that stands for all in the pod: its VMM. Without one it is the shim.
-    pub(crate) fn pid(&self) -> u32 {
-        self.guest()
-            .map_or_else(|_| std::process::id(), |guest| guest.vm.pid())
-    }
-
-    /// The number that stands for a container. The first has the VMM's, by whose namespaces others look
-    /// at the pod. The others have that of a thread of the shim: `/proc` has an entry for it too, and a
-    /// later container that is to see their processes is told them by it.
-    pub(crate) fn pid_of(&self, container: &Container) -> u32 {
-        match container.thread.get() {
-            Some(thread) if container.id != self.id => *thread,
-            _ => self.pid(),
-        }
-    }
-
     /// The container whose processes another is to see, by the path of a pid namespace.
     fn target(&self, spec: &Spec) -> Option<String> {
         let pid = spec::process_of(spec::pid_namespace(spec)?)?;
@@ -147,7 +131,7 @@ impl Pod {
     }
 
     /// Makes a container; with the first, the VM.
-    pub(crate) fn create(self: &Arc<Self>, creation: Creation) -> Result<(), Error> {
+    pub(crate) fn create(self: &Arc<Self>, creation: Creation) -> Result<Arc<Container>, Error> {
         let Creation {
             id,
             bundle,
@@ -205,7 +189,7 @@ impl Pod {
         self.set_oom_score();
         self.pin();
         self.phases().note("container");
-        Ok(())
+        Ok(container)
     }
 
     /// Makes the VM for the pod that `spec` describes.
@@ -224,32 +208,10 @@ impl Pod {
             config,
         );
         let guest = Arc::new(made?);
+        self.vmm.store(guest.vm.pid(), Ordering::Relaxed);
         *self.guest.lock().expect("a panic ends the process") = Some(Arc::clone(&guest));
         self.watch(&guest)?;
         Ok(guest)
-    }
-
-    /// Notes the end of a process, once, and tells containerd.
-    fn ended(&self, container: &Container, process: &Process, exit: Exit) {
-        let Ok(before) = process.change(|state| state.ended(exit)) else {
-            return;
-        };
-        // Containerd was not told of an exec's start, so it is not told of an end.
-        if before.is_to_start() && !process.target.exec.is_empty() {
-            return;
-        }
-        let exec = &process.target.exec;
-        self.publish(Event::Exit(TaskExit {
-            container_id: container.id.clone(),
-            id: if exec.is_empty() {
-                container.id.clone()
-            } else {
-                exec.clone()
-            },
-            pid: self.pid_of(container),
-            exit_status: exit.status,
-            exited_at: Some(timestamp(exit.at)),
-        }));
     }
 
     fn open(&self, process: &Process) -> Result<Stdio, Error> {
@@ -309,11 +271,7 @@ impl Pod {
             return Err(asked("start the process")(error));
         }
         process.change(State::started)?;
-        self.publish(Event::ExecStarted(TaskExecStarted {
-            container_id: id.into(),
-            exec_id: exec_id.into(),
-            pid: self.pid(),
-        }));
+        self.tell_exec_start(&container, exec_id);
         self.attend(&guest, &container, &process, stdio)
     }
 
@@ -343,10 +301,7 @@ impl Pod {
                 let thread = rustix::thread::gettid().as_raw_nonzero().get();
                 // It is attended once, and its number is positive.
                 let _ = container.thread.set(thread.unsigned_abs());
-                pod.publish(Event::Start(TaskStart {
-                    container_id: container.id.clone(),
-                    pid: pod.pid_of(&container),
-                }));
+                pod.tell_start(&container);
             }
             drop(tell);
             outputs.drain();

@@ -55,7 +55,7 @@ impl Tasks {
             terminal: paths.terminal,
         };
         let turn = Turn::wait();
-        self.pod.create(Creation {
+        let container = self.pod.create(Creation {
             id: request.id.clone(),
             bundle: PathBuf::from(&request.bundle),
             rootfs: request.rootfs.clone(),
@@ -63,7 +63,7 @@ impl Tasks {
             config: config_path(request.options.as_ref()),
         })?;
         drop(turn);
-        let pid = self.pod.pid();
+        let pid = self.pod.pid_of(&container);
         self.pod.publish(Event::Create(TaskCreate {
             container_id: request.id,
             bundle: request.bundle,

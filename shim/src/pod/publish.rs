@@ -49,6 +49,18 @@ impl Publisher {
         Ok(Self { events, namespace })
     }
 
+    /// One that tells a test instead of containerd.
+    #[cfg(test)]
+    pub(crate) fn to_a_test() -> (Self, impl Iterator<Item = Event>) {
+        let (events, messages) = channel();
+        let told = messages.into_iter().filter_map(|message| match message {
+            Message::Event(_, event) => Some(event),
+            Message::Flush(_) => None,
+        });
+        let namespace = String::new();
+        (Self { events, namespace }, told)
+    }
+
     pub(crate) fn publish(&self, event: Event) {
         // The thread ends with the process.
         let _ = self.events.send(Message::Event(SystemTime::now(), event));

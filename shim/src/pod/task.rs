@@ -107,7 +107,7 @@ impl Process {
     }
 
     /// Containerd's name of it: that of its container, or the one of an exec.
-    fn name(&self) -> &str {
+    pub(crate) fn name(&self) -> &str {
         let Target { container, exec } = &self.target;
         if exec.is_empty() { container } else { exec }
     }
