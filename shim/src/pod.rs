@@ -33,7 +33,7 @@ use crate::config::Config;
 use crate::host::phases::Phases;
 use crate::host::place::Place;
 use crate::pod::error::{Error, asked};
-use crate::pod::guest::{Birth, Guest, leave};
+use crate::pod::guest::{Birth, Guest};
 use crate::pod::publish::Publisher;
 use crate::pod::size::Limits;
 use crate::pod::spec::hooks::Hooks;
@@ -404,7 +404,7 @@ impl Pod {
         let guest = self.guest.lock().expect("a panic ends the process").take();
         if let Some(guest) = guest {
             self.end_guest(&guest);
-            guest.cgroup.iter().for_each(leave);
+            guest.take_down();
         }
         crate::pod::teardown::pod(&self.place);
     }

@@ -54,7 +54,8 @@ impl Birth<'_> {
     }
 }
 
-/// A VM whose agent has answered, on the pod's network.
+/// A VM whose agent has answered, on the pod's network. Dropping it takes the shared folder down, and does not
+/// end the VM.
 struct Met {
     vm: Vm,
     agent: Agent,
@@ -153,6 +154,12 @@ impl Guest {
             log::debug!("end the guest: {error}");
         }
         self.vm.kill();
+    }
+
+    /// Takes down what the host has of it, once its VM has ended.
+    pub(crate) fn take_down(&self) {
+        self.shared.take_down();
+        self.cgroup.iter().for_each(leave);
     }
 
     /// Whether it ends as it was told to, or has ended: of that its agent's connection may tell first.
@@ -525,7 +532,7 @@ fn size_of(config: &Config, spec: &Spec) -> Size {
 
 /// Moves this process out of the pod's cgroup, so that the cgroup can be taken away. A failure is
 /// logged.
-pub(crate) fn leave(cgroup: &Cgroup) {
+fn leave(cgroup: &Cgroup) {
     if let Err(error) = cgroup.leave() {
         log::warn!("{}", api::chain(&error).join(": "));
     }

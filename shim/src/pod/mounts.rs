@@ -12,6 +12,7 @@ use std::fs;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard};
 use std::thread;
 
@@ -42,12 +43,24 @@ pub(crate) struct Error {
 
 /// The folder that a pod's guest sees. Of its own it has nothing but places to mount on, and the
 /// guest can make no more: it is read-only, but for what is mounted there.
+///
+/// It owns all that the pod mounts on the host. Its guest takes it down when the pod ends; where a VM is
+/// given up before there is a guest, dropping it does. What a shim that was killed left mounted is
+/// unmounted by [`clear`], from another process.
 #[derive(Debug)]
 pub(crate) struct Shared {
     path: PathBuf,
     /// The same folder below its mount, where it can be written.
     below: OwnedFd,
     volumes: Mutex<Volumes>,
+    /// Whether it is still to be taken down. Later there may be another pod's at its path.
+    is_up: AtomicBool,
+}
+
+impl Drop for Shared {
+    fn drop(&mut self) {
+        self.take_down();
+    }
 }
 
 impl Shared {
@@ -68,12 +81,27 @@ impl Shared {
                 path,
                 below,
                 volumes: Mutex::default(),
+                is_up: AtomicBool::new(true),
             }),
-            Err(source) => Err(Error {
-                what: path.display().to_string(),
-                place: path,
-                source,
-            }),
+            Err(source) => {
+                // As far as it was made. Why it was not is the error to tell.
+                let _ = clear(&path);
+                Err(Error {
+                    what: path.display().to_string(),
+                    place: path,
+                    source,
+                })
+            }
+        }
+    }
+
+    /// Unmounts all that is mounted in it, and removes it, once. A failure is logged.
+    pub(crate) fn take_down(&self) {
+        if !self.is_up.swap(false, Ordering::Relaxed) {
+            return;
+        }
+        if let Err(error) = clear(&self.path) {
+            log::warn!("clean up {}: {error}", self.path.display());
         }
     }
 

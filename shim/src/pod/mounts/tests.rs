@@ -44,6 +44,59 @@ fn a_guest_writes_only_to_what_is_mounted_for_it() {
     assert!(!seen.exists());
 }
 
+/// A folder with a root file system and a volume of the container `c`, mounted in `shared`.
+fn mounted(folder: &Path) -> Shared {
+    let shared = Shared::make(folder.join("shared")).expect("this test needs root");
+    for name in ["root", "data"] {
+        let place = folder.join(name);
+        fs::create_dir_all(&place).unwrap();
+        fs::write(place.join("file"), "x").unwrap();
+    }
+    let data = folder.join("data");
+    let mut spec = Spec {
+        mounts: vec![mount("bind", data.to_str().unwrap(), "/data")],
+        ..Spec::default()
+    };
+    shared.root("c", &[], &folder.join("root")).unwrap();
+    shared.volumes("c", &mut spec).unwrap();
+    shared
+}
+
+fn is_seen(folder: &Path) -> bool {
+    let places = ["shared/c/rootfs/file", "shared/.volumes/0-data/file"];
+    let seen = places.map(|place| folder.join(place).exists());
+    assert_eq!(seen[0], seen[1]);
+    seen[0]
+}
+
+#[test]
+fn what_is_mounted_for_a_pod_goes_with_the_value_that_owns_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let shared = mounted(folder.path());
+    assert!(is_seen(folder.path()));
+    drop(shared);
+    let text = fs::read("/proc/self/mountinfo").unwrap();
+    let none: [PathBuf; 0] = [];
+    assert_eq!(mounted_below(&text, folder.path()), none);
+    assert!(!folder.path().join("shared").exists());
+    for name in ["root/file", "data/file"] {
+        assert!(folder.path().join(name).exists(), "{name}");
+    }
+}
+
+#[test]
+fn a_share_is_taken_down_once_and_leaves_the_next_one_at_its_path_alone() {
+    let folder = tempfile::tempdir().unwrap();
+    let first = mounted(folder.path());
+    first.take_down();
+    assert!(!is_seen(folder.path()));
+    let next = mounted(folder.path());
+    drop(first);
+    assert!(is_seen(folder.path()));
+    drop(next);
+    assert!(!is_seen(folder.path()));
+}
+
 /// The host's devices are nothing to a guest, wherever nodes of them are.
 #[test]
 fn devices_of_the_host_are_not_opened_in_what_is_shared() {
