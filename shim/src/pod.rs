@@ -153,8 +153,8 @@ impl Pod {
         let cpus = resources.map_or_else(String::new, spec::cpus);
         spec::check_cpus(&cpus)?;
         let guest = if is_pod {
-            let booted = self.boot(&spec, &config);
-            booted.inspect_err(|_| self.end())?
+            let made = self.make_guest(&spec, &config);
+            made.inspect_err(|_| self.end())?
         } else {
             self.guest()?
         };
@@ -192,12 +192,12 @@ impl Pod {
         Ok(container)
     }
 
-    /// Makes the VM for the pod that `spec` describes.
-    fn boot(self: &Arc<Self>, spec: &Spec, config: &Path) -> Result<Arc<Guest>, Error> {
+    /// Makes the guest for the pod that `spec` describes, and watches it from then on.
+    fn make_guest(self: &Arc<Self>, spec: &Spec, config: &Path) -> Result<Arc<Guest>, Error> {
         let _changing = self.changing.lock().expect("a panic ends the process");
         let config = Config::read(config)?.for_pod(&spec.annotations)?;
         log::set_max_level(config.log_level);
-        let made = Guest::boot(
+        let made = Guest::start(
             &Birth {
                 pod: &self.id,
                 place: &self.place,

@@ -158,9 +158,9 @@ pub(crate) struct Plan<'a> {
 }
 
 impl Vm {
-    /// Makes and boots a VM. What the guest's network is to be is returned too; `record` is told of
-    /// what would outlive the shim.
-    pub(crate) fn boot(plan: &Plan<'_>, record: &mut Record) -> Result<(Self, Settings), Error> {
+    /// Starts podvmm and has it restore the VM from its template, or boot one. What the guest's network is
+    /// to be is returned too; `record` is told of what would outlive the shim.
+    pub(crate) fn start(plan: &Plan<'_>, record: &mut Record) -> Result<(Self, Settings), Error> {
         let life = Arc::new(Life::default());
         let (born, birth) = sync_channel(1);
         let (podvmm, api, network, ends) = (
@@ -173,7 +173,7 @@ impl Vm {
         record.write(plan.place).map_err(Error::Record)?;
         // The thread lives as long as the VM: when it goes, or the shim, the VM is killed.
         let watch = move || {
-            let started = start(&podvmm, &api, network.as_deref());
+            let started = spawn(&podvmm, &api, network.as_deref());
             let (child, started) = match started {
                 Ok((mut child, links, settings)) => {
                     let pid = child.id();
@@ -208,7 +208,7 @@ impl Vm {
         let made = record
             .write(plan.place)
             .map_err(Error::Record)
-            .and_then(|()| vm.make(plan, links));
+            .and_then(|()| vm.restore_or_boot(plan, links));
         match made {
             Ok(()) => Ok((vm, settings)),
             Err(_) if vm.fail() => Err(Error::Killed),
@@ -216,7 +216,8 @@ impl Vm {
         }
     }
 
-    fn make(&mut self, plan: &Plan<'_>, links: Vec<Link>) -> Result<(), Error> {
+    /// Restores the VM if there is a template that fits, or else boots it.
+    fn restore_or_boot(&mut self, plan: &Plan<'_>, links: Vec<Link>) -> Result<(), Error> {
         let mut client = self.client()?;
         // One may have come or gone since they were counted.
         let same = |template: &&Template| template.interfaces() == links.len();
@@ -429,7 +430,7 @@ pub(crate) fn definition(config: &Config, size: Size) -> Result<VmConfig, Config
 }
 
 /// Starts podvmm in the pod's network namespace, with its interfaces connected to taps.
-fn start(
+fn spawn(
     podvmm: &Path,
     api: &Path,
     network: Option<&Path>,

@@ -85,8 +85,9 @@ pub(crate) struct Guest {
 }
 
 impl Guest {
-    /// Boots a VM for the pod that `spec` describes, and waits for its agent.
-    pub(crate) fn boot(birth: &Birth<'_>, config: Config) -> Result<Self, Error> {
+    /// Starts a VM for the pod: one from the pool, one restored from a template, or one that boots. Waits for
+    /// its agent and prepares it for the pod's containers.
+    pub(crate) fn start(birth: &Birth<'_>, config: Config) -> Result<Self, Error> {
         let Birth { place, spec, .. } = *birth;
         // A VM that waited is in it.
         let mut record = Record::read(place);
@@ -337,9 +338,9 @@ fn reach(
         teardown::vm(birth.place, &Record::read(birth.place));
     }
     let Some(template) = template else {
-        return start(birth, config, record, None).map_err(Failure::into_error);
+        return attempt(birth, config, record, None).map_err(Failure::into_error);
     };
-    let failure = match start(birth, config, record.clone(), Some(&template)) {
+    let failure = match attempt(birth, config, record.clone(), Some(&template)) {
         Ok(met) => {
             if matches!(met.vm.start, Start::Clone(_)) {
                 template.worked();
@@ -361,7 +362,7 @@ fn reach(
         template.failed(&snapshot, &why);
     }
     teardown::vm(birth.place, &Record::read(birth.place));
-    let booted = start(birth, config, record, None).map_err(Failure::into_error)?;
+    let booted = attempt(birth, config, record, None).map_err(Failure::into_error)?;
     if !failure.ran {
         // Had the VM not booted either, the template would not be the reason.
         template.failed(&snapshot, &why);
@@ -401,8 +402,8 @@ fn adopt(
     Ok(Met { vm, agent, shared })
 }
 
-/// Starts a VM, from a template if one is given and ready, and waits for its agent.
-fn start(
+/// Tries to start a VM, from a template if one is given and ready, and waits for its agent.
+fn attempt(
     birth: &Birth<'_>,
     config: &Config,
     mut record: Record,
@@ -420,7 +421,7 @@ fn start(
     birth.note("prepare");
     let snapshot = || template.and_then(Template::snapshot);
     let before = snapshot();
-    let started = Vm::boot(&plan, &mut record);
+    let started = Vm::start(&plan, &mut record);
     let (vm, settings) = started.map_err(|error| Failure {
         // Without a snapshot the VM was to boot, and would fail again. Which of the two it was is
         // not known: the template may have been made, or set aside, while this one tried.

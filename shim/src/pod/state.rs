@@ -12,8 +12,8 @@
 //!    └────────────▶ Deleted ◀──── Stopped
 //! ```
 //!
-//! A `Process` has one under its lock and takes each step there, so of two callers
-//! that want the same step one is refused.
+//! A `Process` has one under its lock and takes each step there, so of two callers that want the same step one
+//! is refused.
 
 use std::time::SystemTime;
 

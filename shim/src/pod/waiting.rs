@@ -42,7 +42,7 @@ impl Waiting {
         };
         let _turn = Turn::wait();
         let snapshot = template.snapshot();
-        let (vm, _) = Vm::boot(&plan, &mut Record::default()).inspect_err(|error| {
+        let (vm, _) = Vm::start(&plan, &mut Record::default()).inspect_err(|error| {
             if let (Some(snapshot), vm::Error::Api { .. }) = (snapshot, error) {
                 template.failed(&snapshot, &api::chain(error).join(": "));
             }
@@ -100,7 +100,8 @@ pub(crate) fn template(config: &Config) -> Result<Template, Error> {
     of()
 }
 
-/// Waits for the agent, and has the VM stand still.
+/// Waits for the agent of a VM without a pod, takes the VM's snapshot if it is to become a template, and
+/// pauses it.
 fn ready(vm: &Vm, place: &Place, config: &Config) -> Result<Agent, Error> {
     let mut agent = meet(vm, place, config)?;
     if let Start::Model(claim) = &vm.start {
@@ -108,8 +109,8 @@ fn ready(vm: &Vm, place: &Place, config: &Config) -> Result<Agent, Error> {
         claim.make(vm, SETTLING)?;
         agent = meet(vm, place, config)?;
     }
-    // Not for its randomness, which is renewed for the pod: what that takes of the template's
-    // memory is the guest's own then.
+    // The pod's shim does this once more when it takes the VM. Doing it here too gives the guest copies of
+    // the template's pages that it writes to, so that the pod does not wait for them.
     renew(&agent)?;
     vm.pause()?;
     Ok(agent)
