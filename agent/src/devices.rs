@@ -8,7 +8,7 @@ use protocol::agent::messages::Device;
 use protocol::agent::oci::{Linux, LinuxDevice};
 use protocol::ttrpc::{Code, Status};
 
-use crate::wait;
+use crate::poll;
 
 /// How the host may name devices.
 pub(crate) const KINDS: [&str; 1] = ["mmioblk"];
@@ -18,7 +18,7 @@ const DEADLINE: Duration = Duration::from_secs(3);
 
 /// Waits for a device's node.
 pub(crate) fn wait_for(path: &str) -> Result<fs::Metadata, Status> {
-    let found = wait::until(DEADLINE, || fs::metadata(path).ok());
+    let found = poll::until(DEADLINE, || fs::metadata(path).ok());
     found.ok_or_else(|| Status::new(Code::NotFound, format!("there is no device {path}")))
 }
 

@@ -20,6 +20,7 @@ mod figures;
 mod limits;
 mod mounts;
 mod network;
+mod poll;
 mod ports;
 mod reaper;
 mod relay;
@@ -28,7 +29,6 @@ mod sandbox;
 mod serve;
 mod storage;
 mod sys;
-mod wait;
 
 use std::error::Error;
 use std::io::{self, Write};

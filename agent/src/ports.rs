@@ -9,8 +9,8 @@ use std::time::Duration;
 
 use protocol::contract::{Status, port};
 
+use crate::poll;
 use crate::sys;
-use crate::wait;
 
 /// The driver makes ports from a work queue, and so perhaps after the agent has started.
 const DEADLINE: Duration = Duration::from_secs(10);
@@ -54,7 +54,7 @@ impl Ports {
     /// Waits for the ports and opens them.
     pub(crate) fn open() -> Result<Self, Error> {
         let mut missing = port::STATUS;
-        let found = wait::until(DEADLINE, || {
+        let found = poll::until(DEADLINE, || {
             Found::look().map_err(|name| missing = name).ok()
         });
         let found = found.ok_or(Error::Missing { missing })?;
@@ -67,7 +67,7 @@ impl Ports {
         // A port is named before its host side is open, and until then looks closed. This one is
         // the last: the driver has heard of the others by then.
         let is_open = || ports.status.is_writable(Some(Duration::ZERO)).then_some(());
-        wait::until(DEADLINE, is_open).ok_or(Error::Closed)?;
+        poll::until(DEADLINE, is_open).ok_or(Error::Closed)?;
         Ok(ports)
     }
 }

@@ -8,8 +8,8 @@ use std::time::Duration;
 
 use crate::cmdline::Root;
 use crate::mounts;
+use crate::poll;
 use crate::sys::{self, MS_RDONLY};
-use crate::wait;
 
 /// How long a device may take to appear. Those that are there at boot are found at once.
 const DEVICE_DEADLINE: Duration = Duration::from_secs(10);
@@ -102,7 +102,7 @@ fn string(text: &str) -> Result<CString, Error> {
 }
 
 fn wait_for_device(device: &str) -> Result<(), Error> {
-    wait::until(DEVICE_DEADLINE, || Path::new(device).exists().then_some(())).ok_or_else(|| {
+    poll::until(DEVICE_DEADLINE, || Path::new(device).exists().then_some(())).ok_or_else(|| {
         Error::NoDevice {
             device: device.to_owned(),
         }
@@ -120,7 +120,7 @@ fn probe(device: &str) -> Result<&'static CStr, Error> {
             device: device.to_owned(),
         });
     }
-    let file = wait::until(DEVICE_DEADLINE, || match File::open(device) {
+    let file = poll::until(DEVICE_DEADLINE, || match File::open(device) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => None,
         result => Some(result),
     });

@@ -14,8 +14,8 @@ use std::time::Duration;
 use rustix::fs::{AtFlags, CWD, Dir, FileType, Mode, OFlags};
 
 use super::Process;
+use crate::poll;
 use crate::sys::pid_t;
-use crate::wait;
 
 const ROOT: &str = "/sys/fs/cgroup";
 
@@ -170,7 +170,7 @@ impl Drop for Cgroup {
             Err(error) if error.kind() == io::ErrorKind::ResourceBusy => None,
             _ => Some(()),
         };
-        wait::until(GRACE, || gone(remove(&self.path)));
+        poll::until(GRACE, || gone(remove(&self.path)));
         // Its parents may have other children.
         for path in self
             .path

@@ -1,4 +1,4 @@
-//! Waiting for what the kernel makes on its own time.
+//! Polling for what the kernel makes or removes on its own time, and tells no process of.
 
 use std::thread::sleep;
 use std::time::{Duration, Instant};
