@@ -350,6 +350,45 @@ fn home(passwd: &str, uid: u32) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::poll;
+    use rustix::net::{AddressFamily, SocketFlags, SocketType};
+    use rustix::process::dumpable_behavior;
+    use std::time::Duration;
+
+    /// Until it has its program, the process holds the agent's memory and descriptors. The container that
+    /// it enters may have processes that look for such: they may not trace it, nor open what /proc has of it
+    /// (ptrace(2), "Ptrace access mode checking"; the class of CVE-2016-9962).
+    #[test]
+    fn a_process_is_closed_to_the_container_before_it_enters() {
+        const WITHIN: &str = "PODVMM_TEST_STAGE";
+        const NAME: &str = "container::stage::tests::\
+            a_process_is_closed_to_the_container_before_it_enters";
+        if std::env::var_os(WITHIN).is_none() {
+            // It is all of a process that is closed, so it is done in one of its own.
+            let mut within = Command::new(std::env::current_exe().unwrap());
+            within.args(["--exact", NAME, "--nocapture"]);
+            let output = within.env(WITHIN, "yes").output().unwrap();
+            let said = String::from_utf8_lossy(&output.stdout).into_owned()
+                + &String::from_utf8_lossy(&output.stderr);
+            assert!(
+                output.status.success() && said.contains("1 passed"),
+                "{said}"
+            );
+            return;
+        }
+        assert_eq!(dumpable_behavior(), Ok(DumpableBehavior::Dumpable));
+        let flags = SocketFlags::CLOEXEC;
+        let channel =
+            rustix::net::socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None);
+        let (agents, channel) = channel.unwrap();
+        let nothing = || File::open("/dev/null").unwrap();
+        // No order ever comes, so it stays before the first step.
+        std::mem::forget(agents);
+        std::thread::spawn(move || drop(prepare(&channel, nothing(), nothing().into())));
+        let is_closed = || dumpable_behavior() == Ok(DumpableBehavior::NotDumpable);
+        let closed = poll::until(Duration::from_secs(10), || is_closed().then_some(()));
+        assert_eq!(closed, Some(()), "it waits, and can be traced");
+    }
 
     #[test]
     fn a_home_is_found_by_number() {
