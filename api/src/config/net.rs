@@ -35,7 +35,8 @@ pub struct NetConfig {
     pub queue_size: u16,
     /// Leave segments of TCP to the other side.
     pub offload_tso: bool,
-    /// Leave segments of UDP to the other side.
+    /// Leave the segmentation of UDP to the other side (USO; virtio 1.3 §5.1.3, VIRTIO_NET_F_HOST_USO). Cloud
+    /// Hypervisor's API, and so Kata, names it by UFO, an earlier way that podvmm does not offer.
     pub offload_ufo: bool,
     /// Leave checksums to the other side.
     pub offload_csum: bool,
