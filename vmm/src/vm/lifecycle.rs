@@ -9,7 +9,8 @@
 //!     └──── delete ────┴──────── Shutdown ◀────────────┘
 //! ```
 //!
-//! A snapshot is taken of a paused VM; a restored one is paused, too.
+//! A snapshot is taken of a paused VM. A restored one is paused too, unless its request says `resume`: then it
+//! runs when that is answered.
 //!
 //! Owned by `control`, which carries out one request at a time. None of them
 //! waits for the guest, and writing a snapshot, which may take minutes, is left to a thread: meanwhile the VM
