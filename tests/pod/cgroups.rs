@@ -21,7 +21,7 @@ fn manager(script: &str) -> Spec {
 
 /// If a container divides its cgroup, as systemd does, a new process joins it in the cgroup of its
 /// first process.
-pub(crate) fn divided(agent: &Agent) {
+pub(crate) fn a_new_process_joins_a_divided_cgroup(agent: &Agent) {
     let script = "cd /sys/fs/cgroup; mkdir init init/deep other; echo 1 >init/cgroup.procs
         echo +memory >cgroup.subtree_control; cat cgroup.subtree_control; exec sleep 1000";
     agent.create("divided", manager(script)).unwrap();
@@ -56,7 +56,7 @@ fn unified(entries: &[(&str, &str)]) -> LinuxResources {
 }
 
 /// A container is killed as a whole where that is asked for.
-pub(crate) fn as_one(agent: &Agent) {
+pub(crate) fn a_cgroup_is_killed_as_one(agent: &Agent) {
     let script = "cat /sys/fs/cgroup/memory.oom.group /sys/fs/cgroup/memory.low
         dd if=/dev/zero of=/dev/null bs=32M count=1; echo survived";
     let mut group = spec(script);

@@ -17,7 +17,7 @@ fn bind(source: &str, destination: &str) -> Mount {
 }
 
 /// A working directory that is missing is made, root's; one that its user may not enter is entered.
-pub(crate) fn working_directories(agent: &Agent, host: &Path) {
+pub(crate) fn working_directories_are_made_and_entered(agent: &Agent, host: &Path) {
     let rootfs = host.join("one/rootfs");
     let mut missing = spec("readlink /proc/self/cwd");
     missing.root.as_mut().unwrap().readonly = true;
@@ -53,7 +53,7 @@ pub(crate) fn working_directories(agent: &Agent, host: &Path) {
 }
 
 /// Links that point nowhere are followed below the container's root, and what is missing is made there.
-pub(crate) fn dangling_links(agent: &Agent, host: &Path) {
+pub(crate) fn dangling_links_lead_nowhere_outside(agent: &Agent, host: &Path) {
     let rootfs = host.join("one/rootfs");
     symlink(
         "../run/resolver/resolv.conf",
@@ -84,7 +84,7 @@ pub(crate) fn dangling_links(agent: &Agent, host: &Path) {
 
 /// What hides paths is the null device, not what the image or a volume has in its place (the class of
 /// CVE-2025-31133).
-pub(crate) fn false_null(agent: &Agent) {
+pub(crate) fn a_false_null_device_is_refused(agent: &Agent) {
     let mut false_null = spec("cat /proc/kcore");
     false_null.mounts.push(bind("greeting", "/dev/null"));
     let (_, why) = refusal(agent.create("false-null", false_null));

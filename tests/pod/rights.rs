@@ -1,12 +1,10 @@
 //! What a container's processes may open, use and be: as runc has it on a node.
 
-use protocol::agent::messages::{
-    CreateContainerRequest, Device, WriteStreamRequest, WriteStreamResponse,
-};
+use protocol::agent::messages::{CreateContainerRequest, Device};
 use protocol::agent::oci::{LinuxDeviceCgroup, LinuxResources, PosixRlimit, Process, User};
-use tests::pod::{Agent, shell, spec, strings};
+use tests::pod::{Agent, spec, strings};
 
-fn by_user(uid: u32, mut process: Process) -> Process {
+pub(crate) fn by_user(uid: u32, mut process: Process) -> Process {
     process.user = Some(User {
         uid,
         gid: 1001,
@@ -15,74 +13,8 @@ fn by_user(uid: u32, mut process: Process) -> Process {
     process
 }
 
-/// A user opens its standard streams by their names in /dev, as pipes and as terminals.
-pub(crate) fn streams(agent: &Agent) {
-    let script = "echo out >/dev/stdout; echo err >/dev/stderr; : </dev/stdin && echo in";
-    let mut own = spec(script);
-    own.process = own.process.map(|process| by_user(1000, process));
-    let (out, err, status) = agent.run("own-streams", own);
-    assert_eq!(
-        (out.as_str(), err.as_str(), status),
-        ("out\nin\n", "err\n", 0)
-    );
-
-    let console = "echo out >/dev/stdout; echo tty >/dev/tty; echo console >/dev/console";
-    let mut terminal = spec(&format!("{console}; read line; exec sleep 1000"));
-    terminal.process = terminal.process.map(|process| Process {
-        terminal: true,
-        ..by_user(1000, process)
-    });
-    agent.create("own-terminal", terminal).unwrap();
-    agent.start("own-terminal").unwrap();
-    for (name, terminal) in [("by-pipes", false), ("by-terminal", true)] {
-        let process = Process {
-            terminal,
-            ..by_user(1234, shell("echo out >/dev/stdout; echo err >/dev/stderr"))
-        };
-        agent.exec("own-terminal", name, process).unwrap();
-        let (err, out, status) = agent.outcome("own-terminal", name);
-        let said = (out + &err).replace('\r', "");
-        assert_eq!((said.as_str(), status), ("out\nerr\n", 0), "{name}");
-    }
-    let typed = WriteStreamRequest {
-        container_id: "own-terminal".into(),
-        exec_id: String::new(),
-        data: b"\n".to_vec(),
-    };
-    let _: WriteStreamResponse = agent.ask("WriteStdin", &typed).unwrap();
-    agent.signal("own-terminal", "", 9);
-    let (_, out, _) = agent.outcome("own-terminal", "");
-    let out = out.replace('\r', "");
-    assert!(out.starts_with("out\ntty\nconsole\n"), "{out}");
-    agent.remove("own-terminal");
-}
-
-/// Without limits of its own a container has those of containerd's service; else what it says.
-pub(crate) fn limits(agent: &Agent) {
-    let script =
-        "grep -E 'open files|processes' /proc/self/limits; cat /proc/sys/kernel/threads-max";
-    let (out, err, _) = agent.run("unlimited", spec(script));
-    let words: Vec<Vec<_>> = out
-        .lines()
-        .map(|line| line.split_whitespace().collect())
-        .collect();
-    assert_eq!(words[0][2..4], ["unlimited", "unlimited"], "{out}{err}");
-    assert_eq!(words[1][3..5], ["1048576", "1048576"], "{out}{err}");
-    // As many as there are numbers for, however little memory the guest began with.
-    assert!(words[2][0].parse::<u32>().unwrap() >= 32768, "{out}{err}");
-
-    let mut many = spec("ulimit -n; ulimit -Hn");
-    many.process.as_mut().unwrap().rlimits = vec![PosixRlimit {
-        r#type: "RLIMIT_NOFILE".into(),
-        hard: 1_073_741_816,
-        soft: 70_000,
-    }];
-    let (out, err, status) = agent.run("many-files", many);
-    assert_eq!((out.as_str(), status), ("70000\n1073741816\n", 0), "{err}");
-}
-
 /// Ambient capabilities that are not inheritable are left out; `runc spec` writes such.
-pub(crate) fn ambient(agent: &Agent) {
+pub(crate) fn ambient_capabilities_must_be_inheritable(agent: &Agent) {
     let mut ambient = spec("grep -E 'Cap(Prm|Amb)' /proc/self/status");
     let process = ambient.process.as_mut().unwrap();
     process.capabilities.as_mut().unwrap().ambient = strings(&["CAP_KILL"]);
@@ -92,7 +24,7 @@ pub(crate) fn ambient(agent: &Agent) {
 }
 
 /// A container's processes share a session keyring, which is no other container's.
-pub(crate) fn keyrings(agent: &Agent) {
+pub(crate) fn a_container_has_a_keyring_of_its_own(agent: &Agent) {
     let keyring = |out: &str, name: &str| {
         let line = out
             .lines()
@@ -112,7 +44,7 @@ pub(crate) fn keyrings(agent: &Agent) {
 }
 
 /// A container makes nodes of any device, and uses those of memory and terminals and its own.
-pub(crate) fn devices(agent: &Agent) {
+pub(crate) fn devices_are_used_as_the_rules_say(agent: &Agent) {
     let rule = |allow, access: &str| LinuxDeviceCgroup {
         allow,
         major: -1,
@@ -170,7 +102,7 @@ pub(crate) fn devices(agent: &Agent) {
 }
 
 /// What the agent asks of a process's /proc is none of the container's making.
-pub(crate) fn own_proc(agent: &Agent) {
+pub(crate) fn a_container_without_proc_starts(agent: &Agent) {
     let mut without = spec("echo fine");
     without.mounts.retain(|mount| mount.destination != "/proc");
     without.process.as_mut().unwrap().oom_score_adj = 300;
@@ -179,4 +111,64 @@ pub(crate) fn own_proc(agent: &Agent) {
     linux.readonly_paths.clear();
     let (out, err, status) = agent.run("own-proc", without);
     assert_eq!((out.as_str(), status), ("fine\n", 0), "{err}");
+}
+
+/// Its numbers, groups, capabilities, limits and score are those of its description.
+pub(crate) fn a_user_has_the_rights_it_is_given(agent: &Agent) {
+    let mut user = spec(
+        "id; grep -E 'Cap(Eff|Bnd|Amb)|NoNewPrivs' /proc/self/status; ulimit -n; cat /proc/self/oom_score_adj",
+    );
+    let process = user.process.as_mut().expect("spec() has it");
+    process.user = Some(User {
+        uid: 1000,
+        gid: 1001,
+        additional_gids: vec![7],
+        username: String::new(),
+    });
+    process.rlimits = vec![PosixRlimit {
+        r#type: "RLIMIT_NOFILE".into(),
+        hard: 50,
+        soft: 40,
+    }];
+    process.oom_score_adj = 200;
+    process
+        .capabilities
+        .as_mut()
+        .expect("spec() has it")
+        .ambient = strings(&["CAP_KILL"]);
+    process
+        .capabilities
+        .as_mut()
+        .expect("spec() has it")
+        .inheritable = strings(&["CAP_KILL"]);
+    let (out, err, status) = agent.run("user", user);
+    let expected = [
+        "uid=1000 gid=1001 groups=7",
+        // CAP_KILL is number 5, CAP_CHOWN number 0.
+        "CapEff:\t0000000000000020",
+        "CapBnd:\t0000000000000021",
+        "CapAmb:\t0000000000000020",
+        "NoNewPrivs:\t1",
+        "40",
+        "200",
+    ];
+    assert_eq!(
+        (out.lines().collect::<Vec<_>>(), status),
+        (expected.to_vec(), 0),
+        "{err}"
+    );
+}
+
+/// The agent is the host's: a container reaches its port, by the guest's own CID and by the local one,
+/// and is not heard.
+pub(crate) fn the_agent_does_not_hear_a_container(agent: &Agent) {
+    let script = "for cid in 1 3; do guest_load vsock-knock $cid 1024 2>&1 || :; done";
+    let (out, err, status) = agent.run("knocks", spec(script));
+    let answers: Vec<_> = out.lines().collect();
+    assert_eq!((answers.len(), status), (2, 0), "{out} {err}");
+    for answer in answers {
+        let refused = ["reset", "No such device", "refused", "timed out"];
+        let is_refused = refused.iter().any(|reason| answer.contains(reason));
+        assert!(answer == "ended" || is_refused, "{answer}");
+    }
 }

@@ -1,4 +1,4 @@
-//! What a pod's containers share: its network, pids, files, and the agent itself.
+//! What a pod's containers share: its network, pids, and files.
 
 use std::process::Command;
 
@@ -18,7 +18,6 @@ use tests::pod::{Agent, refusal, spec, strings};
 pub(crate) const HARDWARE: &str = "02:00:00:00:00:a7";
 pub(crate) const SHM: &str = "/run/kata-containers/sandbox/shm";
 const COPIED: &str = "/run/kata-containers/copied";
-const RESIDENT_MIB: u64 = 6;
 
 fn interface() -> Interface {
     let address = |family: IpFamily, address: &str, mask: &str| IpAddress {
@@ -40,7 +39,7 @@ fn interface() -> Interface {
 }
 
 /// As shims have it: before there is a sandbox.
-pub(crate) fn network(agent: &Agent) {
+pub(crate) fn the_network_is_set_up_without_a_sandbox(agent: &Agent) {
     for _ in 0..2 {
         let interface = Some(self::interface());
         let request = UpdateInterfaceRequest { interface };
@@ -112,7 +111,7 @@ pub(crate) fn network(agent: &Agent) {
 }
 
 /// The guest is reached from its host, and reaches it and itself.
-pub(crate) fn pings(agent: &Agent) {
+pub(crate) fn the_guest_is_reached_and_reaches_its_host(agent: &Agent) {
     let mut ping = spec(
         "for to in 10.77.0.2 fd77::2 10.77.0.1; do
             ping -q -c 1 -W 60 $to >/dev/null && echo $to; done; cat /proc/net/arp",
@@ -143,7 +142,7 @@ pub(crate) fn pings(agent: &Agent) {
 }
 
 /// The first container there is has pids for all that ask for them.
-pub(crate) fn first(agent: &Agent) {
+pub(crate) fn the_first_container_starts(agent: &Agent) {
     let more = CreateContainerRequest {
         sandbox_pidns: true,
         ..CreateContainerRequest::default()
@@ -154,7 +153,7 @@ pub(crate) fn first(agent: &Agent) {
     agent.start("pause").unwrap();
 }
 
-pub(crate) fn shared_pids(agent: &Agent) {
+pub(crate) fn containers_share_the_pids_of_the_first(agent: &Agent) {
     let more = || CreateContainerRequest {
         sandbox_pidns: true,
         ..CreateContainerRequest::default()
@@ -203,7 +202,7 @@ pub(crate) fn shared_pids(agent: &Agent) {
 }
 
 /// One container for debugging another sees its processes, and its own end is not theirs.
-pub(crate) fn pids_of_another(agent: &Agent) {
+pub(crate) fn a_container_sees_the_pids_of_another(agent: &Agent) {
     agent.create("other", spec("exec sleep 4320")).unwrap();
     agent.start("other").unwrap();
     agent.create("target", spec("exec sleep 4322")).unwrap();
@@ -222,7 +221,7 @@ pub(crate) fn pids_of_another(agent: &Agent) {
     assert_eq!(code, Code::NotFound);
 }
 
-pub(crate) fn files(agent: &Agent) {
+pub(crate) fn copied_files_stay_in_their_folder(agent: &Agent) {
     let copy = |path: &str, mode, data: &[u8]| CopyFileRequest {
         path: path.into(),
         file_size: data.len().try_into().unwrap(),
@@ -268,7 +267,7 @@ pub(crate) fn files(agent: &Agent) {
 }
 
 /// Storage in memory has the size it is to have.
-pub(crate) fn volumes(agent: &Agent) {
+pub(crate) fn memory_has_the_size_that_it_is_given(agent: &Agent) {
     let size = |path: &str| {
         let request = VolumeStatsRequest {
             volume_guest_path: path.into(),
@@ -307,13 +306,4 @@ pub(crate) fn volumes(agent: &Agent) {
     agent.remove("huge");
     // It is the pod's.
     assert_eq!(size(HUGE), 4 << 20);
-}
-
-/// The agent is small.
-pub(crate) fn metrics(agent: &Agent) {
-    let resident = agent.figure("podvmm_agent_resident_memory_bytes");
-    let threads = agent.figure("podvmm_agent_threads");
-    eprintln!("agent: {} KiB resident, {threads} threads", resident >> 10);
-    assert!(resident <= RESIDENT_MIB << 20, "{resident}");
-    assert_eq!(agent.figure("podvmm_containers"), 0);
 }
