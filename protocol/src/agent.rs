@@ -1,9 +1,17 @@
 //! What the guest's agent is asked, and answers: the messages of the Kata agent's protocol, by the
 //! field numbers of its versions 3.2 to 4.1. Fields not named here are passed over.
 
-pub mod messages;
 pub mod oci;
-pub mod types;
+
+/// Requests of `grpc.AgentService` and `grpc.Health`, and their answers.
+pub mod messages {
+    include!(concat!(env!("OUT_DIR"), "/agent.messages.rs"));
+}
+
+/// What the requests for networks and volumes share (package `types` of the protocol).
+pub mod types {
+    include!(concat!(env!("OUT_DIR"), "/agent.types.rs"));
+}
 
 /// The vsock port that the agent listens on.
 pub const PORT: u32 = 1024;

@@ -1,4 +1,4 @@
-//! What podvmm, its guest, its shim and containerd say to one another, once, for all who say it.
+//! What podvmm, its guest, its shim and containerd say to one another.
 //!
 //! | module | what |
 //! |---|---|
@@ -6,6 +6,9 @@
 //! | [`agent`] | the messages of the Kata agent's protocol |
 //! | [`containerd`] | the messages of containerd's Task service, its events and figures |
 //! | [`ttrpc`] | how messages go over a stream |
+//!
+//! The build generates the messages from the texts in `proto`, without `protoc`. They have what podvmm
+//! uses, by the field numbers of those protocols.
 
 pub mod agent;
 pub mod containerd;

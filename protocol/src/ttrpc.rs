@@ -10,65 +10,24 @@ mod frame;
 mod reception;
 mod server;
 
+#[expect(
+    unreachable_pub,
+    reason = "all that is generated is `pub`, and only `Code` leaves this module"
+)]
+mod messages {
+    include!(concat!(env!("OUT_DIR"), "/ttrpc.messages.rs"));
+}
+
 use std::fmt;
 
 pub use self::client::{CallError, Client};
+pub use self::messages::Code;
+use self::messages::{Request, Response, StatusMessage};
 pub use self::reception::receive;
 pub use self::server::{Call, Service, Workers, serve};
 
 /// Longest message. What is longer is refused and passed over.
 pub const MAX_MESSAGE: u32 = 4 << 20;
-
-#[derive(Clone, PartialEq, prost::Message)]
-struct Request {
-    #[prost(string, tag = "1")]
-    service: String,
-    #[prost(string, tag = "2")]
-    method: String,
-    #[prost(bytes = "vec", tag = "3")]
-    payload: Vec<u8>,
-    #[prost(int64, tag = "4")]
-    timeout_nano: i64,
-}
-
-#[derive(Clone, PartialEq, prost::Message)]
-struct Response {
-    #[prost(message, optional, tag = "1")]
-    status: Option<StatusMessage>,
-    #[prost(bytes = "vec", tag = "2")]
-    payload: Vec<u8>,
-}
-
-#[derive(Clone, PartialEq, prost::Message)]
-struct StatusMessage {
-    #[prost(int32, tag = "1")]
-    code: i32,
-    #[prost(string, tag = "2")]
-    message: String,
-}
-
-/// Why a call failed, by gRPC's numbers.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, prost::Enumeration)]
-#[repr(i32)]
-pub enum Code {
-    Ok = 0,
-    Cancelled = 1,
-    Unknown = 2,
-    InvalidArgument = 3,
-    DeadlineExceeded = 4,
-    NotFound = 5,
-    AlreadyExists = 6,
-    PermissionDenied = 7,
-    ResourceExhausted = 8,
-    FailedPrecondition = 9,
-    Aborted = 10,
-    OutOfRange = 11,
-    Unimplemented = 12,
-    Internal = 13,
-    Unavailable = 14,
-    DataLoss = 15,
-    Unauthenticated = 16,
-}
 
 /// Why a call failed, in words.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
