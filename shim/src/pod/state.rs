@@ -17,7 +17,7 @@
 
 use std::time::SystemTime;
 
-use protocol::containerd::task::status;
+use protocol::containerd::task::Status;
 
 /// How a process ended.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -148,12 +148,13 @@ impl State {
 
     /// The state as containerd's number, which knows no more than these four.
     pub(crate) fn number(self) -> i32 {
-        match self {
-            Self::Created | Self::Starting => status::CREATED,
-            Self::Running => status::RUNNING,
-            Self::Paused => status::PAUSED,
-            Self::Stopped(_) | Self::Deleted(_) => status::STOPPED,
-        }
+        let status = match self {
+            Self::Created | Self::Starting => Status::Created,
+            Self::Running => Status::Running,
+            Self::Paused => Status::Paused,
+            Self::Stopped(_) | Self::Deleted(_) => Status::Stopped,
+        };
+        status.into()
     }
 
     fn word(self) -> &'static str {
@@ -254,14 +255,15 @@ mod tests {
 
     #[test]
     fn containerd_knows_four_states_and_ends_of_the_last() {
-        let seen = ALL.map(|state| (state.number(), state.exit().map(|exit| exit.status)));
+        let status = |state: State| Status::try_from(state.number()).unwrap();
+        let seen = ALL.map(|state| (status(state), state.exit().map(|exit| exit.status)));
         let expected = [
-            (status::CREATED, None),
-            (status::CREATED, None),
-            (status::RUNNING, None),
-            (status::PAUSED, None),
-            (status::STOPPED, Some(7)),
-            (status::STOPPED, Some(7)),
+            (Status::Created, None),
+            (Status::Created, None),
+            (Status::Running, None),
+            (Status::Paused, None),
+            (Status::Stopped, Some(7)),
+            (Status::Stopped, Some(7)),
         ];
         assert_eq!(seen, expected);
         assert_eq!(
