@@ -261,7 +261,7 @@ fn the_words_are_the_fields() {
     ];
     let all = folders
         .iter()
-        .flat_map(|folder| files(&workspace.join(folder), &["rs", "md"]));
+        .flat_map(|folder| files(&workspace.join(folder), &["rs", "md", "proto"]));
     for path in all.filter(|path| !path.ends_with("tests/house.rs")) {
         let text = fs::read_to_string(&path).unwrap();
         for (number, line) in text.lines().enumerate() {

@@ -1,8 +1,19 @@
 //! The kubelet's side of CRI v1: each call waits for its answer.
 
-pub mod config;
-pub mod requests;
-pub mod status;
+/// Descriptions of pods and containers.
+pub mod config {
+    include!(concat!(env!("OUT_DIR"), "/cri.config.rs"));
+}
+
+/// Requests and their answers.
+pub mod requests {
+    include!(concat!(env!("OUT_DIR"), "/cri.requests.rs"));
+}
+
+/// States of pods and containers.
+pub mod status {
+    include!(concat!(env!("OUT_DIR"), "/cri.status.rs"));
+}
 
 use std::fmt;
 use std::path::Path;
