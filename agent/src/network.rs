@@ -1,11 +1,8 @@
 //! The pod's network, as the host tells it: the guest's interfaces, routes and neighbours. Each call
 //! has a conversation with the kernel of its own.
 
-mod address;
 mod exact;
 mod link;
-mod netlink;
-mod route;
 
 use std::collections::HashMap;
 use std::io;
@@ -13,17 +10,11 @@ use std::path::Path;
 
 use protocol::agent::messages::ExactRoutes;
 use protocol::agent::types::{ArpNeighbor, Interface, IpAddress, IpFamily, Route};
+use protocol::netlink::address::{self, NoAddress, Prefix};
+use protocol::netlink::link::{Change, Link, NO_ARP, UP};
+use protocol::netlink::neighbour::{Neighbour, PERMANENT};
+use protocol::netlink::{CREATE, EXCLUSIVE, Netlink, REPLACE, route};
 use protocol::ttrpc::{Code, Status};
-
-use address::{NoAddress, Prefix};
-use link::{Change, Link};
-use netlink::{CREATE, EXCLUSIVE, Message, Netlink, REPLACE};
-
-const NEW_NEIGHBOUR: u16 = 28;
-const NEIGHBOUR_ADDRESS: u16 = 1;
-const NEIGHBOUR_HARDWARE: u16 = 2;
-/// The state of a neighbour that is known for good (NUD_PERMANENT).
-const PERMANENT: i32 = 0x80;
 
 /// Longest name of an interface (IFNAMSIZ, with its NUL).
 const NAME_LEN: usize = 15;
@@ -80,7 +71,7 @@ fn open() -> Result<Netlink> {
 }
 
 fn links(netlink: &mut Netlink) -> Result<Vec<Link>> {
-    link::list(netlink).map_err(Error::kernel("list interfaces"))
+    protocol::netlink::link::list(netlink).map_err(Error::kernel("list interfaces"))
 }
 
 fn narrow<T: TryFrom<i64>>(what: &'static str, value: i64) -> Result<T> {
@@ -130,8 +121,8 @@ pub(crate) fn update_interface(wanted: Interface) -> Result<Interface> {
     }
     let change = Change {
         mtu: (mtu != 0).then_some(mtu),
-        flags: link::UP | wanted.raw_flags & link::NO_ARP,
-        mask: link::UP | link::NO_ARP,
+        flags: UP | wanted.raw_flags & NO_ARP,
+        mask: UP | NO_ARP,
         ..Change::default()
     };
     change
@@ -282,48 +273,29 @@ pub(crate) fn add_neighbours(wanted: &[ArpNeighbor]) -> Result<()> {
     let netlink = &mut open()?;
     let links = links(netlink)?;
     for neighbour in wanted {
-        let message = neighbour_message(neighbour, &links)?;
-        netlink
-            .change(message, CREATE | REPLACE)
+        parse_neighbour(neighbour, &links)?
+            .add(netlink)
             .map_err(Error::kernel(format!("add neighbour {}", neighbour.lladdr)))?;
     }
     Ok(())
 }
 
-fn neighbour_message(wanted: &ArpNeighbor, links: &[Link]) -> Result<Message> {
+fn parse_neighbour(wanted: &ArpNeighbor, links: &[Link]) -> Result<Neighbour> {
     let to = wanted.to_ip_address.as_ref();
     let to = &to.ok_or(Error::Missing("toIPAddress"))?.address;
     let to: Prefix = to.parse()?;
     let hardware = address::hardware(&wanted.lladdr);
     let hardware = hardware.ok_or_else(|| Error::Hardware(wanted.lladdr.clone()))?;
-    let interface = by_name(links, &wanted.device)?.index;
-    let state = if wanted.state == 0 {
-        PERMANENT
-    } else {
-        wanted.state
-    };
-    let state: u16 = narrow("state", state.into())?;
-    let flags: u8 = narrow("flags", wanted.flags.into())?;
-    let [a, b, c, d] = interface.to_ne_bytes();
-    let [e, f] = state.to_ne_bytes();
-    // An ndmsg.
-    let fixed = [
-        to.family(),
-        0,
-        0,
-        0,
-        a,
-        b,
-        c,
-        d,
-        e,
-        f,
-        flags,
-        route::UNICAST,
-    ];
-    Ok(Message::new(NEW_NEIGHBOUR, &fixed)
-        .with(NEIGHBOUR_ADDRESS, &address::octets(to.address))
-        .with(NEIGHBOUR_HARDWARE, &hardware))
+    Ok(Neighbour {
+        interface: by_name(links, &wanted.device)?.index,
+        state: match wanted.state {
+            0 => PERMANENT,
+            state => narrow("state", state.into())?,
+        },
+        flags: narrow("flags", wanted.flags.into())?,
+        address: to.address,
+        hardware,
+    })
 }
 
 /// All interfaces with their addresses.
@@ -367,7 +339,8 @@ pub(crate) fn list_routes() -> Result<Vec<Route>> {
     let links = links(netlink)?;
     let all = route::list(netlink).map_err(Error::kernel("list routes"))?;
     let name = |index| links.iter().find(|link| Some(link.index) == index);
-    let routes = all.into_iter().map(|route| Route {
+    let main = all.into_iter().filter(|listed| listed.is_main);
+    let routes = main.map(|listed| listed.route).map(|route| Route {
         dest: text(route.destination),
         gateway: text(route.gateway),
         device: name(route.interface).map_or_else(String::new, |link| link.name.clone()),

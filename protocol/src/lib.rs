@@ -1,4 +1,5 @@
-//! What podvmm, its guest, its shim and containerd say to one another.
+//! What podvmm, its guest, its shim and containerd say to one another, and to their kernels, once, for all
+//! who say it.
 //!
 //! | module | what |
 //! |---|---|
@@ -6,6 +7,7 @@
 //! | [`agent`] | the messages of the Kata agent's protocol |
 //! | [`containerd`] | the messages of containerd's Task service, its events and figures |
 //! | [`ttrpc`] | how messages go over a stream |
+//! | [`netlink`] | what the shim and the agent ask of their kernels about networks |
 //!
 //! The build generates the messages from the texts in `proto`, without `protoc`. They have what podvmm
 //! uses, by the field numbers of those protocols.
@@ -13,4 +15,5 @@
 pub mod agent;
 pub mod containerd;
 pub mod contract;
+pub mod netlink;
 pub mod ttrpc;

@@ -4,19 +4,15 @@
 
 use std::collections::HashMap;
 
-use super::netlink::{Message, attributes, number};
+use protocol::netlink::route::{
+    FIXED_LEN, GATEWAY, GATEWAY_OF_OTHER_FAMILY, INTERFACE, NEW_ROUTE, SEVERAL,
+};
+use protocol::netlink::{Message, attributes, number};
 
-const NEW_ROUTE: u16 = 24;
 const NEW_RULE: u16 = 32;
-/// The length of an rtmsg and of a fib_rule_hdr, in bytes.
-const FIXED_LEN: usize = 12;
 
-/// Attributes of a route.
-const INTERFACE: u16 = 4;
-const GATEWAY: u16 = 5;
-const SEVERAL: u16 = 9;
+/// Attributes of a route that no request can set.
 const CACHE_FIGURES: u16 = 12;
-const GATEWAY_OF_OTHER_FAMILY: u16 = 18;
 /// The number of an object of the host's that has the gateway, which is listed too.
 const NEXT_HOP_OBJECT: u16 = 30;
 
@@ -69,7 +65,8 @@ pub(super) fn rule(payload: &[u8]) -> Option<Message> {
     Some(attributes(rest).fold(message, |message, (kind, value)| message.with(kind, value)))
 }
 
-/// The fixed part with what can be set of its flags, which are its last number, and what follows it.
+/// The fixed part, an rtmsg or a fib_rule_hdr of the same length, with what can be set of its flags, which are its
+/// last number, and what follows it.
 fn fixed(payload: &[u8], settable: u8) -> Option<([u8; FIXED_LEN], &[u8])> {
     let (fixed, rest) = payload.split_first_chunk::<FIXED_LEN>()?;
     let [head @ .., flags, _, _, _] = *fixed;
@@ -99,16 +96,16 @@ fn ways(value: &[u8], indices: &HashMap<u32, u32>) -> Option<Vec<u8>> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::network::netlink::Netlink;
     use crate::network::update_routes;
     use proptest::collection::vec;
     use proptest::prelude::*;
     use protocol::agent::messages::{ExactRoutes, NumberedInterface};
     use protocol::agent::types::Route;
+    use protocol::netlink::Netlink;
+    use protocol::netlink::route::GET_ROUTE;
     use std::collections::BTreeSet;
     use std::process::Command;
 
-    const GET_ROUTE: u16 = 26;
     const GET_RULE: u16 = 34;
 
     fn ip(line: &str) -> String {

@@ -1,6 +1,7 @@
 use proptest::prelude::*;
 
 use super::*;
+use protocol::netlink::Message;
 
 fn links() -> Vec<Link> {
     vec![Link {
@@ -46,7 +47,7 @@ fn what_cannot_be_is_refused_by_name() {
     lost.scope = 256;
     assert_eq!(refused(lost), "scope 256 is out of range");
     let neighbour = ArpNeighbor::default();
-    let error = neighbour_message(&neighbour, &links()).unwrap_err();
+    let error = parse_neighbour(&neighbour, &links()).unwrap_err();
     assert_eq!(error.to_string(), "toIPAddress is missing");
 }
 
@@ -99,8 +100,8 @@ fn become_what_the_host_says() {
     let other = all.iter().find(|link| link.name == "veth0").unwrap();
     // As the other end, so that there is a carrier.
     let up = Change {
-        flags: link::UP,
-        mask: link::UP,
+        flags: UP,
+        mask: UP,
         ..Change::default()
     };
     up.apply(netlink, other.index).unwrap();
@@ -122,7 +123,7 @@ fn become_what_the_host_says() {
     }
     let listed = list_interfaces().unwrap();
     let now = listed.iter().find(|it| it.name == "veth0").unwrap();
-    assert_eq!((now.mtu, now.raw_flags & link::UP), (1400, link::UP));
+    assert_eq!((now.mtu, now.raw_flags & UP), (1400, UP));
     assert_eq!(now.hw_addr, wanted.hw_addr.to_lowercase());
     let has = |address: &str| now.addresses.iter().any(|it| it.address == address);
     assert!(has("10.9.0.2") && (has("fd09::2") || !has_v6()), "{now:?}");
@@ -199,6 +200,6 @@ proptest! {
             state,
             flags,
         };
-        let _ = neighbour_message(&neighbour, &links());
+        let _ = parse_neighbour(&neighbour, &links());
     }
 }

@@ -1,17 +1,38 @@
-//! rtnetlink's wire: messages of attributes to the kernel and back (rtnetlink(7); linux/netlink.h,
-//! linux/rtnetlink.h). Numbers are of the machine's own byte order, and all is padded to 4 bytes.
-//! Every length the kernel gives is checked.
+//! rtnetlink: how the shim asks and changes the host's network and the agent the guest's. Messages of
+//! attributes go to the kernel and back (rtnetlink(7); linux/netlink.h, linux/rtnetlink.h). Numbers are of the
+//! machine's own byte order, and all is padded to 4 bytes. Every length the kernel gives is checked.
+//!
+//! | module | what |
+//! |---|---|
+//! | [`address`] | addresses, and those that interfaces have |
+//! | [`link`] | interfaces |
+//! | [`neighbour`] | who has which hardware address |
+//! | [`route`] | routes |
+//!
+//! There are crates for it, netlink-packet-route and netlink-packet-core, whose messages know all kinds of
+//! interfaces and tunnels. With them the agent, which each guest loads at its start, would have 1.97 MB instead
+//! of 1.61 MB if it read links, addresses and routes one by one, and 2.06 MB by their enum of all messages; the
+//! shim would have 2.85 MB instead of 2.09 MB. They fail a whole list for one attribute that is not of the length
+//! they expect, so a kernel newer than they are could leave a pod without a network.
+
+pub mod address;
+pub mod link;
+pub mod neighbour;
+pub mod route;
 
 use std::io;
 use std::os::fd::OwnedFd;
 use std::time::Duration;
 
+use rustix::net::netlink::SocketAddrNetlink;
 use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, sockopt};
 
-pub(super) const CREATE: u16 = 0x400;
-pub(super) const REPLACE: u16 = 0x100;
+/// The flag of a request that makes the thing if it is not there.
+pub const CREATE: u16 = 0x400;
+/// The flag of a request that changes the thing if it is there.
+pub const REPLACE: u16 = 0x100;
 /// The flag of a request to which it is an error that the thing is there already.
-pub(super) const EXCLUSIVE: u16 = 0x200;
+pub const EXCLUSIVE: u16 = 0x200;
 
 const REQUEST: u16 = 1;
 const ACK: u16 = 4;
@@ -21,9 +42,14 @@ const INTERRUPTED: u16 = 0x10;
 
 const ERROR: u16 = 2;
 const DONE: u16 = 3;
+/// The first kind of message that is not about the conversation itself (NLMSG_MIN_TYPE).
+const FIRST_KIND: u16 = 16;
 
 const HEADER_LEN: usize = 16;
 const ATTRIBUTE_HEADER_LEN: usize = 4;
+/// The bit of an attribute's kind that tells that there are attributes within it. The kernel asks for it in
+/// few places.
+pub const NESTED: u16 = 0x8000;
 /// The bits of an attribute's kind that are the kind itself: the rest tells how it is made.
 const KIND_MASK: u16 = 0x3fff;
 
@@ -32,11 +58,11 @@ const PATIENCE: Duration = Duration::from_secs(30);
 
 /// A message to the kernel.
 #[derive(Clone, Debug)]
-pub(super) struct Message(Vec<u8>);
+pub struct Message(Vec<u8>);
 
 impl Message {
     /// One of this kind, with its fixed part.
-    pub(super) fn new(kind: u16, fixed: &[u8]) -> Self {
+    pub fn new(kind: u16, fixed: &[u8]) -> Self {
         let mut bytes = vec![0; HEADER_LEN];
         bytes[4..6].copy_from_slice(&kind.to_ne_bytes());
         bytes.extend(fixed);
@@ -45,7 +71,12 @@ impl Message {
     }
 
     /// Adds an attribute.
-    pub(super) fn with(mut self, kind: u16, value: &[u8]) -> Self {
+    ///
+    /// # Panics
+    ///
+    /// If the value does not fit into an attribute, which has less than 64 KiB.
+    #[must_use]
+    pub fn with(mut self, kind: u16, value: &[u8]) -> Self {
         let len = u16::try_from(ATTRIBUTE_HEADER_LEN + value.len());
         let len =
             len.expect("an attribute is a number, an address, a name that was checked, or was one");
@@ -57,20 +88,21 @@ impl Message {
     }
 
     /// Adds attributes within one, as a message of kind 0 without a fixed part has them.
-    pub(super) fn with_nested(self, kind: u16, inner: &Self) -> Self {
-        self.with(kind, &inner.0[HEADER_LEN..])
+    #[must_use]
+    pub fn with_nested(self, kind: u16, inner: &Self) -> Self {
+        self.with(kind, inner.payload())
     }
 
     /// Adds all attributes of a message of kind 0 without a fixed part.
-    pub(super) fn and(mut self, attributes: &Self) -> Self {
-        self.0.extend(&attributes.0[HEADER_LEN..]);
+    #[must_use]
+    pub fn and(mut self, attributes: &Self) -> Self {
+        self.0.extend(attributes.payload());
         self
     }
 
-    /// What the kernel would say in a message like this.
-    #[cfg(test)]
-    pub(super) fn payload(&self) -> Vec<u8> {
-        self.0[HEADER_LEN..].to_vec()
+    /// The fixed part and the attributes.
+    pub fn payload(&self) -> &[u8] {
+        &self.0[HEADER_LEN..]
     }
 
     fn finish(mut self, flags: u16, sequence: u32) -> Vec<u8> {
@@ -110,7 +142,7 @@ fn replies(bytes: &[u8]) -> impl Iterator<Item = Reply<'_>> {
 }
 
 /// The attributes behind a message's fixed part, by kind, up to the first that is not whole.
-pub(super) fn attributes(bytes: &[u8]) -> impl Iterator<Item = (u16, &[u8])> {
+pub fn attributes(bytes: &[u8]) -> impl Iterator<Item = (u16, &[u8])> {
     let mut rest = bytes;
     std::iter::from_fn(move || {
         let [a, b, c, d] = *rest.first_chunk::<ATTRIBUTE_HEADER_LEN>()?;
@@ -122,19 +154,19 @@ pub(super) fn attributes(bytes: &[u8]) -> impl Iterator<Item = (u16, &[u8])> {
 }
 
 /// A number of 4 bytes.
-pub(super) fn number(value: &[u8]) -> Option<u32> {
+pub fn number(value: &[u8]) -> Option<u32> {
     Some(u32::from_ne_bytes(value.try_into().ok()?))
 }
 
 /// A name, which ends at its NUL if it has one.
-pub(super) fn text(value: &[u8]) -> String {
+pub fn text(value: &[u8]) -> String {
     let end = value.iter().position(|byte| *byte == 0);
     String::from_utf8_lossy(&value[..end.unwrap_or(value.len())]).into_owned()
 }
 
 /// A conversation with the kernel.
 #[derive(Debug)]
-pub(super) struct Netlink {
+pub struct Netlink {
     socket: OwnedFd,
     sequence: u32,
     buffer: Vec<u8>,
@@ -144,7 +176,8 @@ impl Netlink {
     /// The kernel puts no more than this into one datagram.
     const BUFFER: usize = 32 << 10;
 
-    pub(super) fn open() -> io::Result<Self> {
+    /// Opens a conversation with the kernel of this thread's network namespace.
+    pub fn open() -> io::Result<Self> {
         // Protocol 0 is NETLINK_ROUTE.
         let socket = rustix::net::socket_with(
             AddressFamily::NETLINK,
@@ -152,6 +185,8 @@ impl Netlink {
             SocketFlags::CLOEXEC,
             None,
         )?;
+        // Connected to the kernel, whose port is 0, it takes no message of another process.
+        rustix::net::connect(&socket, &SocketAddrNetlink::new(0, 0))?;
         sockopt::set_socket_timeout(&socket, sockopt::Timeout::Recv, Some(PATIENCE))?;
         Ok(Self {
             socket,
@@ -160,13 +195,14 @@ impl Netlink {
         })
     }
 
-    /// Has something changed. `flags` are [`CREATE`] and [`REPLACE`].
-    pub(super) fn change(&mut self, message: Message, flags: u16) -> io::Result<()> {
+    /// Has something changed. `flags` are [`CREATE`], [`REPLACE`] and [`EXCLUSIVE`].
+    pub fn change(&mut self, message: Message, flags: u16) -> io::Result<()> {
         self.exchange(message, REQUEST | ACK | flags, &mut |_| {})
     }
 
-    /// Lists things: the payload of each message.
-    pub(super) fn list(&mut self, message: &Message) -> io::Result<Vec<Vec<u8>>> {
+    /// Lists things: the payload of each message. If the kernel says that they changed meanwhile, it is asked
+    /// again.
+    pub fn list(&mut self, message: &Message) -> io::Result<Vec<Vec<u8>>> {
         const TRIES: usize = 10;
         for _ in 0..TRIES {
             let mut all = Vec::new();
@@ -208,6 +244,7 @@ impl Netlink {
                             false => Ok(()),
                         };
                     }
+                    ..FIRST_KIND => {}
                     _ => take(reply.payload),
                 }
             }
@@ -250,8 +287,8 @@ mod tests {
 
     #[test]
     fn what_is_cut_short_is_passed_over() {
-        let whole = Message::new(0, &[]).with(1, b"abcd").with(2, b"ef").0;
-        let whole = &whole[HEADER_LEN..];
+        let whole = Message::new(0, &[]).with(1, b"abcd").with(2, b"ef");
+        let whole = whole.payload();
         assert_eq!(attributes(whole).count(), 2);
         assert_eq!(attributes(&whole[..13]).count(), 1);
         assert_eq!(attributes(&[3, 0, 1, 0, 0, 0, 0, 0]).count(), 0);
@@ -270,6 +307,16 @@ mod tests {
         for fine in [&[][..], &[0; 4], &i32::MIN.to_ne_bytes(), &[1; 3]] {
             verdict(fine).unwrap();
         }
+    }
+
+    #[test]
+    fn only_the_kernel_is_listened_to() {
+        let netlink = Netlink::open().unwrap();
+        let own = rustix::net::getsockname(&netlink.socket).unwrap();
+        let other = Netlink::open().unwrap().socket;
+        let reply = Message::new(DONE, &[0; 4]).finish(0, 1);
+        let sent = rustix::net::sendto(&other, &reply, SendFlags::empty(), &own);
+        sent.unwrap_err();
     }
 
     #[test]

@@ -1,11 +1,11 @@
-//! Addresses: their text, and those of an interface.
+//! Addresses: their text, and those of interfaces.
 
 use std::fmt;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::str::FromStr;
 
-use super::netlink::{CREATE, Message, Netlink, REPLACE, attributes};
+use super::{CREATE, Message, Netlink, REPLACE, attributes};
 
 const NEW_ADDRESS: u16 = 20;
 const DELETE_ADDRESS: u16 = 21;
@@ -19,23 +19,32 @@ const BROADCAST: u16 = 4;
 /// hosts whether it is free (IFA_F_NODAD).
 const NO_DETECTION: u8 = 2;
 
-pub(super) const V4: u8 = 2;
-pub(super) const V6: u8 = 10;
+/// The family of IPv4 addresses and routes (AF_INET).
+pub const V4: u8 = 2;
+/// The family of IPv6 addresses and routes (AF_INET6).
+pub const V6: u8 = 10;
+
+/// The scope of addresses that are good everywhere (RT_SCOPE_UNIVERSE).
+pub const EVERYWHERE: u8 = 0;
+/// The scope of addresses that are good within their site (RT_SCOPE_SITE).
+pub const SITE: u8 = 200;
 
 /// An address and how much of it names the network, as `10.0.0.2/24`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Prefix {
-    pub(super) address: IpAddr,
-    pub(super) len: u8,
+pub struct Prefix {
+    pub address: IpAddr,
+    /// The network's part, in bits.
+    pub len: u8,
 }
 
 /// It is no address with a prefix.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{0:?} is no address")]
-pub(crate) struct NoAddress(pub(super) String);
+pub struct NoAddress(pub String);
 
 impl Prefix {
-    pub(super) fn new(address: &str, len: &str) -> Result<Self, NoAddress> {
+    /// Reads an address and the length of its prefix.
+    pub fn new(address: &str, len: &str) -> Result<Self, NoAddress> {
         let wrong = || NoAddress(format!("{address}/{len}"));
         let address: IpAddr = address.parse().map_err(|_| wrong())?;
         let len = len.parse().map_err(|_| wrong())?;
@@ -47,11 +56,12 @@ impl Prefix {
     }
 
     /// The length of a prefix that is the whole address.
-    pub(super) fn whole(&self) -> u8 {
+    pub fn whole(&self) -> u8 {
         if self.address.is_ipv4() { 32 } else { 128 }
     }
 
-    pub(super) fn family(&self) -> u8 {
+    /// [`V4`] or [`V6`].
+    pub fn family(&self) -> u8 {
         family(self.address)
     }
 }
@@ -77,11 +87,13 @@ impl fmt::Display for Prefix {
     }
 }
 
-pub(super) fn family(address: IpAddr) -> u8 {
+/// [`V4`] or [`V6`].
+pub fn family(address: IpAddr) -> u8 {
     if address.is_ipv4() { V4 } else { V6 }
 }
 
-pub(super) fn octets(address: IpAddr) -> Vec<u8> {
+/// An address as the kernel has it.
+pub fn octets(address: IpAddr) -> Vec<u8> {
     match address {
         IpAddr::V4(address) => address.octets().to_vec(),
         IpAddr::V6(address) => address.octets().to_vec(),
@@ -89,7 +101,7 @@ pub(super) fn octets(address: IpAddr) -> Vec<u8> {
 }
 
 /// An address of the kernel's, told by its length.
-pub(super) fn from_octets(bytes: &[u8]) -> Option<IpAddr> {
+pub fn from_octets(bytes: &[u8]) -> Option<IpAddr> {
     if let Ok(octets) = <[u8; 4]>::try_from(bytes) {
         return Some(Ipv4Addr::from(octets).into());
     }
@@ -98,7 +110,7 @@ pub(super) fn from_octets(bytes: &[u8]) -> Option<IpAddr> {
 }
 
 /// A hardware address such as `02:00:5e:00:00:01`.
-pub(super) fn hardware(text: &str) -> Option<Vec<u8>> {
+pub fn hardware(text: &str) -> Option<Vec<u8>> {
     let bytes = text.split(':').map(|byte| match byte.len() {
         1 | 2 => u8::from_str_radix(byte, 16).ok(),
         _ => None,
@@ -106,37 +118,46 @@ pub(super) fn hardware(text: &str) -> Option<Vec<u8>> {
     bytes.collect()
 }
 
-pub(super) fn hardware_text(bytes: &[u8]) -> String {
+/// The text of a hardware address, in lower case.
+pub fn hardware_text(bytes: &[u8]) -> String {
     let bytes: Vec<_> = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
     bytes.join(":")
 }
 
 /// An address that an interface has.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) struct Assigned {
-    pub(super) interface: u32,
-    pub(super) prefix: Prefix,
+pub struct Assigned {
+    /// The interface's number.
+    pub interface: u32,
+    pub prefix: Prefix,
+    /// The other end, if it is one of a pair: the prefix's length is that one's.
+    pub peer: Option<IpAddr>,
+    /// How far it is good: [`EVERYWHERE`], [`SITE`], or less.
+    pub scope: u8,
 }
 
 /// All addresses.
-pub(super) fn list(netlink: &mut Netlink) -> io::Result<Vec<Assigned>> {
+pub fn list(netlink: &mut Netlink) -> io::Result<Vec<Assigned>> {
     let all = netlink.list(&Message::new(GET_ADDRESS, &[0; FIXED_LEN]))?;
     Ok(all.iter().filter_map(|payload| parse(payload)).collect())
 }
 
 fn parse(payload: &[u8]) -> Option<Assigned> {
-    let (&[_family, len, _flags, _scope, a, b, c, d], rest) =
+    let (&[_family, len, _flags, scope, a, b, c, d], rest) =
         payload.split_first_chunk::<FIXED_LEN>()?;
     let find = |wanted| {
         let mut found = attributes(rest).filter(|(kind, _)| *kind == wanted);
         found.find_map(|(_, value)| from_octets(value))
     };
     // Where the two differ the other is the peer's.
-    let address = find(LOCAL).or_else(|| find(ADDRESS))?;
+    let (local, other) = (find(LOCAL), find(ADDRESS));
+    let address = local.or(other)?;
     let prefix = Prefix { address, len };
     (len <= prefix.whole()).then_some(Assigned {
         interface: u32::from_ne_bytes([a, b, c, d]),
         prefix,
+        peer: other.filter(|other| *other != address),
+        scope,
     })
 }
 
@@ -154,7 +175,7 @@ fn message(kind: u16, interface: u32, prefix: &Prefix) -> Message {
 }
 
 /// Gives an interface an address. One that it has already it keeps.
-pub(super) fn add(netlink: &mut Netlink, interface: u32, prefix: &Prefix) -> io::Result<()> {
+pub fn add(netlink: &mut Netlink, interface: u32, prefix: &Prefix) -> io::Result<()> {
     let mut message = message(NEW_ADDRESS, interface, prefix);
     if let (IpAddr::V4(address), ..=30) = (prefix.address, prefix.len) {
         let host = u32::MAX.checked_shr(prefix.len.into()).unwrap_or_default();
@@ -164,7 +185,8 @@ pub(super) fn add(netlink: &mut Netlink, interface: u32, prefix: &Prefix) -> io:
     netlink.change(message, CREATE | REPLACE)
 }
 
-pub(super) fn remove(netlink: &mut Netlink, interface: u32, prefix: &Prefix) -> io::Result<()> {
+/// Takes an address from an interface.
+pub fn remove(netlink: &mut Netlink, interface: u32, prefix: &Prefix) -> io::Result<()> {
     netlink.change(message(DELETE_ADDRESS, interface, prefix), 0)
 }
 
@@ -213,8 +235,9 @@ mod tests {
         #[test]
         fn an_address_survives_the_wire(address: IpAddr, len in 0..=32_u8, interface: u32) {
             let prefix = Prefix { address, len };
-            let message = message(NEW_ADDRESS, interface, &prefix).payload();
-            prop_assert_eq!(parse(&message), Some(Assigned { interface, prefix }));
+            let message = message(NEW_ADDRESS, interface, &prefix);
+            let expected = Assigned { interface, prefix, peer: None, scope: EVERYWHERE };
+            prop_assert_eq!(parse(message.payload()), Some(expected));
             prop_assert_eq!(prefix.to_string().parse(), Ok(prefix));
         }
 
