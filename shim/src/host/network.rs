@@ -3,7 +3,8 @@
 //! leave by the other (tc's `redirect`), so that the guest takes the interface's place: its MAC and
 //! its addresses.
 
-mod netlink;
+mod redirect;
+mod rule;
 mod tap;
 
 use std::io;
@@ -14,17 +15,23 @@ use std::thread;
 
 use protocol::agent::messages::{ExactRoutes, NumberedInterface};
 use protocol::agent::types::{ArpNeighbor, Interface, IpAddress, IpFamily, Route};
+use protocol::netlink::Netlink;
+use protocol::netlink::address::{self, Assigned};
+use protocol::netlink::link::{self, Change, Link as Found};
+use protocol::netlink::neighbour::{self, Neighbour, PERMANENT};
+use protocol::netlink::route::{self, KERNEL, ON_LINK, REDIRECT};
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 use rustix::thread::{LinkNameSpaceType, UnshareFlags};
-
-use netlink::{Address, FoundRoute, Netlink};
 
 /// What the VM's end of an interface is called, and its number.
 const TAP: &str = "podvmm";
 
 /// The number of the loopback interface in each network namespace.
 const LOOPBACK: u32 = 1;
+
+/// The flag of a route that is never deleted by itself (linux/rtnetlink.h, RTNH_F_PERVASIVE).
+const PERVASIVE: u32 = 2;
 
 /// The scope of routes to what is on the link itself (linux/rtnetlink.h, RT_SCOPE_LINK).
 const LINK_SCOPE: u32 = 253;
@@ -66,24 +73,14 @@ pub(crate) struct Settings {
     pub(crate) neighbors: Vec<ArpNeighbor>,
 }
 
-/// An interface as it was found.
-#[derive(Clone, Debug, PartialEq)]
-struct Found {
-    index: u32,
-    name: String,
-    mac: Vec<u8>,
-    mtu: u32,
-    no_arp: bool,
-    is_up: bool,
-}
-
-impl Found {
-    /// Whether frames may come to it. Modules of tunnels make interfaces in each namespace that lead
-    /// nowhere (`gretap0`, `erspan0`): no program turns them on, or gives them an address.
-    fn is_in_use(&self, addresses: &[Address]) -> bool {
-        let has_address = addresses.iter().any(|address| address.index == self.index);
-        self.mac.iter().any(|byte| *byte != 0) && (self.is_up || has_address)
-    }
+/// Whether frames may come to an interface. Modules of tunnels make some in each namespace that lead
+/// nowhere (`gretap0`, `erspan0`): no program turns them on, or gives them an address.
+fn is_in_use(found: &Found, addresses: &[Assigned]) -> bool {
+    let has_address = addresses
+        .iter()
+        .any(|address| address.interface == found.index);
+    let is_up = found.flags & link::UP != 0;
+    found.hardware.iter().any(|byte| *byte != 0) && (is_up || has_address)
 }
 
 /// Moves this thread, and what it starts, into a network namespace: that one, or a new one.
@@ -143,7 +140,7 @@ pub(crate) fn connect() -> Result<(Vec<Link>, Settings), Error> {
         })?;
         join(&mut netlink, link, &name)?;
         links.push(Link {
-            mac: mac(&link.mac),
+            mac: address::hardware_text(&link.hardware),
             tap,
         });
     }
@@ -171,8 +168,12 @@ pub(crate) fn connect_waiting(vms: &Path, pods: &Path) -> Result<Settings, Error
     within(vms, || {
         let mut netlink = open()?;
         let mut leave = || {
-            let tap = netlink.index_of(&name)?;
-            netlink.move_to(tap, to.as_fd())
+            let tap = index_of(&mut netlink, &name)?;
+            let change = Change {
+                namespace: Some(to.as_fd()),
+                ..Change::default()
+            };
+            change.apply(&mut netlink, tap)
         };
         leave().map_err(failed(&format!("move {name}")))
     })?;
@@ -208,9 +209,7 @@ pub(crate) fn disconnect() -> Result<(), Error> {
     let mut netlink = open()?;
     // Also those that are out of use by now.
     for link in links(&mut netlink)? {
-        netlink
-            .remove_ingress(link.index)
-            .map_err(failed(&link.name))?;
+        redirect::remove(&mut netlink, link.index).map_err(failed(&link.name))?;
     }
     Ok(())
 }
@@ -219,19 +218,35 @@ pub(crate) fn disconnect() -> Result<(), Error> {
 fn interfaces(netlink: &mut Netlink) -> Result<Vec<Found>, Error> {
     let addresses = addresses(netlink)?;
     let mut found = links(netlink)?;
-    found.retain(|link| link.is_in_use(&addresses));
+    found.retain(|link| is_in_use(link, &addresses));
     Ok(found)
 }
 
-/// The interfaces of this thread's network namespace that are not a VM's end of one.
+/// The interfaces of this thread's network namespace that carry Ethernet frames and are not a VM's end of
+/// one.
 fn links(netlink: &mut Netlink) -> Result<Vec<Found>, Error> {
-    let mut found = netlink.links().map_err(failed("list the interfaces"))?;
-    found.retain(|link| !link.name.starts_with(TAP));
+    let mut found = link::list(netlink).map_err(failed("list the interfaces"))?;
+    found.retain(|link| {
+        link.frames == link::ETHERNET
+            && link.flags & link::LOOPBACK == 0
+            && !link.name.starts_with(TAP)
+    });
     Ok(found)
 }
 
-fn addresses(netlink: &mut Netlink) -> Result<Vec<Address>, Error> {
-    netlink.addresses().map_err(failed("list the addresses"))
+/// The number of the interface `name`.
+fn index_of(netlink: &mut Netlink, name: &str) -> io::Result<u32> {
+    let links = link::list(netlink)?;
+    let link = links.iter().find(|link| link.name == name);
+    link.map(|link| link.index)
+        .ok_or_else(|| io::Error::new(io::ErrorKind::NotFound, format!("there is no {name}")))
+}
+
+/// The addresses of interfaces, without those of one link alone, which each kernel makes by itself.
+fn addresses(netlink: &mut Netlink) -> Result<Vec<Assigned>, Error> {
+    let mut addresses = address::list(netlink).map_err(failed("list the addresses"))?;
+    addresses.retain(|address| matches!(address.scope, address::EVERYWHERE | address::SITE));
+    Ok(addresses)
 }
 
 fn open() -> Result<Netlink, Error> {
@@ -248,10 +263,16 @@ fn failed(what: &str) -> impl Fn(io::Error) -> Error {
 /// Has frames go both ways between an interface and the tap `name`.
 fn join(netlink: &mut Netlink, link: &Found, name: &str) -> Result<(), Error> {
     let mut join = || {
-        let tap = netlink.index_of(name)?;
-        netlink.set_up(tap, link.mtu)?;
-        netlink.redirect(link.index, tap)?;
-        netlink.redirect(tap, link.index)
+        let tap = index_of(netlink, name)?;
+        let up = Change {
+            mtu: Some(link.mtu),
+            flags: link::UP,
+            mask: link::UP,
+            ..Change::default()
+        };
+        up.apply(netlink, tap)?;
+        redirect::add(netlink, link.index, tap)?;
+        redirect::add(netlink, tap, link.index)
     };
     join().map_err(failed(&format!("connect {} to {name}", link.name)))
 }
@@ -263,32 +284,33 @@ fn settings(netlink: &mut Netlink, found: &[Found]) -> Result<Settings, Error> {
         name: link.name.clone(),
         addresses: addresses
             .iter()
-            .filter(|address| address.index == link.index)
-            .map(|address| ip(address.address, &own_prefix(address).to_string()))
+            .filter(|address| address.interface == link.index)
+            .map(|address| ip(address.prefix.address, &own_prefix(address).to_string()))
             .collect(),
         mtu: link.mtu.into(),
-        hw_addr: mac(&link.mac),
-        raw_flags: if link.no_arp {
-            libc::IFF_NOARP.cast_unsigned()
-        } else {
-            0
-        },
+        hw_addr: address::hardware_text(&link.hardware),
+        raw_flags: link.flags & link::NO_ARP,
         ..Interface::default()
     };
     let name = |index: u32| {
         let link = found.iter().find(|link| link.index == index);
         link.map(|link| link.name.clone())
     };
-    let listed = netlink.routes().map_err(failed("list the routes"))?;
+    let listed = route::list(netlink).map_err(failed("list the routes"))?;
     let mut routes = Vec::new();
     let mut exact = ExactRoutes {
-        rules: netlink.rules().map_err(failed("list the rules"))?,
+        rules: rule::list(netlink).map_err(failed("list the rules"))?,
         ..ExactRoutes::default()
     };
-    for route in listed {
-        match route.exact {
-            Some(payload) => exact.routes.push(payload),
-            None => routes.push(by_name(route, name)?),
+    // Those the kernel makes by itself it makes in the guest too.
+    let set = listed
+        .into_iter()
+        .filter(|route| !matches!(route.origin, KERNEL | REDIRECT));
+    for listed in set {
+        if listed.is_main && !listed.has_more {
+            routes.push(by_name(&listed.route, name)?);
+        } else {
+            exact.routes.push(listed.payload);
         }
     }
     if !exact.routes.is_empty() {
@@ -305,21 +327,25 @@ fn settings(netlink: &mut Netlink, found: &[Found]) -> Result<Settings, Error> {
     }
     let to_peers = addresses
         .iter()
-        .filter_map(|address| to_peer(address, name(address.index)?));
+        .filter_map(|address| to_peer(address, name(address.interface)?));
     routes.extend(to_peers);
-    let neighbors = netlink.neighbors().map_err(failed("list the neighbours"))?;
+    // Those that a user or a program set, not those that the kernel found.
+    let is_set =
+        |neighbour: &Neighbour| neighbour.state == PERMANENT && !neighbour.address.is_multicast();
+    let neighbours = neighbour::list(netlink).map_err(failed("list the neighbours"))?;
     Ok(Settings {
         interfaces: found.iter().map(interface).collect(),
         routes,
         exact,
-        neighbors: neighbors
+        neighbors: neighbours
             .into_iter()
-            .filter_map(|neighbor| {
+            .filter(is_set)
+            .filter_map(|neighbour| {
                 Some(ArpNeighbor {
-                    to_ip_address: Some(ip(neighbor.address, "")),
-                    device: name(neighbor.index)?,
-                    lladdr: mac(&neighbor.lladdr),
-                    state: neighbor.state.into(),
+                    to_ip_address: Some(ip(neighbour.address, "")),
+                    device: name(neighbour.interface)?,
+                    lladdr: address::hardware_text(&neighbour.hardware),
+                    state: neighbour.state.into(),
                     flags: 0,
                 })
             })
@@ -328,19 +354,18 @@ fn settings(netlink: &mut Netlink, found: &[Found]) -> Result<Settings, Error> {
 }
 
 /// The length of an address's prefix as the guest has it: of one of a pair of ends, all of it.
-fn own_prefix(address: &Address) -> u8 {
-    match (address.peer, address.address) {
-        (None, _) => address.prefix,
-        (Some(_), IpAddr::V4(_)) => 32,
-        (Some(_), IpAddr::V6(_)) => 128,
+fn own_prefix(address: &Assigned) -> u8 {
+    match address.peer {
+        None => address.prefix.len,
+        Some(_) => address.prefix.whole(),
     }
 }
 
 /// The route to the other end of a pair, which the kernel makes with the address. The agent's protocol has
 /// no words for such a pair.
-fn to_peer(address: &Address, device: String) -> Option<Route> {
+fn to_peer(address: &Assigned, device: String) -> Option<Route> {
     let peer = address.peer?;
-    let prefix = address.prefix;
+    let prefix = address.prefix.len;
     let network: IpAddr = match peer {
         IpAddr::V4(peer) => {
             let mask = u32::MAX.checked_shl(32 - u32::from(prefix)).unwrap_or(0);
@@ -354,7 +379,7 @@ fn to_peer(address: &Address, device: String) -> Option<Route> {
     Some(Route {
         dest: format!("{network}/{prefix}"),
         device,
-        source: address.address.to_string(),
+        source: address.prefix.address.to_string(),
         scope: LINK_SCOPE,
         family: family(peer).into(),
         ..Route::default()
@@ -362,20 +387,29 @@ fn to_peer(address: &Address, device: String) -> Option<Route> {
 }
 
 /// A route as the guest's agent is told of it.
-fn by_name(found: FoundRoute, name: impl Fn(u32) -> Option<String>) -> Result<Route, Error> {
-    let FoundRoute {
-        index, mut route, ..
-    } = found;
-    let Some(name) = index.and_then(name) else {
-        let what = match route.dest.as_str() {
-            "" => "a default route".into(),
-            dest => format!("a route to {dest}"),
+fn by_name(found: &route::Route, name: impl Fn(u32) -> Option<String>) -> Result<Route, Error> {
+    let Some(device) = found.interface.and_then(name) else {
+        let what = match found.destination {
+            None => "a default route".into(),
+            Some(prefix) => format!("a route to {prefix}"),
         };
         let strange = "by an interface that is not the pod's";
         return Err(Error::Impossible(format!("{what} {strange}")));
     };
-    route.device = name;
-    Ok(route)
+    Ok(Route {
+        dest: text(found.destination),
+        gateway: text(found.gateway),
+        device,
+        source: text(found.source.map(|prefix| prefix.address)),
+        scope: found.scope.into(),
+        family: i32::from(found.family == address::V6),
+        flags: found.flags & (ON_LINK | PERVASIVE),
+        mtu: found.mtu,
+    })
+}
+
+fn text(value: Option<impl ToString>) -> String {
+    value.map(|value| value.to_string()).unwrap_or_default()
 }
 
 fn ip(address: IpAddr, mask: &str) -> IpAddress {
@@ -391,11 +425,6 @@ fn family(address: IpAddr) -> IpFamily {
         IpAddr::V4(_) => IpFamily::V4,
         IpAddr::V6(_) => IpFamily::V6,
     }
-}
-
-fn mac(bytes: &[u8]) -> String {
-    let bytes: Vec<_> = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
-    bytes.join(":")
 }
 
 #[cfg(test)]

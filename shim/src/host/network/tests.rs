@@ -1,4 +1,5 @@
 use super::*;
+use protocol::netlink::Message;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
@@ -211,7 +212,7 @@ fn routes_that_the_protocol_cannot_tell_are_passed_on_as_they_are() {
         assert_eq!((exact.routes.len(), exact.rules.len()), (9, 3));
         let names = exact.interfaces.iter().map(|it| it.name.as_str());
         assert_eq!(names.collect::<Vec<_>>(), ["eth0", "lo"]);
-        // What was typed here and made bytes again is what the kernel said.
+        // What is passed on is what the kernel said.
         let raw = raw(26).into_iter().chain(raw(34)).collect::<Vec<_>>();
         for payload in exact.routes.iter().chain(&exact.rules) {
             assert!(raw.contains(payload), "{payload:?}");
@@ -223,28 +224,11 @@ fn routes_that_the_protocol_cannot_tell_are_passed_on_as_they_are() {
 
 /// The payloads of all messages of this kind that the kernel lists, of both families.
 fn raw(kind: u16) -> Vec<Vec<u8>> {
-    let mut payloads = Vec::new();
-    for family in [libc::AF_INET, libc::AF_INET6] {
-        let mut socket = netlink_sys::Socket::new(netlink_sys::protocols::NETLINK_ROUTE).unwrap();
-        socket.bind_auto().unwrap();
-        let mut request = [0; 28];
-        request[0] = 28;
-        request[4..6].copy_from_slice(&kind.to_ne_bytes());
-        request[6..8].copy_from_slice(&0x301_u16.to_ne_bytes());
-        request[16] = u8::try_from(family).unwrap();
-        socket.send(&request, 0).unwrap();
-        'answers: loop {
-            let (datagram, _) = socket.recv_from_full().unwrap();
-            let mut rest = &datagram[..];
-            while let Some(len) = rest.first_chunk().map(|len| u32::from_ne_bytes(*len)) {
-                let len = usize::try_from(len).unwrap();
-                if rest[4] == 3 {
-                    break 'answers;
-                }
-                payloads.push(rest[16..len].to_vec());
-                rest = rest.get(len.next_multiple_of(4)..).unwrap_or_default();
-            }
-        }
-    }
-    payloads
+    let netlink = &mut open().unwrap();
+    let listed = [address::V4, address::V6].map(|family| {
+        let mut fixed = [0; 12];
+        fixed[0] = family;
+        netlink.list(&Message::new(kind, &fixed)).unwrap()
+    });
+    listed.concat()
 }
