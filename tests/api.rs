@@ -508,3 +508,32 @@ fn a_person_is_on_the_guests_console() {
     assert_eq!(service.running.wait().code, Some(0));
     assert!(!path.exists());
 }
+
+#[test]
+fn a_jail_has_what_clients_may_name_and_nothing_else() {
+    if !kvm_is_here() || !rustix::process::geteuid().is_root() {
+        return;
+    }
+    let service = Service::start_with(spin(), |kernel| {
+        let kernel = format!("read={}", kernel.display());
+        ["--jail", "required", "--jail-path", &kernel]
+            .map(String::from)
+            .into()
+    });
+    let mut client = service.client();
+    let mut definition = service.definition();
+    put(&mut client, "vm.create", Some(definition.clone())).unwrap();
+    put(&mut client, "vm.boot", None).unwrap();
+    assert_eq!(get(&mut client, "vm.info")["state"], "Running");
+    put(&mut client, "vm.delete", None).unwrap();
+    // What is beside it is not there for podvmm, though it is for others.
+    definition["disks"] = json!([{"path": "/etc/passwd", "readonly": true}]);
+    put(&mut client, "vm.create", Some(definition)).unwrap();
+    let (status, why) = refusal(put(&mut client, "vm.boot", None));
+    assert_eq!(status, 400, "{why}");
+    assert!(
+        why.contains("/etc/passwd") && why.contains("No such file"),
+        "{why}"
+    );
+    service.dismiss();
+}

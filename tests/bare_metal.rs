@@ -44,6 +44,19 @@ fn a_kernel_with_a_pvh_note_finds_its_start_info() {
     );
 }
 
+#[test]
+fn a_guest_in_a_jail_runs_as_any() {
+    if !kvm_is_here() || !rustix::process::geteuid().is_root() {
+        return;
+    }
+    let outcome = boot(pvh_entry(), Protocol::Pvh, &["--jail", "required"]);
+    assert_eq!(
+        (outcome.code, outcome.stdout.as_str()),
+        (Some(0), "P"),
+        "{outcome:?}"
+    );
+}
+
 code!(
     linux64_entry,
     // boot_params has "HdrS" at 0x202; "L" if RSI points there in long mode.

@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::Duration;
 
@@ -24,17 +24,20 @@ pub struct Service {
 
 impl Service {
     pub fn start(code: &[u8]) -> Self {
+        Self::start_with(code, |_| Vec::new())
+    }
+
+    /// With more arguments, which may name the kernel.
+    pub fn start_with(code: &[u8], more: impl FnOnce(&Path) -> Vec<String>) -> Self {
+        let payload = Payload::new(code, Protocol::Pvh);
         let folder = TempDir::new().expect("there is a folder for temporary files");
         let socket = folder.path().join("api");
-        let running = Podvmm::new([
-            "--api-socket",
-            socket.to_str().expect("temporary files have plain names"),
-            "-v",
-        ])
-        .spawn();
+        let socket = socket.to_str().expect("temporary files have plain names");
+        let arguments = ["--api-socket", socket, "-v"].map(String::from);
+        let running = Podvmm::new(arguments.into_iter().chain(more(payload.path()))).spawn();
         let service = Self {
             folder,
-            payload: Payload::new(code, Protocol::Pvh),
+            payload,
             running,
         };
         while UnixStream::connect(service.socket()).is_err() {

@@ -1,6 +1,7 @@
 //! What the host is and offers: its KVM, the signals it sends, the terminal of its user; what podvmm may ask of it.
 
 pub(crate) mod inherited;
+pub(crate) mod jail;
 mod kvm;
 pub(crate) mod signals;
 pub(crate) mod terminal;

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-use super::{ConfigError, Others, Part, RATES, RateLimits, check_queues};
+use super::{ConfigError, HostPath, Others, Part, RATES, RateLimits, check_queues};
 
 /// A raw disk image or block device.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -72,6 +72,13 @@ impl Part for DiskConfig {
         "path=FILE[,readonly=on][,direct=on][,queues=N][,queue_size=N][,id=S]",
         RATES,
     ];
+
+    fn host_paths(&self) -> Vec<HostPath> {
+        vec![match self.readonly {
+            true => HostPath::read(&self.path),
+            false => HostPath::write(&self.path),
+        }]
+    }
 
     fn checked(self) -> Result<Self, ConfigError> {
         if self.path.as_os_str().is_empty() {

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use super::{ConfigError, Others, Part, check_queues};
+use super::{ConfigError, HostPath, Others, Part, check_queues};
 
 /// A share, which podvmm serves from a folder, or another process on a socket.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -108,6 +108,15 @@ impl Part for FsConfig {
         "|tag=T,socket=S",
         "[,queues=N][,queue_size=N]",
     ];
+
+    fn host_paths(&self) -> Vec<HostPath> {
+        let path = self.source().map(|source| match source {
+            FsSource::Folder(folder) if self.readonly => HostPath::read(folder),
+            FsSource::Folder(folder) => HostPath::write(folder),
+            FsSource::Socket(socket) => HostPath::socket(socket),
+        });
+        path.into_iter().collect()
+    }
 
     fn checked(self) -> Result<Self, ConfigError> {
         if let (FsSource::Socket(_), Some(option)) = (self.source()?, self.own_option()) {

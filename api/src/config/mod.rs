@@ -12,6 +12,7 @@ mod balloon;
 mod cpus;
 mod disk;
 mod fs;
+mod host_path;
 mod memory;
 mod net;
 mod output;
@@ -36,6 +37,7 @@ pub use self::balloon::BalloonConfig;
 pub use self::cpus::CpusConfig;
 pub use self::disk::{DiskConfig, ImageType};
 pub use self::fs::{FsCache, FsConfig, FsSource};
+pub use self::host_path::{Access, HostPath};
 pub use self::memory::MemoryConfig;
 pub use self::net::{MacAddr, NetConfig, TapSource};
 pub use self::output::Output;
@@ -157,6 +159,11 @@ pub trait Part: DeserializeOwned {
     /// The part itself, if all of it is in range, with the defaults that depend on other fields.
     fn checked(self) -> Result<Self, ConfigError>;
 
+    /// The paths of the host's that podvmm opens for it.
+    fn host_paths(&self) -> Vec<HostPath> {
+        Vec::new()
+    }
+
     /// Reads `key=value,key=value`.
     fn from_options(text: &str) -> Result<Self, ConfigError> {
         Options::parse(text, Self::USAGE)?.read::<Self>()?.checked()
@@ -277,6 +284,23 @@ impl VmConfig {
     /// What `vm.info` and a snapshot's config.json say of it.
     pub fn json(&self) -> Value {
         serde_json::to_value(self).expect("`check` has seen that it can be written")
+    }
+
+    /// The paths of the host's that podvmm opens for the VM.
+    pub fn host_paths(&self) -> Vec<HostPath> {
+        let files = [Some(&self.payload.kernel), self.payload.initramfs.as_ref()];
+        let mut paths: Vec<_> = files
+            .into_iter()
+            .flatten()
+            .map(|it| HostPath::read(it))
+            .collect();
+        paths.extend(self.serial.host_path());
+        paths.extend(self.console.host_path());
+        paths.extend(self.disks.iter().flat_map(Part::host_paths));
+        paths.extend(self.net.iter().flat_map(Part::host_paths));
+        paths.extend(self.fs.iter().flat_map(Part::host_paths));
+        paths.extend(self.vsock.iter().flat_map(Part::host_paths));
+        paths
     }
 
     /// Adds or replaces the part that `option`, one of [`PARTS`], describes by `text`.

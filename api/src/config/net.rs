@@ -9,7 +9,9 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
-use super::{ConfigError, JsonError, Others, Part, RATES, RateLimits, check_queues, checked, part};
+use super::{
+    ConfigError, HostPath, JsonError, Others, Part, RATES, RateLimits, check_queues, checked, part,
+};
 use crate::options::Options;
 
 /// A network device.
@@ -216,6 +218,13 @@ impl Part for NetConfig {
             return Err(ConfigError::TapOrFd);
         }
         net.checked()
+    }
+
+    fn host_paths(&self) -> Vec<HostPath> {
+        match self.source() {
+            Ok(TapSource::Name(_)) => vec![HostPath::write("/dev/net/tun".as_ref())],
+            _ => Vec::new(),
+        }
     }
 
     fn checked(mut self) -> Result<Self, ConfigError> {

@@ -5,7 +5,7 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
-use super::ConfigError;
+use super::{ConfigError, HostPath};
 
 /// Where a serial port's or console's bytes go, and come from.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -27,6 +27,17 @@ pub enum Output {
         /// Path of the socket.
         socket: PathBuf,
     },
+}
+
+impl Output {
+    /// The path of the host's that podvmm opens for it.
+    pub(super) fn host_path(&self) -> Option<HostPath> {
+        match self {
+            Self::Off | Self::Null | Self::Tty => None,
+            Self::File { file } => Some(HostPath::write(file)),
+            Self::Socket { socket } => Some(HostPath::socket(socket)),
+        }
+    }
 }
 
 impl FromStr for Output {

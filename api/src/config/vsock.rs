@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-use super::{ConfigError, Others, Part};
+use super::{ConfigError, HostPath, Others, Part};
 
 /// vsock on a unix socket.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -26,6 +26,10 @@ pub struct VsockConfig {
 impl Part for VsockConfig {
     const SECTION: &'static str = "vsock";
     const USAGE: &'static [&'static str] = &["cid=N,socket=PATH"];
+
+    fn host_paths(&self) -> Vec<HostPath> {
+        vec![HostPath::socket(&self.socket)]
+    }
 
     fn checked(self) -> Result<Self, ConfigError> {
         // unix(7): 108 bytes with the NUL; the longest port takes 11 more.

@@ -4,6 +4,7 @@
 use std::fmt;
 use std::fs;
 use std::path::Path;
+use std::sync::OnceLock;
 
 /// How the host's KVM runs guest kernels.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -62,9 +63,10 @@ const EMULATING: &[&str] = &[
 ];
 
 impl KvmKind {
-    /// Finds out from the modules that are loaded.
+    /// Finds out from the modules that are loaded, once: in a jail they are not to be seen.
     pub(crate) fn of_this_host() -> Self {
-        Self::of(Path::new("/sys/module"))
+        static KIND: OnceLock<KvmKind> = OnceLock::new();
+        *KIND.get_or_init(|| Self::of(Path::new("/sys/module")))
     }
 
     fn of(modules: &Path) -> Self {

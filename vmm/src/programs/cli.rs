@@ -5,11 +5,12 @@ use std::fmt;
 use std::os::unix::ffi::OsStringExt;
 use std::path::PathBuf;
 
-use api::{ConfigError, Output, PARTS, VmConfig};
+use api::{ConfigError, HostPath, Output, PARTS, VmConfig};
 use lexopt::{Arg, Parser, ValueExt};
 use log::LevelFilter;
 use thiserror::Error;
 
+use crate::host::jail::Wanted;
 use crate::host::thread::Enforcement;
 
 /// Parts of a VM that may be others than those of the snapshot it is restored from.
@@ -83,6 +84,10 @@ pub(crate) struct RunOptions {
     pub api_socket: Option<PathBuf>,
     /// `--seccomp`
     pub seccomp: Enforcement,
+    /// `--jail`
+    pub jail: Wanted,
+    /// `--jail-path`
+    pub jail_paths: Vec<HostPath>,
     /// `--event-monitor`
     pub event_monitor: Option<EventMonitor>,
     /// `--log-file`
@@ -180,6 +185,8 @@ pub(crate) fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Act
             Arg::Long("prefetch") => options.prefetch = true,
             Arg::Long("api-socket") => options.api_socket = Some(parser.value()?.into()),
             Arg::Long("seccomp") => options.seccomp = seccomp(&parser.value()?)?,
+            Arg::Long("jail") => options.jail = jail(&parser.value()?)?,
+            Arg::Long("jail-path") => options.jail_paths.push(jail_path(&parser.value()?)?),
             Arg::Long("event-monitor") => options.event_monitor = Some(monitor(&mut parser)?),
             Arg::Long("log-file") => options.log_file = Some(parser.value()?.into()),
             Arg::Long("log-format") => {
@@ -244,6 +251,22 @@ fn seccomp(value: &OsString) -> Result<Enforcement, CliError> {
     ))
 }
 
+fn jail(value: &OsString) -> Result<Wanted, CliError> {
+    let wanted = value.to_str().and_then(Wanted::parse);
+    wanted.ok_or(CliError::Contradiction("--jail: write on, off or required"))
+}
+
+fn jail_path(value: &OsString) -> Result<HostPath, CliError> {
+    let path = match value.to_str().and_then(|value| value.split_once('=')) {
+        Some(("read", path)) if !path.is_empty() => Some(HostPath::read(path.as_ref())),
+        Some(("write", path)) if !path.is_empty() => Some(HostPath::write(path.as_ref())),
+        _ => None,
+    };
+    path.ok_or(CliError::Contradiction(
+        "--jail-path: write read=PATH or write=PATH",
+    ))
+}
+
 fn check(options: &RunOptions) -> Result<(), CliError> {
     let tty = Some(&Output::Tty);
     if options.serial.as_ref() == tty && options.console.as_ref() == tty {
@@ -259,6 +282,11 @@ fn check(options: &RunOptions) -> Result<(), CliError> {
     if options.restore.is_some() && options.changes_the_guest() {
         return Err(CliError::Contradiction(
             "--restore: the snapshot says what the guest is; only --disk, --net, --fs, --vsock, --serial and --console can be others",
+        ));
+    }
+    if options.jail == Wanted::Off && !options.jail_paths.is_empty() {
+        return Err(CliError::Contradiction(
+            "--jail-path: it goes with --jail: without it podvmm sees all of the host's files",
         ));
     }
     if options.prefetch && options.restore.is_none() {
@@ -362,6 +390,26 @@ mod tests {
         assert_eq!(all, [Enforcement::On, Enforcement::Log, Enforcement::Off]);
         let refused = refusal(&["--seccomp", "off"]);
         assert_eq!(refused, "--seccomp: write true, log or false");
+    }
+
+    #[test]
+    fn a_jail_has_the_paths_that_are_given() {
+        let options = run(&[
+            "--jail",
+            "on",
+            "--jail-path",
+            "read=/a",
+            "--jail-path",
+            "write=b",
+        ]);
+        assert_eq!(options.jail, Wanted::On);
+        let paths = [HostPath::read("/a".as_ref()), HostPath::write("b".as_ref())];
+        assert_eq!(options.jail_paths, paths);
+        assert_eq!(run(&[]).jail, Wanted::Off);
+        let refused = |arguments: &[&str]| refusal(arguments);
+        assert!(refused(&["--jail", "yes"]).starts_with("--jail: write on, off or"));
+        assert!(refused(&["--jail", "on", "--jail-path", "/a"]).starts_with("--jail-path: write"));
+        assert!(refused(&["--jail-path", "read=/a"]).starts_with("--jail-path: it goes with"));
     }
 
     #[test]

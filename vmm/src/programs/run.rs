@@ -6,15 +6,18 @@ use std::io;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
-use api::{DiskConfig, FsCache, FsConfig, Output, PayloadConfig, Restore, TapSource, VmConfig};
+use api::{
+    DiskConfig, FsCache, FsConfig, HostPath, Output, PayloadConfig, Restore, TapSource, VmConfig,
+};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use serde_json::json;
 use thiserror::Error;
 
 use crate::console::command::Command;
+use crate::host::jail::{self, JailError};
 use crate::host::terminal::{self, RawTerminal};
 use crate::host::thread::{self, Kind};
-use crate::host::{inherited, signals};
+use crate::host::{KvmKind, inherited, signals};
 use crate::inbox::Ending;
 use crate::programs::cli::{EventMonitor, RunOptions};
 use crate::programs::guest::{GuestFolder, MissingPart};
@@ -30,6 +33,9 @@ pub(crate) enum RunError {
     /// The process cannot give up what it does not need.
     #[error(transparent)]
     Filter(#[from] thread::FilterError),
+    /// The host does not let podvmm make all of a jail that is required.
+    #[error(transparent)]
+    Jail(#[from] JailError),
     /// A default part is missing.
     #[error(transparent)]
     Guest(#[from] MissingPart),
@@ -77,35 +83,82 @@ pub(crate) enum RunError {
 /// logged to, if it is one.
 pub(crate) fn run(options: &RunOptions, log: Option<&File>) -> Result<u8, RunError> {
     allow_many_descriptors();
-    thread::filter(Kind::Control, options.seccomp, log)?;
     signals::survive_file_size_limit().map_err(RunError::Signals)?;
     let mut builder = VmBuilder::new();
-    let handle = builder.handle();
-    signals::watch(move |signal| handle.signal(signal)).map_err(RunError::Signals)?;
     if let Some(monitor) = &options.event_monitor {
         builder = builder.events(event_monitor(monitor)?);
     }
     if let Some(socket) = &options.api_socket {
         builder = builder.api_socket(socket);
     }
-    builder = builder.started();
-    let (mut vm, terminal) = if options.only_serves() {
-        (builder.serve()?, None)
-    } else if let Some(folder) = &options.restore {
-        let (config, loaded) = restored(options, folder)?;
-        let terminal = terminal(&config, None)?;
-        let builder = builder.streams(None, terminal.is_some());
-        (builder.revive(config, loaded, true)?, terminal)
-    } else {
-        let (config, command) = (config(options)?, command(options));
-        let terminal = terminal(&config, command.as_ref())?;
-        let builder = builder.streams(command, terminal.is_some());
-        (builder.boot(config)?, terminal)
-    };
+    let subject = subject(options)?;
+    KvmKind::of_this_host();
+    jail::enter(options.jail, &host_paths(options, &subject))?;
+    thread::filter(Kind::Control, options.seccomp, log)?;
+    let handle = builder.handle();
+    signals::watch(move |signal| handle.signal(signal)).map_err(RunError::Signals)?;
+    let (mut vm, terminal) = start(builder.started(), options, subject)?;
     let ending = vm.run();
     drop(terminal);
     report(&ending, !options.command.is_empty(), &vm);
     Ok(vm.exited(&ending))
+}
+
+/// What is to be run.
+enum Subject {
+    /// What clients of the API say.
+    Clients,
+    /// The VM of a snapshot.
+    Snapshot(Box<VmConfig>, Box<Loaded>),
+    /// A VM that boots.
+    New(Box<VmConfig>),
+}
+
+/// What the options describe. What it takes to know that is opened.
+fn subject(options: &RunOptions) -> Result<Subject, RunError> {
+    if options.only_serves() {
+        return Ok(Subject::Clients);
+    }
+    match &options.restore {
+        Some(folder) => {
+            let (config, loaded) = restored(options, folder)?;
+            Ok(Subject::Snapshot(Box::new(config), Box::new(loaded)))
+        }
+        None => Ok(Subject::New(Box::new(config(options)?))),
+    }
+}
+
+/// All of the host's files that are opened from here on.
+fn host_paths(options: &RunOptions, subject: &Subject) -> Vec<HostPath> {
+    let mut paths = options.jail_paths.clone();
+    paths.extend(options.api_socket.as_deref().map(HostPath::socket));
+    paths.extend(options.restore.as_deref().map(HostPath::read));
+    match subject {
+        Subject::Clients => {}
+        Subject::Snapshot(config, _) | Subject::New(config) => paths.extend(config.host_paths()),
+    }
+    paths
+}
+
+fn start(
+    builder: VmBuilder,
+    options: &RunOptions,
+    subject: Subject,
+) -> Result<(Vm, Option<RawTerminal>), RunError> {
+    Ok(match subject {
+        Subject::Clients => (builder.serve()?, None),
+        Subject::Snapshot(config, loaded) => {
+            let terminal = terminal(&config, None)?;
+            let builder = builder.streams(None, terminal.is_some());
+            (builder.revive(*config, *loaded, true)?, terminal)
+        }
+        Subject::New(config) => {
+            let command = command(options);
+            let terminal = terminal(&config, command.as_ref())?;
+            let builder = builder.streams(command, terminal.is_some());
+            (builder.boot(*config)?, terminal)
+        }
+    })
 }
 
 /// Where events are to go.

@@ -11,6 +11,7 @@ use api::VmConfig;
 use arch::state::{BoardState, MsrIndices, StateError, VcpuState};
 use kvm_ioctls::Kvm;
 use rustix::fs::{AtFlags, CWD, FlockOperation, flock, linkat};
+use rustix::rand::GetRandomFlags;
 use serde_json::Value;
 use thiserror::Error;
 
@@ -151,6 +152,14 @@ struct Draft<'a> {
     committed: bool,
 }
 
+/// A name that no other snapshot has.
+fn random_id() -> String {
+    let mut bytes = [0; 16];
+    rustix::rand::getrandom(&mut bytes, GetRandomFlags::empty())
+        .expect("so few bytes are had at once");
+    format!("{:032x}", u128::from_le_bytes(bytes))
+}
+
 impl<'a> Draft<'a> {
     fn new(folder: &'a Path) -> Result<Self, SaveError> {
         // No other user may read what RAM holds.
@@ -162,12 +171,10 @@ impl<'a> Draft<'a> {
         let lock = lock(folder)
             .map_err(failed("open", folder))?
             .ok_or_else(|| SaveError::Busy(folder.into()))?;
-        let id = fs::read_to_string("/proc/sys/kernel/random/uuid")
-            .map_err(failed("read", Path::new("/proc/sys/kernel/random/uuid")))?;
         Ok(Self {
             folder,
             lock,
-            id: id.trim().into(),
+            id: random_id(),
             made_folder,
             made: Vec::new(),
             committed: false,

@@ -1,0 +1,175 @@
+//! What podvmm gives up before it meets a guest, so that a guest that takes it over finds little: a view of the
+//! host's files that has no more than the VM needs, at the paths that they have on the host; namespaces of its
+//! own; and the capabilities that are left to it.
+//!
+//! Each step is one that a host may not be able to do. It is said then, and the next is done; unless the jail
+//! is required.
+
+mod process;
+mod rules;
+mod tree;
+
+use std::fmt;
+use std::io;
+use std::path::PathBuf;
+
+use api::{Access, HostPath};
+use rustix::process::{DumpableBehavior, Resource, Rlimit, set_dumpable_behavior, setrlimit};
+use rustix::thread::{CapabilitySet, CapabilitySets, UnshareFlags};
+use thiserror::Error;
+
+/// Whether there is a jail.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) enum Wanted {
+    /// There is none.
+    #[default]
+    Off,
+    /// As far as the host can make it.
+    On,
+    /// All of it, or no VM.
+    Required,
+}
+
+impl Wanted {
+    /// The value of the option `--jail`.
+    pub(crate) fn parse(value: &str) -> Option<Self> {
+        match value {
+            "off" => Some(Self::Off),
+            "on" => Some(Self::On),
+            "required" => Some(Self::Required),
+            _ => None,
+        }
+    }
+}
+
+/// A step that the host did not let podvmm do.
+#[derive(Debug, Error)]
+#[error("--jail: {step}")]
+pub(crate) struct JailError {
+    step: Step,
+    source: io::Error,
+}
+
+/// What the jail is made of, in the order in which it is made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Step {
+    Namespaces,
+    Process,
+    Files,
+    Memory,
+    Rules,
+    Capabilities,
+}
+
+impl fmt::Display for Step {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Namespaces => "make namespaces of its own",
+            Self::Process => "see no process of the host",
+            Self::Files => "see no files of the host but the VM's",
+            Self::Memory => "keep memory out of core dumps and from other processes",
+            Self::Rules => "have Landlock hold it to the VM's files",
+            Self::Capabilities => "drop capabilities",
+        })
+    }
+}
+
+/// Enters the jail, in which there is nothing of the host but `paths`. To be called before there are other
+/// threads. What it returns in may be another process, the first of a pid namespace, whose outcome this one has
+/// then.
+pub(crate) fn enter(wanted: Wanted, paths: &[HostPath]) -> Result<(), JailError> {
+    if wanted == Wanted::Off {
+        return Ok(());
+    }
+    let attempt = |step, result: io::Result<()>| match result {
+        Ok(()) => Ok(true),
+        Err(source) if wanted == Wanted::Required => Err(JailError { step, source }),
+        Err(source) => {
+            log::warn!("the jail is not whole: {step}: {source}");
+            Ok(false)
+        }
+    };
+    let wants_devices = devices(paths);
+    let paths: Vec<_> = paths.iter().cloned().chain(wants_devices).collect();
+    if attempt(Step::Namespaces, namespaces())? {
+        attempt(Step::Process, process::first_of_its_namespace())?;
+        attempt(Step::Files, tree::enter(&paths))?;
+    }
+    attempt(Step::Memory, keep_memory())?;
+    attempt(Step::Rules, rules::apply(&paths))?;
+    attempt(Step::Capabilities, drop_capabilities(needed(&paths)))?;
+    Ok(())
+}
+
+/// The devices that each VM needs.
+fn devices(paths: &[HostPath]) -> Vec<HostPath> {
+    let device = |path: &str| HostPath {
+        path: PathBuf::from(path),
+        access: Access::Write,
+    };
+    let mut devices = vec![device("/dev/kvm")];
+    devices.retain(|device| !paths.contains(device));
+    devices
+}
+
+fn namespaces() -> io::Result<()> {
+    let flags =
+        UnshareFlags::NEWNS | UnshareFlags::NEWIPC | UnshareFlags::NEWUTS | UnshareFlags::NEWCGROUP;
+    #[expect(
+        deprecated,
+        reason = "its successor is unsafe because of flags not used here"
+    )]
+    Ok(rustix::thread::unshare(flags)?)
+}
+
+/// No core file has the guest's RAM, and no process but root's reads this one's memory (prctl(2),
+/// PR_SET_DUMPABLE).
+fn keep_memory() -> io::Result<()> {
+    let none = Rlimit {
+        current: Some(0),
+        maximum: Some(0),
+    };
+    setrlimit(Resource::Core, none)?;
+    Ok(set_dumpable_behavior(DumpableBehavior::NotDumpable)?)
+}
+
+/// What of root's power the VM's files take.
+fn needed(paths: &[HostPath]) -> CapabilitySet {
+    let is_folder = |path: &&HostPath| path.path.is_dir();
+    let mut needed = CapabilitySet::empty();
+    for folder in paths.iter().filter(is_folder) {
+        // Files of a share belong to any user. This one says nothing about descriptors that are made of a
+        // file's number (open_by_handle_at(2)): by those, one would leave the share.
+        needed |= CapabilitySet::DAC_OVERRIDE;
+        if folder.access == Access::Write {
+            needed |= CapabilitySet::CHOWN
+                | CapabilitySet::FOWNER
+                | CapabilitySet::FSETID
+                | CapabilitySet::SETFCAP;
+        }
+    }
+    if paths.iter().any(|path| path.path.ends_with("dev/net/tun")) {
+        needed |= CapabilitySet::NET_ADMIN;
+    }
+    needed
+}
+
+/// Keeps `needed`, as far as there is any of it, and cannot get others.
+fn drop_capabilities(needed: CapabilitySet) -> io::Result<()> {
+    let now = rustix::thread::capabilities(None)?;
+    for capability in CapabilitySet::all().difference(needed).iter() {
+        // The kernel may not know it.
+        let _ = rustix::thread::remove_capability_from_bounding_set(capability);
+    }
+    let kept = now.permitted & needed;
+    let sets = CapabilitySets {
+        effective: kept,
+        permitted: kept,
+        inheritable: CapabilitySet::empty(),
+    };
+    rustix::thread::set_capabilities(None, sets)?;
+    Ok(rustix::thread::set_no_new_privs(true)?)
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,57 @@
+//! Landlock (landlock(7)): the kernel holds the process to the VM's files, whatever it has mounted or opened
+//! besides.
+
+use std::io;
+
+use api::{Access, HostPath};
+use landlock::{
+    ABI, Access as _, AccessFs, BitFlags, CompatLevel, Compatible, PathBeneath, PathFd, Ruleset,
+    RulesetAttr, RulesetCreatedAttr, RulesetStatus,
+};
+
+/// The oldest Landlock under which a share works: by earlier ones no file could be moved to another folder.
+const OLDEST: ABI = ABI::V2;
+/// The newest that this knows.
+const NEWEST: ABI = ABI::V5;
+
+/// Applies the rules to this thread, and to those it starts.
+pub(super) fn apply(paths: &[HostPath]) -> io::Result<()> {
+    // Fails on a kernel that has none, or an older one.
+    let required = Ruleset::default().set_compatibility(CompatLevel::HardRequirement);
+    required
+        .handle_access(AccessFs::from_all(OLDEST))
+        .and_then(Ruleset::create)
+        .map_err(io::Error::other)?;
+    let ruleset = Ruleset::default().handle_access(AccessFs::from_all(NEWEST));
+    let mut ruleset = ruleset
+        .and_then(Ruleset::create)
+        .map_err(io::Error::other)?
+        .no_new_privs(true);
+    let never = AccessFs::Execute | AccessFs::MakeChar | AccessFs::MakeBlock;
+    let all = AccessFs::from_all(NEWEST) & !never;
+    let read = AccessFs::ReadFile | AccessFs::ReadDir;
+    let proc = HostPath {
+        path: "/proc".into(),
+        access: Access::Read,
+    };
+    for HostPath { path, access } in paths.iter().chain([&proc]) {
+        // It is not there: what needs it will say so.
+        let Some(open) = PathFd::new(path).ok().or_else(|| {
+            let folder = path.parent().filter(|_| *access == Access::Write)?;
+            PathFd::new(folder).ok()
+        }) else {
+            continue;
+        };
+        let allowed: BitFlags<AccessFs> = match access {
+            Access::Read => read,
+            Access::Write => all,
+        };
+        let rule = PathBeneath::new(open, allowed);
+        ruleset = ruleset.add_rule(rule).map_err(io::Error::other)?;
+    }
+    let status = ruleset.restrict_self().map_err(io::Error::other)?;
+    match status.ruleset {
+        RulesetStatus::NotEnforced => Err(io::Error::other("the kernel does not enforce it")),
+        RulesetStatus::PartiallyEnforced | RulesetStatus::FullyEnforced => Ok(()),
+    }
+}

@@ -1,0 +1,91 @@
+//! The jail's files: an empty tree, with what the VM needs where the host has it.
+
+use std::fs::{self, File};
+use std::io;
+use std::path::{Component, Path, PathBuf};
+
+use api::{Access, HostPath};
+use rustix::mount::{
+    MountFlags, MountPropagationFlags, UnmountFlags, mount, mount_bind_recursive, mount_change,
+    mount_remount, unmount,
+};
+use rustix::process::{chdir, pivot_root};
+
+/// Where the tree is made: a folder that each host has, and in which the VM has no file.
+const PLACE: &str = "/proc";
+
+/// Has this process, which has a mount namespace of its own, see a tree that has nothing but `paths`.
+pub(super) fn enter(paths: &[HostPath]) -> io::Result<()> {
+    let here = std::env::current_dir()?;
+    // What is mounted here is seen nowhere else.
+    let downstream = MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC;
+    mount_change("/", downstream)?;
+    // By their names before anything lies over them.
+    let sources = paths.iter().filter_map(source).collect::<Vec<_>>();
+    let nothing = MountFlags::NODEV | MountFlags::NOSUID | MountFlags::NOEXEC;
+    mount("podvmm", PLACE, "tmpfs", nothing, c"mode=755,size=1m")?;
+    for (path, access) in &sources {
+        bind(path, *access)?;
+    }
+    let proc = inside(Path::new("/proc"));
+    fs::create_dir_all(&proc)?;
+    // By a process's descriptors a share's files are opened again. Kernels before 5.8 know no `subset`.
+    let processes = mount("proc", &proc, "proc", nothing, c"subset=pid");
+    processes.or_else(|_| mount("proc", &proc, "proc", nothing | MountFlags::RDONLY, None))?;
+    // Relative paths mean what they meant.
+    let there = inside(&here);
+    fs::create_dir_all(&there)?;
+    mount_remount(PLACE, MountFlags::BIND | MountFlags::RDONLY | nothing, c"")?;
+    chdir(PLACE)?;
+    // Puts the old root over the new one, from where it is taken away (pivot_root(2)).
+    pivot_root(".", ".")?;
+    unmount(".", UnmountFlags::DETACH)?;
+    chdir(&here).or_else(|_| chdir("/"))?;
+    Ok(())
+}
+
+/// What is to be there: a path from the root, or the folder that it is to be made in. None if there is neither:
+/// what needs it will say so.
+fn source(path: &HostPath) -> Option<(PathBuf, Access)> {
+    let absolute = std::path::absolute(&path.path).ok()?;
+    if absolute.exists() {
+        return Some((absolute, path.access));
+    }
+    let folder = absolute.parent().filter(|folder| folder.is_dir())?;
+    (path.access == Access::Write && folder != Path::new("/"))
+        .then(|| (folder.to_path_buf(), Access::Write))
+}
+
+/// Shows `path` in the tree.
+fn bind(path: &Path, access: Access) -> io::Result<()> {
+    let place = inside(path);
+    if path.is_dir() {
+        fs::create_dir_all(&place)?;
+    } else {
+        fs::create_dir_all(place.parent().unwrap_or_else(|| Path::new(PLACE)))?;
+        if !place.exists() {
+            File::create(&place)?;
+        }
+    }
+    mount_bind_recursive(path, &place)?;
+    // What the host mounts below it later is the shim's to show here.
+    mount_change(
+        &place,
+        MountPropagationFlags::PRIVATE | MountPropagationFlags::REC,
+    )?;
+    match access {
+        Access::Write => Ok(()),
+        Access::Read => {
+            let flags = MountFlags::BIND | MountFlags::RDONLY | MountFlags::NOSUID;
+            Ok(mount_remount(&place, flags, c"")?)
+        }
+    }
+}
+
+/// Where in the tree that is being made `path` is.
+fn inside(path: &Path) -> PathBuf {
+    let names = path
+        .components()
+        .filter(|it| matches!(it, Component::Normal(_)));
+    names.fold(PathBuf::from(PLACE), |place, name| place.join(name))
+}
