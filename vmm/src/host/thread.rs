@@ -159,6 +159,8 @@ pub(crate) fn filter(
         Enforcement::On => violation::watch(log).map_err(FilterError::Watch)?,
     }
     allocate_in_one_arena();
+    // Finds the kernel's clock in memory, once: threads that read it could not.
+    let _ = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
     seccompiler::apply_filter(&ABSENT).map_err(FilterError::Apply)?;
     first.enter().map_err(FilterError::Apply)
 }
