@@ -57,12 +57,26 @@ pub(crate) struct Config {
     /// How many VMs restored from a template wait for pods of a size.
     #[serde(default)]
     pub(crate) pool: u8,
+    /// Whether podvmm sees no more of the node than its VM needs: `on`, as far as the node can have it so;
+    /// `required`, or else there is no pod; or `off`.
+    #[serde(default)]
+    pub(crate) jail: Jail,
     /// How long a guest may take to come up, in seconds.
     #[serde(default = "agent_timeout_s")]
     agent_timeout_s: u32,
     /// The annotations, of [`ANNOTATIONS`], that pods may use.
     #[serde(default)]
     annotations: Vec<String>,
+}
+
+/// Whether podvmm is in a jail (`podvmm --jail`).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum Jail {
+    Off,
+    #[default]
+    On,
+    Required,
 }
 
 /// What pods can be allowed to ask for.
@@ -251,7 +265,8 @@ mod tests {
         assert_eq!((config.default_vcpus, config.default_memory_mib), (1, 512));
         assert_eq!(config.podvmm, Path::new("podvmm"));
         assert!(config.templates.is_some());
-        assert_eq!(config.pool, 0);
+        assert_eq!((config.pool, config.jail), (0, Jail::On));
+        assert_eq!(read("jail = 'required'").unwrap().jail, Jail::Required);
         assert_eq!(read("templates = ''").unwrap().templates, None);
     }
 
@@ -269,6 +284,7 @@ mod tests {
         );
         assert!(refused("templates = 'here'").contains("templates: here: no absolute path"));
         assert!(refused("templates = ''\npool = 1").contains("pool needs templates"));
+        assert!(refused("jail = 'open'").contains("jail"));
         assert!(refused("log_level = 'loud'").contains("log_level"));
         let missing = Config::read(Path::new("/nowhere")).unwrap_err();
         assert_eq!(missing.to_string(), "read /nowhere");

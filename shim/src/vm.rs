@@ -3,7 +3,10 @@
 mod output;
 pub(crate) mod template;
 
+use std::ffi::OsString;
+use std::fs::File;
 use std::io;
+use std::os::fd::AsFd;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -19,12 +22,13 @@ use api::{
 };
 use protocol::contract::{POD_PARAMETER, SHARE_TAG};
 use rustix::process::{Signal, set_parent_process_death_signal};
+use rustix::thread::{LinkNameSpaceType, UnshareFlags, move_into_link_name_space, unshare_unsafe};
 use serde_json::json;
 
 use self::output::log_lines;
-use crate::config::{Config, Size};
+use crate::config::{Config, Jail, Size};
 use crate::host::network::{self, Link, Settings};
-use crate::host::place::Place;
+use crate::host::place::{Place, make_private};
 use crate::host::process::{Process, cpu_usec};
 use crate::host::record::{Record, start_of};
 use crate::vm::template::{Claim, Stamp, Template, Way};
@@ -58,6 +62,8 @@ pub(crate) enum Error {
     Network(#[from] network::Error),
     #[error("write down what is to be cleaned up")]
     Record(#[source] io::Error),
+    #[error("make the template of what podvmm wrote")]
+    Template(#[source] io::Error),
     #[error("watch podvmm")]
     Watch(#[source] io::Error),
     #[error("start a thread")]
@@ -163,6 +169,10 @@ impl Vm {
     pub(crate) fn start(plan: &Plan<'_>, record: &mut Record) -> Result<(Self, Settings), Error> {
         let life = Arc::new(Life::default());
         let (born, birth) = sync_channel(1);
+        make_private(&plan.place.vm()).map_err(Error::Record)?;
+        let patience = plan.config.agent_timeout() / 2;
+        let way = plan.template.map_or(Way::Boot, |it| it.way(patience));
+        let jail = jail(plan, &way);
         let (podvmm, api, network, ends) = (
             plan.config.podvmm.clone(),
             plan.place.api(),
@@ -173,7 +183,7 @@ impl Vm {
         record.write(plan.place).map_err(Error::Record)?;
         // The thread lives as long as the VM: when it goes, or the shim, the VM is killed.
         let watch = move || {
-            let started = spawn(&podvmm, &api, network.as_deref());
+            let started = spawn(&podvmm, &api, &jail, network.as_deref());
             let (child, started) = match started {
                 Ok((mut child, links, settings)) => {
                     let pid = child.id();
@@ -208,7 +218,7 @@ impl Vm {
         let made = record
             .write(plan.place)
             .map_err(Error::Record)
-            .and_then(|()| vm.restore_or_boot(plan, links));
+            .and_then(|()| vm.restore_or_boot(plan, way, links));
         match made {
             Ok(()) => Ok((vm, settings)),
             Err(_) if vm.fail() => Err(Error::Killed),
@@ -217,21 +227,24 @@ impl Vm {
     }
 
     /// Restores the VM if there is a template that fits, or else boots it.
-    fn restore_or_boot(&mut self, plan: &Plan<'_>, links: Vec<Link>) -> Result<(), Error> {
+    fn restore_or_boot(
+        &mut self,
+        plan: &Plan<'_>,
+        way: Way,
+        links: Vec<Link>,
+    ) -> Result<(), Error> {
         let mut client = self.client()?;
         // One may have come or gone since they were counted.
         let same = |template: &&Template| template.interfaces() == links.len();
-        let template = plan.template.filter(same);
-        let patience = plan.config.agent_timeout() / 2;
-        match template.map(|it| (it, it.way(patience))) {
-            Some((template, Way::Clone(snapshot))) => {
+        match (way, plan.template.filter(same)) {
+            (Way::Clone(snapshot), Some(template)) => {
                 (self.start, self.size) = (Start::Clone(snapshot), template.size);
                 return restore(&mut client, template, plan.place, links);
             }
-            Some((template, Way::Model(claim))) => {
+            (Way::Model(claim), Some(template)) => {
                 (self.start, self.size) = (Start::Model(claim), template.size);
             }
-            Some((_, Way::Boot)) | None => {}
+            (Way::Boot, _) | (_, None) => {}
         }
         let vm = VmConfig {
             fs: vec![pods_share(plan.place)],
@@ -429,10 +442,49 @@ pub(crate) fn definition(config: &Config, size: Size) -> Result<VmConfig, Config
     })
 }
 
-/// Starts podvmm in the pod's network namespace, with its interfaces connected to taps.
+/// The arguments by which podvmm sees nothing of the host but what this VM needs.
+fn jail(plan: &Plan<'_>, way: &Way) -> Vec<OsString> {
+    let (config, place) = (plan.config, plan.place);
+    let word = match config.jail {
+        Jail::Off => return Vec::new(),
+        Jail::On => "on",
+        Jail::Required => "required",
+    };
+    let mut arguments = vec![OsString::from("--jail"), word.into()];
+    let mut path = |access: &str, path: &Path| {
+        let mut value = OsString::from(access);
+        value.push("=");
+        value.push(path);
+        arguments.extend(["--jail-path".into(), value]);
+    };
+    let files = [
+        Some(&config.kernel),
+        config.initramfs.as_ref(),
+        config.image.as_ref(),
+    ];
+    files
+        .into_iter()
+        .flatten()
+        .for_each(|file| path("read", file));
+    path("write", &place.vm());
+    path("write", &place.shared());
+    match way {
+        Way::Clone(_) => {
+            let folder = plan.template.map(Template::folder);
+            folder.into_iter().for_each(|folder| path("read", folder));
+        }
+        Way::Model(claim) => path("write", &claim.making()),
+        Way::Boot => {}
+    }
+    arguments
+}
+
+/// Starts podvmm in the pod's network namespace, with its interfaces connected to taps. If it has a `jail`, it
+/// is the first process of a pid namespace.
 fn spawn(
     podvmm: &Path,
     api: &Path,
+    jail: &[OsString],
     network: Option<&Path>,
 ) -> Result<(Child, Vec<Link>, Settings), Error> {
     network::enter(network)?;
@@ -444,6 +496,7 @@ fn spawn(
     command
         .arg("--api-socket")
         .arg(api)
+        .args(jail)
         .env_remove("MALLOC_ARENA_MAX")
         .current_dir("/")
         .stdin(Stdio::null())
@@ -452,11 +505,26 @@ fn spawn(
     let die_with_shim = || Ok(set_parent_process_death_signal(Some(Signal::KILL))?);
     // SAFETY: between fork and exec it makes one system call and allocates nothing.
     unsafe { command.pre_exec(die_with_shim) };
-    let child = command.spawn().map_err(|source| Error::Start {
+    let spawned = match jail {
+        [] => command.spawn(),
+        _ => in_new_pid_namespace(|| command.spawn()),
+    };
+    let child = spawned.map_err(|source| Error::Start {
         path: podvmm.into(),
         source,
     })?;
     Ok((child, links, settings))
+}
+
+/// Starts a process that is the first of a pid namespace. This thread's next ones are of its own again, so
+/// that it can start threads.
+fn in_new_pid_namespace(start: impl FnOnce() -> io::Result<Child>) -> io::Result<Child> {
+    let own = File::open("/proc/self/ns/pid")?;
+    // SAFETY: it changes nothing but the pid namespace of this thread's children.
+    unsafe { unshare_unsafe(UnshareFlags::NEWPID) }?;
+    let child = start();
+    move_into_link_name_space(own.as_fd(), Some(LinkNameSpaceType::ProcessID))?;
+    child
 }
 
 /// Puts what podvmm and the guest say into the log, and waits for the end.

@@ -5,6 +5,7 @@
 #![expect(clippy::unwrap_used, reason = "its steps are functions of their own")]
 
 mod clock;
+mod jail;
 mod programs;
 mod templates;
 
@@ -299,6 +300,9 @@ fn a_container_that_runs_on() {
         exec(&node.containerd, &container);
         limits_inside(&node.containerd, &container);
         seen_from_outside(&node.containerd, &container);
+        if node.is_podvmm() {
+            jail::a_podvmm_is_in_one(&container);
+        }
         paused(&node.containerd, &container);
         events.in_order(container.id(), &["create", "start", "paused", "resumed"]);
         refused_on_a_running_one(node, &container);

@@ -32,14 +32,19 @@ impl Place {
         self.0.join("shim.sock")
     }
 
+    /// Where podvmm makes its sockets. What else the folder has it neither needs nor sees.
+    pub(crate) fn vm(&self) -> PathBuf {
+        self.0.join("vm")
+    }
+
     /// Where podvmm answers the shim.
     pub(crate) fn api(&self) -> PathBuf {
-        self.0.join("vm.api")
+        self.vm().join("api")
     }
 
     /// The host's end of the guest's vsock.
     pub(crate) fn vsock(&self) -> PathBuf {
-        self.0.join("vm.vsock")
+        self.vm().join("vsock")
     }
 
     /// What the guest sees of the host.

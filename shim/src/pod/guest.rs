@@ -434,6 +434,7 @@ fn attempt(
     birth.note("vmm");
     let since = Instant::now();
     let ready = || {
+        shared.show_to(vm.pid())?;
         let mut agent = meet(&vm, place, config)?;
         birth.note("guest");
         match &vm.start {

@@ -2,6 +2,7 @@
 //! file system and volume is mounted. Read-only is made so here, where the guest cannot undo it.
 
 mod attributes;
+mod mirror;
 mod mountinfo;
 mod overlay;
 #[cfg(test)]
@@ -24,6 +25,7 @@ use rustix::thread::UnshareFlags;
 
 use crate::pod::spec;
 use attributes::{Depth, change_readonly, make_readonly, refuse_devices};
+use mirror::Mirror;
 use mountinfo::mounted_below;
 use protocol::containerd::task;
 use protocol::contract::{SANDBOX, SHARED};
@@ -31,6 +33,9 @@ use volumes::{Key, Memory, Volumes};
 
 /// Where the volumes of all containers are mounted. No container has such a name.
 const VOLUMES: &str = ".volumes";
+
+/// Where a container's root file system is, in its folder.
+const ROOTFS: &str = "rootfs";
 
 /// What was to be mounted where.
 #[derive(Debug, thiserror::Error)]
@@ -53,6 +58,8 @@ pub(crate) struct Shared {
     /// The same folder below its mount, where it can be written.
     below: OwnedFd,
     volumes: Mutex<Volumes>,
+    /// The same folder as a podvmm in a jail sees it.
+    mirror: Mutex<Option<Mirror>>,
     /// Whether it is still to be taken down. Later there may be another pod's at its path.
     is_up: AtomicBool,
 }
@@ -81,6 +88,7 @@ impl Shared {
                 path,
                 below,
                 volumes: Mutex::default(),
+                mirror: Mutex::default(),
                 is_up: AtomicBool::new(true),
             }),
             Err(source) => {
@@ -100,9 +108,37 @@ impl Shared {
         if !self.is_up.swap(false, Ordering::Relaxed) {
             return;
         }
+        // With it goes what podvmm's namespace has mounted.
+        *self.mirror() = None;
         if let Err(error) = clear(&self.path) {
             log::warn!("clean up {}: {error}", self.path.display());
         }
+    }
+
+    /// Has podvmm, which is the process `pid` and in its jail by now, see what is mounted from here on.
+    pub(crate) fn show_to(&self, pid: u32) -> Result<(), Error> {
+        let mirror = Mirror::of(pid, &self.path).map_err(|source| Error {
+            what: "what podvmm is to see".into(),
+            place: self.path.clone(),
+            source,
+        })?;
+        *self.mirror() = mirror;
+        Ok(())
+    }
+
+    fn mirror(&self) -> MutexGuard<'_, Option<Mirror>> {
+        self.mirror.lock().expect("a panic ends the process")
+    }
+
+    /// Does something in podvmm's jail, if it is in one, with what is mounted at `place` in the folder.
+    fn mirrored(
+        &self,
+        place: &Path,
+        act: impl FnOnce(&Mirror, &Path) -> io::Result<()>,
+    ) -> io::Result<()> {
+        let name = place.strip_prefix(&self.path).map_err(io::Error::other)?;
+        let mirror = self.mirror();
+        mirror.as_ref().map_or(Ok(()), |mirror| act(mirror, name))
     }
 
     /// Notes that the folder it is in has another path now.
@@ -123,12 +159,15 @@ impl Shared {
     /// Unmounts what the container `id` has, and the volumes that no other container uses.
     pub(crate) fn clear(&self, id: &str) -> io::Result<()> {
         let (seen, below) = self.of(id);
-        let mut cleared = unmount_below(&seen).and_then(|()| remove_places(&below));
+        let hidden = self.mirrored(&seen.join(ROOTFS), Mirror::hide);
+        let cleared = unmount_below(&seen).and_then(|()| remove_places(&below));
+        let mut cleared = hidden.and(cleared);
         let (seen, below) = self.of(VOLUMES);
         for name in self.shared_volumes().release(id) {
             // Whatever became of the others.
+            let hidden = self.mirrored(&seen.join(&name), Mirror::hide);
             let detached = detach(&seen.join(&name), &below.join(&name));
-            cleared = cleared.and(detached);
+            cleared = cleared.and(hidden).and(detached);
         }
         cleared
     }
@@ -137,13 +176,13 @@ impl Shared {
     /// `root` of its bundle.
     pub(crate) fn root(&self, id: &str, mounts: &[task::Mount], root: &Path) -> Result<(), Error> {
         let (seen, below) = self.of(id);
-        let place = seen.join("rootfs");
+        let place = seen.join(ROOTFS);
         let failed = |what: &str, source| Error {
             what: what.into(),
             place: place.clone(),
             source,
         };
-        let made = fs::create_dir_all(below.join("rootfs"));
+        let made = fs::create_dir_all(below.join(ROOTFS));
         made.map_err(|source| failed("a root file system", source))?;
         for mount in mounts {
             let mounted = mount_as_told(mount, &place);
@@ -156,7 +195,9 @@ impl Shared {
         let propagation = MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC;
         let changed = rustix::mount::mount_change(&place, propagation);
         changed.map_err(|errno| failed("its propagation", errno.into()))?;
-        refuse_devices(&place).map_err(|source| failed("it without devices", source))
+        refuse_devices(&place).map_err(|source| failed("it without devices", source))?;
+        let shown = self.mirrored(&place, |mirror, name| mirror.show(&place, name));
+        shown.map_err(|source| failed("it in podvmm's jail", source))
     }
 
     /// Mounts the volumes of the container `id` and rewrites its mounts to what the guest has.
@@ -238,17 +279,22 @@ impl Shared {
                 false => drop(fs::File::create_new(&below_place)?),
             }
             attach(&source, &place, &mount.options)?;
-            depth.map_or(Ok(()), |depth| change_readonly(&place, depth, true))
+            depth.map_or(Ok(()), |depth| change_readonly(&place, depth, true))?;
+            self.mirrored(&place, |mirror, name| mirror.show(&place, name))
         };
         if is_new {
             attach().inspect_err(|_| {
                 volumes.forget(&name);
                 // As far as it was mounted.
+                let _ = self.mirrored(&place, Mirror::hide);
                 let _ = detach(&place, &below_place);
             })?;
         } else if depth.is_none() && key.may_be_written() {
             // One that was read-only for all containers so far.
             change_readonly(&place, Depth::Top, false)?;
+            self.mirrored(&place, |mirror, name| {
+                mirror.change_readonly(name, Depth::Top, false)
+            })?;
         }
         let shared = format!("{SHARED}/{VOLUMES}/{name}");
         let storage = is_folder.then(|| Storage {

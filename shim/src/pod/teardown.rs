@@ -43,6 +43,7 @@ pub(crate) fn vm(place: &Place, record: &Record) {
         // podvmm takes them away itself, unless it was killed.
         let _ = fs::remove_file(socket);
     }
+    complain(&place.vm(), fs::remove_dir(place.vm()));
 }
 
 /// The VMM, if it lives, and waits for its end.

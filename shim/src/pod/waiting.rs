@@ -47,7 +47,9 @@ impl Waiting {
                 template.failed(&snapshot, &api::chain(error).join(": "));
             }
         })?;
-        let made = ready(&vm, place, config).inspect_err(|error| {
+        let shown = shared.show_to(vm.pid()).map_err(Error::from);
+        let made = shown.and_then(|()| ready(&vm, place, config));
+        let made = made.inspect_err(|error| {
             // A VM that was killed says nothing about its template.
             if let (false, Start::Clone(snapshot)) = (vm.fail(), &vm.start) {
                 template.failed(snapshot, &api::chain(error).join(": "));

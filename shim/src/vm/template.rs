@@ -32,6 +32,10 @@ const LEAST_MIB: u64 = 16;
 const MOST_MIB: u64 = 4096;
 /// What a folder was made of.
 const INPUTS: &str = "inputs.json";
+/// What the names of files of RAM begin with.
+const MEMORY: &str = "memory";
+/// The folder, in a template's, where its snapshot is made.
+const MAKING: &str = "making";
 /// What a snapshot is not without.
 const STATE: &str = "state.json";
 /// The time between looks for a template that another shim is making.
@@ -242,6 +246,12 @@ impl Template {
             // What was made of other things is none from here on.
             self.remove_snapshot()?;
             fs::write(self.folder.join(INPUTS), self.inputs.text())?;
+            // Of one that was not finished.
+            let making = self.folder.join(MAKING);
+            match fs::remove_dir_all(&making) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+                _ => make_private(&making)?,
+            }
             Ok(lock)
         };
         let claimed: io::Result<File> = claim();
@@ -344,13 +354,21 @@ pub(crate) struct Claim {
 }
 
 impl Claim {
+    /// Where podvmm writes the snapshot. It keeps the right to write there for as long as it lives, so what is
+    /// there does not stay.
+    pub(crate) fn making(&self) -> PathBuf {
+        self.folder.join(MAKING)
+    }
+
     /// Makes the template of a VM whose agent has answered and to which no client is connected. The
     /// VM is left to itself for the time `settling` first, and goes on afterwards. Work that its
     /// guest has not done when the snapshot is taken, each clone has to do: Linux ends connections,
     /// and reports free memory two seconds later.
     pub(crate) fn make(&self, vm: &Vm, settling: Duration) -> Result<(), vm::Error> {
         thread::sleep(settling);
-        vm.snapshot(&self.folder)?;
+        let made = self.making();
+        vm.snapshot(&made)?;
+        adopt(&made, &self.folder).map_err(vm::Error::Template)?;
         if let Some(templates) = self.folder.parent() {
             remove_stale(templates);
         }
@@ -393,6 +411,27 @@ impl Inputs {
 fn inputs_in(folder: &Path) -> Option<Inputs> {
     let text = fs::read(folder.join(INPUTS)).ok()?;
     serde_json::from_slice(&text).ok()
+}
+
+/// Moves the snapshot in `made` to `folder`, in place of the one there. Its state comes last, for without it
+/// there is none.
+fn adopt(made: &Path, folder: &Path) -> io::Result<()> {
+    let names = |folder: &Path| -> io::Result<Vec<_>> {
+        let entries = fs::read_dir(folder)?;
+        entries.map(|entry| Ok(entry?.file_name())).collect()
+    };
+    let new = names(made)?;
+    for old in names(folder)? {
+        // Clones have it open.
+        if old.as_encoded_bytes().starts_with(MEMORY.as_bytes()) && !new.contains(&old) {
+            fs::remove_file(folder.join(old))?;
+        }
+    }
+    let (state, others): (Vec<_>, Vec<_>) = new.into_iter().partition(|name| name == STATE);
+    for name in others.into_iter().chain(state) {
+        fs::rename(made.join(&name), folder.join(&name))?;
+    }
+    fs::remove_dir(made)
 }
 
 /// Where a program is found, as a shell would.

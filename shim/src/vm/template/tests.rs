@@ -44,6 +44,38 @@ fn written(template: &Template) {
 }
 
 #[test]
+fn what_is_made_takes_the_place_of_what_was_there() {
+    let (_folder, config) = node();
+    let template = for_pod(&config).unwrap();
+    let claim = template.claim().unwrap();
+    let (folder, making) = (template.folder(), claim.making());
+    for old in ["memory-old", "memory-both", "failures"] {
+        fs::write(folder.join(old), "old").unwrap();
+    }
+    for new in ["memory-both", "memory-new", "config.json", STATE] {
+        fs::write(making.join(new), "new").unwrap();
+    }
+    adopt(&making, folder).unwrap();
+    let mut names: Vec<_> = fs::read_dir(folder)
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .collect();
+    names.sort();
+    let expected = [
+        "config.json",
+        "failures",
+        INPUTS,
+        "memory-both",
+        "memory-new",
+        STATE,
+    ];
+    assert_eq!(names, expected);
+    // What podvmm keeps the right to write to is gone.
+    assert!(!making.exists() && template.is_ready());
+    assert_eq!(fs::read(folder.join("memory-both")).unwrap(), b"new");
+}
+
+#[test]
 fn a_pod_goes_on_from_the_largest_vm_that_is_not_larger() {
     let (_folder, config) = node();
     let memory = |mib| Template::of(&config, sized(mib), 1).map(|it| it.size.memory_mib);
