@@ -4,14 +4,20 @@ use std::collections::HashMap;
 use std::io;
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
-use std::sync::mpsc::{RecvTimeoutError, SyncSender, sync_channel};
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use prost::Message;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
+use rustix::net::{SendFlags, send};
 
-use super::{Code, Request, Response, Status, frame};
+use super::{Code, MAX_MESSAGE, Request, Response, Status, frame};
+
+/// The time between looks at whether an answer is still wanted.
+const PERIOD: Duration = Duration::from_secs(1);
 
 /// Why there is no answer.
 #[derive(Debug, thiserror::Error)]
@@ -26,6 +32,9 @@ pub enum CallError {
         /// How long the answer was waited for.
         timeout: Duration,
     },
+    /// The caller does not want the answer any more; what was asked may have been done.
+    #[error("the answer to {0} is not wanted any more")]
+    Unwanted(String),
     /// The connection has ended; what was asked may have been done.
     #[error("the connection ended before {0} was answered")]
     Gone(String),
@@ -41,11 +50,13 @@ pub enum CallError {
 }
 
 /// A connection. Dropping it ends the calls under way.
+///
+/// The other side need not be honest: it is not waited for longer than a caller says, whether it does not answer
+/// or does not read, and nothing is kept of what no caller waits for.
 #[derive(Debug)]
 pub struct Client {
     stream: UnixStream,
-    /// A lock that is held while a request is written.
-    writing: Mutex<()>,
+    writing: Turn,
     calls: Arc<Mutex<Calls>>,
 }
 
@@ -54,14 +65,72 @@ struct Calls {
     /// The number of the next stream: odd, as a client's are.
     next: u32,
     /// Callers that wait, by the number of their stream; none once the connection has ended.
-    waiting: Option<HashMap<u32, SyncSender<Frame>>>,
+    waiting: Option<HashMap<u32, SyncSender<Answer>>>,
 }
 
-type Frame = Option<Vec<u8>>;
+/// An answer's bytes; none if it was too long.
+type Answer = Option<Vec<u8>>;
+
+/// How long a caller waits.
+#[derive(Clone, Copy)]
+enum Patience<'a> {
+    Endless,
+    Until(Instant),
+    While(&'a dyn Fn() -> bool),
+}
+
+impl Patience<'_> {
+    /// How long to wait before the next look at this; none if it is over.
+    fn left(self) -> Option<Duration> {
+        match self {
+            Self::Endless => Some(Duration::from_secs(3600)),
+            Self::Until(deadline) => {
+                let left = deadline.saturating_duration_since(Instant::now());
+                (!left.is_zero()).then_some(left)
+            }
+            Self::While(is_wanted) => is_wanted().then_some(PERIOD),
+        }
+    }
+}
+
+/// The right to write, which one caller at a time has. It is waited for no longer than a caller says.
+#[derive(Debug, Default)]
+struct Turn {
+    is_taken: Mutex<bool>,
+    given_back: Condvar,
+}
+
+impl Turn {
+    /// Takes it, or says that it was not to be had.
+    fn take(&self, patience: Patience<'_>) -> Option<Taken<'_>> {
+        let mut is_taken = self.is_taken.lock().expect("a panic ends the process");
+        while *is_taken {
+            let waited = self.given_back.wait_timeout(is_taken, patience.left()?);
+            is_taken = waited.expect("a panic ends the process").0;
+        }
+        *is_taken = true;
+        Some(Taken(self))
+    }
+}
+
+/// The turn, until it is dropped.
+struct Taken<'a>(&'a Turn);
+
+impl Drop for Taken<'_> {
+    fn drop(&mut self) {
+        *self.0.is_taken.lock().expect("a panic ends the process") = false;
+        self.0.given_back.notify_one();
+    }
+}
 
 impl Client {
     /// Talks on `stream`, with a thread of its own that reads the answers.
     pub fn new(stream: UnixStream) -> io::Result<Self> {
+        Self::with_max_answer(stream, MAX_MESSAGE)
+    }
+
+    /// The same, where an answer that is longer than so many bytes is passed over, and its call refused.
+    pub fn with_max_answer(stream: UnixStream, bytes: u32) -> io::Result<Self> {
         let calls = Arc::new(Mutex::new(Calls {
             next: 1,
             waiting: Some(HashMap::new()),
@@ -71,13 +140,13 @@ impl Client {
             .name("ttrpc".into())
             .stack_size(64 << 10)
             .spawn(move || {
-                hear(reader, &waiting);
+                hear(reader, &waiting, bytes);
                 // Each caller that waits learns that no answer comes.
                 lock(&waiting).waiting = None;
             })?;
         Ok(Self {
             stream,
-            writing: Mutex::new(()),
+            writing: Turn::default(),
             calls,
         })
     }
@@ -90,48 +159,51 @@ impl Client {
         request: &impl Message,
         timeout: Option<Duration>,
     ) -> Result<A, CallError> {
-        let gone = || CallError::Gone(method.into());
-        let (answered, answer) = sync_channel(1);
-        let stream = {
-            let mut calls = lock(&self.calls);
-            let stream = calls.next;
-            calls.next = stream.wrapping_add(2);
-            let waiting = calls.waiting.as_mut().ok_or_else(gone)?;
-            waiting.insert(stream, answered);
-            stream
+        let request = Request {
+            timeout_nano: nanos(timeout.unwrap_or_default()),
+            ..encoded(service, method, request)
         };
-        let nanos = timeout.map_or(0, |timeout| timeout.as_nanos());
-        let message = Request {
-            service: service.into(),
-            method: method.into(),
-            payload: request.encode_to_vec(),
-            timeout_nano: nanos.try_into().unwrap_or(i64::MAX),
+        let Some(timeout) = timeout else {
+            return self.exchange(&request, Patience::Endless);
         };
-        self.send(stream, &message).map_err(|source| {
-            self.forget(stream);
-            CallError::Send {
-                method: method.into(),
-                source,
-            }
-        })?;
-        let answer = match timeout {
-            None => answer.recv().map_err(|_| gone())?,
-            Some(timeout) => answer.recv_timeout(timeout).map_err(|error| {
-                self.forget(stream);
-                match error {
-                    RecvTimeoutError::Disconnected => gone(),
-                    RecvTimeoutError::Timeout => CallError::Late {
-                        method: method.into(),
-                        timeout,
-                    },
-                }
-            })?,
-        };
+        let answer = self.exchange(&request, Patience::Until(Instant::now() + timeout));
+        answer.map_err(|error| match error {
+            CallError::Unwanted(method) => CallError::Late { method, timeout },
+            other => other,
+        })
+    }
+
+    /// Calls `service`/`method` and waits for the answer, as long as it `is_wanted`.
+    pub fn call_while<A: Message + Default>(
+        &self,
+        service: &str,
+        method: &str,
+        request: &impl Message,
+        is_wanted: &dyn Fn() -> bool,
+    ) -> Result<A, CallError> {
+        self.exchange(
+            &encoded(service, method, request),
+            Patience::While(is_wanted),
+        )
+    }
+
+    fn exchange<A: Message + Default>(
+        &self,
+        request: &Request,
+        patience: Patience<'_>,
+    ) -> Result<A, CallError> {
+        let method = &request.method;
+        let gone = || CallError::Gone(method.clone());
+        let (stream, answer) = self.register().ok_or_else(gone)?;
+        let answer = self
+            .send(stream, request, patience)
+            .and_then(|()| wait(&answer, request, patience))
+            .inspect_err(|_| self.forget(stream))?;
         let wrong = |source| CallError::Answer {
-            method: method.into(),
+            method: method.clone(),
             source,
         };
-        let too_long = || Status::new(Code::ResourceExhausted, "an answer of more than 4 MiB");
+        let too_long = || Status::new(Code::ResourceExhausted, "the answer is too long");
         let response = answer.ok_or_else(too_long)?;
         let Response { status, payload } = Response::decode(&response[..]).map_err(wrong)?;
         match status {
@@ -143,10 +215,64 @@ impl Client {
         }
     }
 
-    fn send(&self, stream: u32, request: &Request) -> io::Result<()> {
-        let _writing = self.writing.lock().expect("a panic ends the process");
-        let payload = request.encode_to_vec();
-        frame::write(&mut &self.stream, stream, frame::REQUEST, &payload)
+    /// A stream of its own for a caller, and where its answer comes; none if the connection has ended.
+    fn register(&self) -> Option<(u32, Receiver<Answer>)> {
+        let (answered, answer) = sync_channel(1);
+        let mut calls = lock(&self.calls);
+        let mut stream = calls.next;
+        let waiting = calls.waiting.as_mut()?;
+        // After 2^31 calls, those that have waited since still have theirs.
+        while waiting.contains_key(&stream) {
+            stream = stream.wrapping_add(2);
+        }
+        waiting.insert(stream, answered);
+        calls.next = stream.wrapping_add(2);
+        Some((stream, answer))
+    }
+
+    /// Sends a request. Where the other side stops reading in the middle of it, the connection ends: it can take
+    /// no other request then.
+    fn send(
+        &self,
+        stream: u32,
+        request: &Request,
+        patience: Patience<'_>,
+    ) -> Result<(), CallError> {
+        let failed = |source| CallError::Send {
+            method: request.method.clone(),
+            source,
+        };
+        let late = || CallError::Unwanted(request.method.clone());
+        let bytes = frame::encode(stream, frame::REQUEST, &request.encode_to_vec());
+        let bytes = bytes.map_err(failed)?;
+        let _turn = self.writing.take(patience).ok_or_else(late)?;
+        let mut rest = &bytes[..];
+        while !rest.is_empty() {
+            match send(
+                &self.stream,
+                rest,
+                SendFlags::DONTWAIT | SendFlags::NOSIGNAL,
+            ) {
+                Ok(count) => rest = &rest[count..],
+                Err(Errno::INTR) => {}
+                Err(Errno::AGAIN) => {
+                    let Some(left) = patience.left() else {
+                        if rest.len() < bytes.len() {
+                            let _ = self.stream.shutdown(Shutdown::Both);
+                        }
+                        return Err(late());
+                    };
+                    let left = Timespec::try_from(left).expect("it is an hour at most");
+                    let mut room = [PollFd::new(&self.stream, PollFlags::OUT)];
+                    match poll(&mut room, Some(&left)) {
+                        Ok(_) | Err(Errno::INTR) => {}
+                        Err(errno) => return Err(failed(errno.into())),
+                    }
+                }
+                Err(errno) => return Err(failed(errno.into())),
+            }
+        }
+        Ok(())
     }
 
     fn forget(&self, stream: u32) {
@@ -160,15 +286,60 @@ fn lock(calls: &Mutex<Calls>) -> MutexGuard<'_, Calls> {
     calls.lock().expect("a panic ends the process")
 }
 
-/// Hands each answer to the caller that waits for it, until there are no more answers.
-fn hear(mut reader: UnixStream, calls: &Mutex<Calls>) {
-    while let Ok(Some(frame)) = frame::read(&mut reader) {
+fn encoded(service: &str, method: &str, request: &impl Message) -> Request {
+    Request {
+        service: service.into(),
+        method: method.into(),
+        payload: request.encode_to_vec(),
+        timeout_nano: 0,
+    }
+}
+
+fn nanos(timeout: Duration) -> i64 {
+    timeout.as_nanos().try_into().unwrap_or(i64::MAX)
+}
+
+fn wait(
+    answer: &Receiver<Answer>,
+    request: &Request,
+    patience: Patience<'_>,
+) -> Result<Answer, CallError> {
+    loop {
+        let Some(left) = patience.left() else {
+            return Err(CallError::Unwanted(request.method.clone()));
+        };
+        match answer.recv_timeout(left) {
+            Ok(answer) => return Ok(answer),
+            Err(RecvTimeoutError::Timeout) => {}
+            Err(RecvTimeoutError::Disconnected) => {
+                return Err(CallError::Gone(request.method.clone()));
+            }
+        }
+    }
+}
+
+/// Hands each answer to the caller that waits for it, until there are no more answers. All else is passed over.
+fn hear(mut reader: UnixStream, calls: &Mutex<Calls>, most: u32) {
+    let is_awaited = |stream| {
+        let calls = lock(calls);
+        let waiting = calls.waiting.as_ref();
+        waiting.is_some_and(|waiting| waiting.contains_key(&stream))
+    };
+    while let Ok(Some(header)) = frame::Header::read(&mut reader) {
+        if header.kind != frame::RESPONSE || !is_awaited(header.stream) {
+            match header.pass_over(&mut reader) {
+                Ok(()) => continue,
+                Err(_) => return,
+            }
+        }
+        let Ok(answer) = header.payload(&mut reader, most) else {
+            return;
+        };
         let mut calls = lock(calls);
         let waiting = calls.waiting.as_mut();
-        let caller = waiting.and_then(|waiting| waiting.remove(&frame.stream));
-        if let Some(caller) = caller.filter(|_| frame.kind == frame::RESPONSE) {
+        if let Some(caller) = waiting.and_then(|waiting| waiting.remove(&header.stream)) {
             // It has room for this one, and who gave up is not told.
-            let _ = caller.try_send(frame.payload);
+            let _ = caller.try_send(answer);
         }
     }
 }
@@ -179,3 +350,6 @@ impl Drop for Client {
         let _ = self.stream.shutdown(Shutdown::Both);
     }
 }
+
+#[cfg(test)]
+mod tests;

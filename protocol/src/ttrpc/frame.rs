@@ -24,42 +24,80 @@ pub(super) struct Frame {
 
 /// Reads the next message. None where the stream ends between two.
 pub(super) fn read(from: &mut impl Read) -> io::Result<Option<Frame>> {
-    let mut header = [0; HEADER_LEN];
-    let first = loop {
-        match from.read(&mut header) {
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            other => break other?,
-        }
-    };
-    if first == 0 {
+    let Some(header) = Header::read(from)? else {
         return Ok(None);
+    };
+    Ok(Some(Frame {
+        stream: header.stream,
+        kind: header.kind,
+        payload: header.payload(from, MAX_MESSAGE)?,
+    }))
+}
+
+/// What is said of a message before it comes.
+#[derive(Debug)]
+pub(super) struct Header {
+    len: u32,
+    pub(super) stream: u32,
+    pub(super) kind: u8,
+}
+
+impl Header {
+    /// Reads the next one. None where the stream ends before it.
+    pub(super) fn read(from: &mut impl Read) -> io::Result<Option<Self>> {
+        let mut header = [0; HEADER_LEN];
+        let first = loop {
+            match from.read(&mut header) {
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                other => break other?,
+            }
+        };
+        if first == 0 {
+            return Ok(None);
+        }
+        from.read_exact(&mut header[first..])?;
+        let [a, b, c, d, e, f, g, h, kind, _flags] = header;
+        Ok(Some(Self {
+            len: u32::from_be_bytes([a, b, c, d]),
+            stream: u32::from_be_bytes([e, f, g, h]),
+            kind,
+        }))
     }
-    from.read_exact(&mut header[first..])?;
-    let [a, b, c, d, e, f, g, h, kind, _flags] = header;
-    let len = u32::from_be_bytes([a, b, c, d]);
-    let mut body = from.take(len.into());
-    let payload = if len > MAX_MESSAGE {
-        io::copy(&mut body, &mut io::sink())?;
-        None
-    } else {
+
+    /// Reads the message's bytes. What is longer than `most` is passed over, and none.
+    pub(super) fn payload(&self, from: &mut impl Read, most: u32) -> io::Result<Option<Vec<u8>>> {
+        if self.len > most {
+            return self.pass_over(from).map(|()| None);
+        }
+        let mut body = from.take(self.len.into());
         // In one piece if it is of a usual length; it grows with what comes, not with what is announced.
-        let mut payload = vec![0; len.min(USUAL_LEN) as usize];
+        let mut payload = vec![0; self.len.min(USUAL_LEN) as usize];
         body.read_exact(&mut payload)?;
         body.read_to_end(&mut payload)?;
-        Some(payload)
-    };
-    if body.limit() > 0 {
-        return Err(io::ErrorKind::UnexpectedEof.into());
+        match body.limit() {
+            0 => Ok(Some(payload)),
+            _ => Err(io::ErrorKind::UnexpectedEof.into()),
+        }
     }
-    Ok(Some(Frame {
-        stream: u32::from_be_bytes([e, f, g, h]),
-        kind,
-        payload,
-    }))
+
+    /// Reads the message's bytes and keeps none of them.
+    pub(super) fn pass_over(&self, from: &mut impl Read) -> io::Result<()> {
+        let mut body = from.take(self.len.into());
+        io::copy(&mut body, &mut io::sink())?;
+        match body.limit() {
+            0 => Ok(()),
+            _ => Err(io::ErrorKind::UnexpectedEof.into()),
+        }
+    }
 }
 
 /// Writes a message, in one piece where the stream takes that.
 pub(super) fn write(to: &mut impl Write, stream: u32, kind: u8, payload: &[u8]) -> io::Result<()> {
+    to.write_all(&encode(stream, kind, payload)?)
+}
+
+/// A message as it is written.
+pub(super) fn encode(stream: u32, kind: u8, payload: &[u8]) -> io::Result<Vec<u8>> {
     let len = u32::try_from(payload.len()).ok();
     let Some(len) = len.filter(|len| *len <= MAX_MESSAGE) else {
         return Err(io::Error::other("a message of more than 4 MiB"));
@@ -69,5 +107,5 @@ pub(super) fn write(to: &mut impl Write, stream: u32, kind: u8, payload: &[u8]) 
     bytes.extend(stream.to_be_bytes());
     bytes.extend([kind, 0]);
     bytes.extend(payload);
-    to.write_all(&bytes)
+    Ok(bytes)
 }
