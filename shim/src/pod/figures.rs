@@ -68,14 +68,18 @@ pub(crate) fn of_guest(stats: &CgroupStats, bounds: Bounds) -> Metrics {
     if let Some(io) = &mut metrics.io {
         io.usage.truncate(MAX_ENTRIES);
     }
-    metrics
-        .hugetlb
-        .retain(|pages| pages.pagesize.len() <= MAX_PAGESIZE_LEN);
+    metrics.hugetlb.retain(|pages| is_pagesize(&pages.pagesize));
     metrics.hugetlb.truncate(MAX_ENTRIES);
     for pages in &mut metrics.hugetlb {
         pages.current = pages.current.min(bounds.memory_bytes);
     }
     metrics
+}
+
+/// Whether it can be the name of a size of pages, which becomes part of names elsewhere.
+fn is_pagesize(name: &str) -> bool {
+    let is_plain = name.bytes().all(|byte| byte.is_ascii_alphanumeric());
+    is_plain && (1..=MAX_PAGESIZE_LEN).contains(&name.len())
 }
 
 /// The guest's cgroups are of version 2, so nothing is lost.
@@ -249,7 +253,9 @@ mod tests {
                     current: pids,
                     ..PidsStats::default()
                 }),
-                hugetlb_stats: [("2MB".into(), pages), ("x".repeat(99), pages)].into(),
+                hugetlb_stats: ["2MB", &"x".repeat(99), "", "../2MB", "2MB\n", "\0"]
+                    .map(|name| (name.to_owned(), pages))
+                    .into(),
                 ..CgroupStats::default()
             }
         };
