@@ -18,8 +18,12 @@ use protocol::agent::oci;
 use protocol::agent::{AGENT_SERVICE, FOLLOWS_THE_CLOCK, HEALTH_SERVICE, PIDS_OF_ANOTHER, PORT};
 use protocol::ttrpc::{CallError, Client, Code, Status};
 
+use crate::host::logging::MAX_TEXT_CHARS;
 use crate::host::network::Settings;
 
+/// Longest answer of an agent, in bytes: a piece of output ([`stdio`]), or the figures of a container with hundreds of
+/// disks. Entries of two bytes each become 48 in memory.
+const MAX_ANSWER: u32 = 64 << 10;
 /// How long an ordinary call may take: guests can be slow, and one that hangs is found out here.
 const PATIENCE: Duration = Duration::from_secs(60);
 /// How long a kill may take before the whole guest is taken to hang.
@@ -80,6 +84,14 @@ pub(crate) struct Abilities {
     pub(crate) follows_the_clock: bool,
 }
 
+/// Of the answer to `UpdateRoutes`, which lists all routes of the guest, what is of use here.
+#[derive(Clone, Copy, PartialEq, prost::Message)]
+struct RoutesSet {
+    /// As in [`messages::Routes`].
+    #[prost(uint32, tag = "1000")]
+    exact: u32,
+}
+
 /// A connection to the agent.
 #[derive(Debug)]
 pub(crate) struct Agent(Client);
@@ -99,7 +111,8 @@ impl Agent {
             }
             match dial(vsock, left) {
                 Ok(stream) => {
-                    let agent = Self(Client::new(stream).map_err(ReachError::Io)?);
+                    let client = Client::with_max_answer(stream, MAX_ANSWER);
+                    let agent = Self(client.map_err(ReachError::Io)?);
                     if agent.check(left).is_ok() {
                         return Ok(agent);
                     }
@@ -118,7 +131,7 @@ impl Agent {
         let request = messages::CheckRequest::default();
         let timeout = Some(timeout);
         let _: messages::HealthCheckResponse =
-            self.0.call(HEALTH_SERVICE, "Check", &request, timeout)?;
+            self.call(HEALTH_SERVICE, "Check", &request, timeout)?;
         Ok(())
     }
 
@@ -136,9 +149,7 @@ impl Agent {
         for _ in 0..MAX_WORDS {
             let began = Instant::now();
             let timeout = Some(timeout);
-            let Empty {} = self
-                .0
-                .call(AGENT_SERVICE, "SetGuestDateTime", &date_time(), timeout)?;
+            let Empty {} = self.call(AGENT_SERVICE, "SetGuestDateTime", &date_time(), timeout)?;
             if began.elapsed() < PROMPT {
                 break;
             }
@@ -146,12 +157,24 @@ impl Agent {
         Ok(())
     }
 
+    /// Calls the agent. What it says of a refusal is made fit to be shown.
+    fn call<A: Message + Default>(
+        &self,
+        service: &str,
+        method: &str,
+        request: &impl Message,
+        timeout: Option<Duration>,
+    ) -> Result<A, CallError> {
+        let answer = self.0.call(service, method, request, timeout);
+        answer.map_err(plain)
+    }
+
     fn ask<A: Message + Default>(
         &self,
         method: &str,
         request: &impl Message,
     ) -> Result<A, CallError> {
-        self.0.call(AGENT_SERVICE, method, request, Some(PATIENCE))
+        self.call(AGENT_SERVICE, method, request, Some(PATIENCE))
     }
 
     fn tell(&self, method: &str, request: &impl Message) -> Result<(), CallError> {
@@ -164,7 +187,8 @@ impl Agent {
             let request = messages::UpdateInterfaceRequest {
                 interface: Some(interface),
             };
-            let _: protocol::agent::types::Interface = self.ask("UpdateInterface", &request)?;
+            // What it says of the interface is of no use here.
+            self.tell("UpdateInterface", &request)?;
         }
         let exact = settings.exact.routes.len() + settings.exact.rules.len();
         if exact + settings.routes.len() > 0 {
@@ -176,7 +200,7 @@ impl Agent {
                 routes: Some(routes),
                 exact: (exact > 0).then_some(settings.exact),
             };
-            let set: messages::Routes = self.ask("UpdateRoutes", &request)?;
+            let set: RoutesSet = self.ask("UpdateRoutes", &request)?;
             if usize::try_from(set.exact).ok() != Some(exact) {
                 let why = "the guest's agent sets no routes with metrics or tables, and no rules";
                 return Err(Status::new(Code::Unimplemented, why).into());
@@ -219,9 +243,7 @@ impl Agent {
     pub(crate) fn destroy_sandbox(&self) -> Result<(), CallError> {
         let request = messages::DestroySandboxRequest {};
         let timeout = Some(FAREWELL);
-        let Empty {} = self
-            .0
-            .call(AGENT_SERVICE, "DestroySandbox", &request, timeout)?;
+        let Empty {} = self.call(AGENT_SERVICE, "DestroySandbox", &request, timeout)?;
         Ok(())
     }
 
@@ -246,9 +268,7 @@ impl Agent {
             timeout: 0,
         };
         let timeout = Some(KILL_PATIENCE);
-        let Empty {} = self
-            .0
-            .call(AGENT_SERVICE, "RemoveContainer", &request, timeout)?;
+        let Empty {} = self.call(AGENT_SERVICE, "RemoveContainer", &request, timeout)?;
         Ok(())
     }
 
@@ -269,9 +289,7 @@ impl Agent {
             signal,
         };
         let timeout = Some(KILL_PATIENCE);
-        let Empty {} = self
-            .0
-            .call(AGENT_SERVICE, "SignalProcess", &request, timeout)?;
+        let Empty {} = self.call(AGENT_SERVICE, "SignalProcess", &request, timeout)?;
         Ok(())
     }
 
@@ -282,7 +300,7 @@ impl Agent {
             exec_id: target.exec.clone(),
         };
         let end: messages::WaitProcessResponse =
-            self.0.call(AGENT_SERVICE, "WaitProcess", &request, None)?;
+            self.call(AGENT_SERVICE, "WaitProcess", &request, None)?;
         Ok(end.status.cast_unsigned())
     }
 
@@ -303,12 +321,21 @@ impl Agent {
             len,
         };
         let read: messages::ReadStreamResponse =
-            self.0.call(AGENT_SERVICE, method, &request, None)?;
+            self.call(AGENT_SERVICE, method, &request, None)?;
+        if read.data.len() > len as usize {
+            let why = "more output than was asked for";
+            return Err(Status::new(Code::OutOfRange, why).into());
+        }
         Ok(read.data)
     }
 
-    /// Gives a process input, all of it; nothing ends that.
-    pub(crate) fn write(&self, target: &Target, data: &[u8]) -> Result<(), CallError> {
+    /// Gives a process input, all of it, as long as it `is_wanted`; nothing ends that.
+    pub(crate) fn write(
+        &self,
+        target: &Target,
+        data: &[u8],
+        is_wanted: &dyn Fn() -> bool,
+    ) -> Result<(), CallError> {
         let (container_id, exec_id) = (target.container.clone(), target.exec.clone());
         if data.is_empty() {
             let request = messages::CloseStdinRequest {
@@ -325,8 +352,10 @@ impl Agent {
                 data: rest.to_vec(),
             };
             // It waits for the process to take it.
-            let written: messages::WriteStreamResponse =
-                self.0.call(AGENT_SERVICE, "WriteStdin", &request, None)?;
+            let written = self
+                .0
+                .call_while(AGENT_SERVICE, "WriteStdin", &request, is_wanted);
+            let written: messages::WriteStreamResponse = written.map_err(plain)?;
             let len = usize::try_from(written.len).unwrap_or(usize::MAX);
             rest = rest.get(len.max(1)..).unwrap_or_default();
         }
@@ -382,8 +411,7 @@ impl Agent {
     /// Waits for a container to run out of memory.
     pub(crate) fn next_oom(&self) -> Result<String, CallError> {
         let request = messages::GetOomEventRequest {};
-        let event: messages::OomEvent =
-            self.0.call(AGENT_SERVICE, "GetOOMEvent", &request, None)?;
+        let event: messages::OomEvent = self.call(AGENT_SERVICE, "GetOOMEvent", &request, None)?;
         Ok(event.container_id)
     }
 
@@ -396,6 +424,21 @@ impl Agent {
         };
         self.tell("OnlineCPUMem", &request)
     }
+}
+
+/// An error whose text has no line ends and no orders to a terminal, and some length at most: a guest may have said it.
+fn plain(error: CallError) -> CallError {
+    let CallError::Refused(Status { code, message }) = error else {
+        return error;
+    };
+    let mut text = String::new();
+    for c in message.chars().take(MAX_TEXT_CHARS) {
+        match c {
+            '"' | '\'' | '\\' => text.push(c),
+            _ => text.extend(c.escape_debug()),
+        }
+    }
+    Status::new(code, text).into()
 }
 
 /// The time of day as the protocol has it.

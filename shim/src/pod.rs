@@ -288,8 +288,13 @@ impl Pod {
             let (process, guest) = (Arc::clone(process), Arc::clone(guest));
             Arc::new(move || process.is_given_up() || guest.vm.life.has_ended())
         };
+        let has_ended = {
+            let process = Arc::clone(process);
+            move || process.state().exit().is_some()
+        };
         let terminal = process.paths.terminal;
-        let mut outputs = stdio.carry(&guest.agent, &process.target, terminal, &given_up)?;
+        let target = &process.target;
+        let mut outputs = stdio.carry(&guest.agent, target, terminal, &given_up, has_ended)?;
         let close = Arc::clone(&outputs.close);
         *process.close.lock().expect("a panic ends the process") = Some(close);
         process.has_logger(outputs.logger.take());

@@ -111,13 +111,15 @@ impl Stdio {
         })
     }
 
-    /// Starts to carry them. The threads of the outputs are returned: they end when all is told.
+    /// Starts to carry them. The threads of the outputs are returned: they end when all is told. The process's end
+    /// ends its input, whatever its guest says.
     pub(crate) fn carry(
         self,
         agent: &Arc<Agent>,
         target: &Target,
         terminal: bool,
         given_up: &Arc<dyn Fn() -> bool + Send + Sync>,
+        has_ended: impl Fn() -> bool + Send + 'static,
     ) -> Result<Outputs, Error> {
         let Outlets {
             stdout,
@@ -138,12 +140,14 @@ impl Stdio {
         match self.stdin {
             Some(stdin) => {
                 let close = Arc::clone(&self.close);
-                let carry = move || carry_input(&agent, &target, &stdin, &close);
+                let carry = move || carry_input(&agent, &target, &stdin, &close, &|| !has_ended());
                 drop(spawn("input", carry)?);
             }
             // Who reads a terminal waits for its user; who reads nothing learns that at once.
             None if terminal => {}
-            None => drop(spawn("input", move || drop(agent.write(&target, &[])))?),
+            None => drop(spawn("input", move || {
+                drop(agent.write(&target, &[], &|| true))
+            })?),
         }
         Ok(Outputs {
             threads,
@@ -286,7 +290,13 @@ fn write_all(mut file: &File, mut data: &[u8], given_up: &dyn Fn() -> bool) -> i
 }
 
 /// Until a client has come there is no end either (Linux, fs/pipe.c: a FIFO hangs up once).
-fn carry_input(agent: &Agent, target: &Target, mut stdin: &File, close: &Close) {
+fn carry_input(
+    agent: &Agent,
+    target: &Target,
+    mut stdin: &File,
+    close: &Close,
+    is_wanted: &dyn Fn() -> bool,
+) {
     let mut data = vec![0; CHUNK as usize];
     loop {
         let mut wait = [
@@ -303,7 +313,7 @@ fn carry_input(agent: &Agent, target: &Target, mut stdin: &File, close: &Close) 
             Err(_) => 0,
         };
         // Without data it is the end. A process that has ended takes none.
-        if agent.write(target, &data[..count]).is_err() || count == 0 {
+        if agent.write(target, &data[..count], is_wanted).is_err() || count == 0 {
             return;
         }
     }
