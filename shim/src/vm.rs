@@ -25,7 +25,7 @@ use rustix::process::{Signal, set_parent_process_death_signal};
 use rustix::thread::{LinkNameSpaceType, UnshareFlags, move_into_link_name_space, unshare_unsafe};
 use serde_json::json;
 
-use self::output::log_lines;
+use self::output::{Lines, log_lines};
 use crate::config::{Config, Jail, Size};
 use crate::host::network::{self, Link, Settings};
 use crate::host::place::{Place, make_private};
@@ -545,15 +545,25 @@ fn watch(mut child: Child) -> End {
             End::Left
         }
     };
-    for thread in [guest, vmm].into_iter().flatten().flatten() {
-        let _ = thread.join();
-    }
+    let lines = [guest, vmm].into_iter().flatten().flatten();
+    lines.for_each(Lines::end);
     end
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_vm_has_ended_though_its_console_is_held_open() {
+        let mut command = Command::new("sh");
+        let command = command
+            .args(["-c", "sleep 8 & exit 1"])
+            .stdout(Stdio::piped());
+        let began = Instant::now();
+        assert_eq!(watch(command.spawn().unwrap()), End::Left);
+        assert!(began.elapsed() < Duration::from_secs(6));
+    }
 
     #[test]
     fn who_killed_a_vm_did_not_end_it_by_itself() {

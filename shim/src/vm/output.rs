@@ -1,8 +1,9 @@
 //! What podvmm and its guest print, as far as it goes into the shim's log.
 
 use std::io::{self, BufRead, BufReader, Read};
+use std::sync::mpsc::{Receiver, channel};
 use std::thread;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// How much of what others say is put into the log: a node's disk is not theirs to fill.
 struct Budget {
@@ -50,12 +51,26 @@ fn next_line(reader: &mut impl BufRead) -> Option<Vec<u8>> {
     }
 }
 
+/// A stream whose lines are put into the log, until it ends.
+#[derive(Debug)]
+pub(super) struct Lines(Receiver<()>);
+
+impl Lines {
+    /// Waits until all of them are in the log, but not for ever: another process may hold the stream open.
+    pub(super) fn end(self) {
+        // Nothing is sent: the other end is dropped with the stream.
+        let _ = self.0.recv_timeout(LAST_LINES);
+    }
+}
+
+/// How long the last lines of a process that has ended may take.
+const LAST_LINES: Duration = Duration::from_secs(1);
+
 /// Puts the lines of a stream into the log, on a thread of its own.
-pub(super) fn log_lines(
-    who: &'static str,
-    from: impl io::Read + Send + 'static,
-) -> Option<thread::JoinHandle<()>> {
+pub(super) fn log_lines(who: &'static str, from: impl io::Read + Send + 'static) -> Option<Lines> {
+    let (goes_on, ended) = channel::<()>();
     let copy = move || {
+        let _goes_on = goes_on;
         let mut reader = BufReader::with_capacity(1024, from);
         let mut budget = Budget::new();
         while let Some(line) = next_line(&mut reader) {
@@ -67,7 +82,7 @@ pub(super) fn log_lines(
         }
     };
     let thread = thread::Builder::new().name(who.into()).stack_size(64 << 10);
-    thread.spawn(copy).ok()
+    thread.spawn(copy).ok().map(|_| Lines(ended))
 }
 
 #[cfg(test)]
