@@ -22,6 +22,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, mpsc};
 use std::thread;
+use std::time::{Duration, Instant};
 
 use protocol::agent::oci::{Process as OciProcess, Spec};
 use protocol::containerd::events::{Event, TaskOnly};
@@ -40,6 +41,11 @@ use crate::pod::spec::hooks::Hooks;
 use crate::pod::state::{Exit, State};
 use crate::pod::task::{Container, NOT_STARTED, Process};
 use crate::pod::waiting::Waiting;
+
+/// How long a change of a VM may take that is to end.
+const CHANGE_PATIENCE: Duration = Duration::from_secs(2);
+/// The time between looks at whether a change is over.
+const PAUSE: Duration = Duration::from_millis(10);
 
 const SIGKILL: u32 = libc::SIGKILL.unsigned_abs();
 
@@ -399,8 +405,20 @@ impl Pod {
         Ok(exit)
     }
 
+    /// Ends the guest. One that does not let a change of its VM come to an end has no last words.
     fn end_guest(&self, guest: &Guest) {
-        let _changing = self.changing.lock().expect("a panic ends the process");
+        let deadline = Instant::now() + CHANGE_PATIENCE;
+        let _changing = loop {
+            match self.changing.try_lock() {
+                Ok(changing) => break changing,
+                Err(_) if Instant::now() < deadline => thread::sleep(PAUSE),
+                Err(_) => {
+                    // What waits for the guest fails then.
+                    guest.vm.kill();
+                    break self.changing.lock().expect("a panic ends the process");
+                }
+            }
+        };
         guest.end();
     }
 
