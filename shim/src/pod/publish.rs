@@ -3,6 +3,8 @@
 
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread;
 use std::time::{Duration, SystemTime};
@@ -20,10 +22,15 @@ const PAUSE: Duration = Duration::from_millis(200);
 /// How long events that containerd has not taken are kept when the shim ends.
 const FAREWELL: Duration = Duration::from_secs(2);
 
+/// The most events that wait for containerd when one is offered.
+const MAX_WAITING: usize = 64;
+
 /// Where events go in.
 #[derive(Debug)]
 pub(crate) struct Publisher {
     events: Sender<Message>,
+    /// How many events containerd has not been told yet.
+    waiting: Arc<AtomicUsize>,
     /// The namespace of containerd's that the pod's containers are in.
     pub(crate) namespace: String,
 }
@@ -39,14 +46,19 @@ impl Publisher {
     /// Starts the thread that tells containerd at `socket`, of events in `namespace`.
     pub(crate) fn start(socket: PathBuf, namespace: String) -> std::io::Result<Self> {
         let (events, messages) = channel();
+        let waiting = Arc::<AtomicUsize>::default();
         thread::Builder::new()
             .name("events".into())
             .stack_size(64 << 10)
             .spawn({
-                let namespace = namespace.clone();
-                move || tell(&messages, &socket, &namespace)
+                let (namespace, waiting) = (namespace.clone(), Arc::clone(&waiting));
+                move || tell(&messages, &waiting, &socket, &namespace)
             })?;
-        Ok(Self { events, namespace })
+        Ok(Self {
+            events,
+            waiting,
+            namespace,
+        })
     }
 
     /// One that tells a test instead of containerd.
@@ -57,11 +69,23 @@ impl Publisher {
             Message::Event(_, event) => Some(event),
             Message::Flush(_) => None,
         });
-        let namespace = String::new();
-        (Self { events, namespace }, told)
+        let publisher = Self {
+            events,
+            waiting: Arc::default(),
+            namespace: String::new(),
+        };
+        (publisher, told)
+    }
+
+    /// Publishes an event that a guest can bring about as often as it likes. It is dropped while containerd is behind.
+    pub(crate) fn offer(&self, event: Event) {
+        if self.waiting.load(Ordering::Relaxed) < MAX_WAITING {
+            self.publish(event);
+        }
     }
 
     pub(crate) fn publish(&self, event: Event) {
+        self.waiting.fetch_add(1, Ordering::Relaxed);
         // The thread ends with the process.
         let _ = self.events.send(Message::Event(SystemTime::now(), event));
     }
@@ -74,7 +98,7 @@ impl Publisher {
     }
 }
 
-fn tell(messages: &Receiver<Message>, socket: &PathBuf, namespace: &str) {
+fn tell(messages: &Receiver<Message>, waiting: &AtomicUsize, socket: &PathBuf, namespace: &str) {
     let mut client: Option<Client> = None;
     for message in messages {
         let (time, event) = match message {
@@ -117,5 +141,31 @@ fn tell(messages: &Receiver<Message>, socket: &PathBuf, namespace: &str) {
                 }
             }
         }
+        waiting.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use protocol::containerd::events::TaskOnly;
+
+    use super::*;
+
+    #[test]
+    fn events_of_a_guests_making_do_not_pile_up() {
+        let nowhere = PathBuf::from("/nowhere/containerd.sock");
+        let publisher = Publisher::start(nowhere, "a namespace".into()).unwrap();
+        let event = || {
+            Event::Oom(TaskOnly {
+                container_id: "c".into(),
+            })
+        };
+        for _ in 0..10_000 {
+            publisher.offer(event());
+        }
+        assert_eq!(publisher.waiting.load(Ordering::Relaxed), MAX_WAITING);
+        // What containerd must be told is kept.
+        publisher.publish(event());
+        assert_eq!(publisher.waiting.load(Ordering::Relaxed), MAX_WAITING + 1);
     }
 }

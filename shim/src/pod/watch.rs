@@ -61,7 +61,7 @@ impl Pod {
         // It ends with the VM, or with an agent that does not tell.
         while let Ok(container_id) = guest.agent.next_oom() {
             if self.container(&container_id).is_ok() {
-                self.publish(Event::Oom(TaskOnly { container_id }));
+                self.events.offer(Event::Oom(TaskOnly { container_id }));
             }
             // A guest may say so as often as it likes.
             thread::sleep(OOM_PAUSE);
