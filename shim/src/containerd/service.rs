@@ -26,6 +26,11 @@ use crate::pod::{Creation, Pod};
 /// The time between looks at whether a caller that waits for a process is still there.
 const ORPHAN_PERIOD: Duration = Duration::from_secs(20);
 
+/// How long a container of a pod that runs may keep a turn to start.
+const MAX_TURN: Duration = Duration::from_secs(20);
+/// The same for a pod's first container, with which the VM starts.
+const MAX_BOOT: Duration = Duration::from_secs(300);
+
 /// Answers for the pod.
 pub(crate) struct Tasks {
     pod: Arc<Pod>,
@@ -54,7 +59,13 @@ impl Tasks {
             stderr: paths.stderr.clone(),
             terminal: paths.terminal,
         };
-        let turn = Turn::wait();
+        // A guest that has no container yet is as it was built, however long it takes to boot.
+        let most = if self.pod.is_empty() {
+            MAX_BOOT
+        } else {
+            MAX_TURN
+        };
+        let turn = Turn::wait().for_at_most(most);
         let container = self.pod.create(Creation {
             id: request.id.clone(),
             bundle: PathBuf::from(&request.bundle),
@@ -76,7 +87,7 @@ impl Tasks {
 
     fn start(&self, request: &ProcessRequest) -> Result<PidResponse, Status> {
         if request.exec_id.is_empty() {
-            let _turn = Turn::wait();
+            let _turn = Turn::wait().for_at_most(MAX_TURN);
             self.pod.start(&request.id)?;
         } else {
             self.pod.exec(&request.id, &request.exec_id)?;

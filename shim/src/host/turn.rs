@@ -12,6 +12,7 @@
 use std::fs::File;
 use std::io;
 use std::path::Path;
+use std::sync::mpsc::{Sender, channel};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -34,7 +35,7 @@ const PAUSE: Duration = Duration::from_millis(10);
 
 /// The right to have a guest work, until it is dropped.
 #[derive(Debug)]
-pub(crate) struct Turn(#[expect(dead_code, reason = "it is held, not used")] Option<File>);
+pub(crate) struct Turn(Option<File>);
 
 impl Turn {
     /// Waits for a turn.
@@ -53,6 +54,35 @@ impl Turn {
             Err(error) => log::warn!("start without a turn: {error}"),
         }
         Self(turn.ok().flatten())
+    }
+}
+
+/// A turn that is given back after some time, or when this is dropped.
+#[derive(Debug)]
+pub(crate) struct Lease {
+    /// It is held, not used.
+    _holds: Option<Sender<()>>,
+}
+
+impl Turn {
+    /// Gives the turn back after `most`, though what it was for is not over: a guest that stalls would keep it from
+    /// other pods.
+    pub(crate) fn for_at_most(self, most: Duration) -> Lease {
+        if self.0.is_none() {
+            return Lease { _holds: None };
+        }
+        let (holds, ended) = channel();
+        let hold = move || {
+            // Nothing is sent: the other end is dropped.
+            let _ = ended.recv_timeout(most);
+            drop(self);
+        };
+        // Without a thread the turn is given back now.
+        let thread = thread::Builder::new().name("turn".into());
+        let _ = thread.stack_size(64 << 10).spawn(hold);
+        Lease {
+            _holds: Some(holds),
+        }
     }
 }
 
@@ -102,6 +132,20 @@ mod tests {
             }
         });
         assert_eq!(most.into_inner(), COUNT);
+    }
+
+    #[test]
+    fn a_turn_is_lent_for_some_time_at_most() {
+        let folder = tempfile::tempdir().unwrap();
+        let long = Duration::from_secs(60);
+        let take = |patience| within(folder.path(), 1, patience).unwrap();
+        let lease = Turn(take(long)).for_at_most(Duration::from_millis(20));
+        let next = take(long).expect("it is given back in time");
+        drop(lease);
+        let lease = Turn(Some(next)).for_at_most(long);
+        assert!(take(Duration::from_millis(30)).is_none());
+        drop(lease);
+        assert!(take(long).is_some());
     }
 
     #[test]
