@@ -8,8 +8,7 @@ use std::sync::RwLock;
 
 use log::{LevelFilter, Log, Metadata, Record};
 
-/// The greatest length of a line or a reason, in characters: a guest may have said it, at any
-/// length.
+/// The greatest length of a reason, in characters: a guest may have said it, at any length.
 pub(crate) const MAX_TEXT_CHARS: usize = 4096;
 
 static LOGGER: Logger = Logger(RwLock::new(Lines {
@@ -49,6 +48,27 @@ pub(crate) fn start(bundle: Option<&Path>, pod: &str, level: LevelFilter) {
     let _ = log::set_logger(&LOGGER);
 }
 
+/// The longest line, in bytes: a FIFO takes all of it or none (pipe(7), PIPE_BUF). Half a line would swallow the next.
+const MAX_LINE_LEN: usize = 4096;
+
+/// A line with as much of `text` as there is room for: a guest may have said it, at any length.
+fn line(level: &str, text: &str, pod: &str) -> String {
+    let mut line = format!("level={level} msg=\"");
+    let end = format!("\" pod={pod:?} runtime=podvmm\n");
+    for c in text.chars() {
+        let escaped = c.escape_debug();
+        let len: usize = escaped.clone().map(char::len_utf8).sum();
+        if line.len() + len + end.len() > MAX_LINE_LEN {
+            break;
+        }
+        match c {
+            '\'' => line.push(c),
+            _ => line.extend(escaped),
+        }
+    }
+    line + &end
+}
+
 impl Log for Logger {
     fn enabled(&self, _: &Metadata<'_>) -> bool {
         true
@@ -65,18 +85,8 @@ impl Log for Logger {
             log::Level::Debug => "debug",
             log::Level::Trace => "trace",
         };
-        // A guest may have said it, at any length.
-        let text: String = record
-            .args()
-            .to_string()
-            .chars()
-            .take(MAX_TEXT_CHARS)
-            .collect();
         let lines = self.0.read().expect("a panic ends the process");
-        let line = format!(
-            "level={level} msg={text:?} pod={:?} runtime=podvmm\n",
-            lines.pod
-        );
+        let line = line(level, &record.args().to_string(), &lines.pod);
         // A line that cannot be written is lost: the pod is not to wait for its log.
         let _ = match &lines.fifo {
             Some(fifo) => {
@@ -88,4 +98,23 @@ impl Log for Logger {
     }
 
     fn flush(&self) {}
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_line_is_one_whatever_a_guest_said() {
+        let said = line("info", "it's \"so\"\n", "p");
+        let expected = "level=info msg=\"it's \\\"so\\\"\\n\" pod=\"p\" runtime=podvmm\n";
+        assert_eq!(said, expected);
+        for c in ["x", "\n", "\u{1}", "\u{10ffff}", "\u{1f980}", "\\"] {
+            let said = line("info", &c.repeat(5000), "p");
+            let is_full = (MAX_LINE_LEN - 10..=MAX_LINE_LEN).contains(&said.len());
+            assert!(is_full, "{}", said.len());
+            assert!(said.ends_with("\" pod=\"p\" runtime=podvmm\n"));
+            assert_eq!(said.matches('\n').count(), 1);
+        }
+    }
 }
