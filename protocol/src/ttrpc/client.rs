@@ -1,7 +1,7 @@
 //! Makes calls over a unix socket, several at once from any thread.
 
 use std::collections::HashMap;
-use std::io;
+use std::io::{self, BufReader, Read};
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
@@ -319,7 +319,8 @@ fn wait(
 }
 
 /// Hands each answer to the caller that waits for it, until there are no more answers. All else is passed over.
-fn hear(mut reader: UnixStream, calls: &Mutex<Calls>, most: u32) {
+fn hear(reader: impl Read, calls: &Mutex<Calls>, most: u32) {
+    let mut reader = BufReader::with_capacity(frame::READ_AHEAD, reader);
     let is_awaited = |stream| {
         let calls = lock(calls);
         let waiting = calls.waiting.as_ref();

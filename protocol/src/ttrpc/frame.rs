@@ -13,6 +13,9 @@ const HEADER_LEN: usize = 10;
 /// Bytes of a message with as much of a process's input or output as is sent at once.
 const USUAL_LEN: u32 = 64 << 10;
 
+/// Bytes read at once: most requests and answers with their headers.
+pub(super) const READ_AHEAD: usize = 4 << 10;
+
 /// A message, whatever it says.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Frame {

@@ -72,9 +72,6 @@ pub trait Service: Send + Sync + 'static {
     fn answered(&self, _call: &Call<'_>) {}
 }
 
-/// Bytes read at once: most requests with their headers.
-const READ_AHEAD: usize = 4 << 10;
-
 /// Answers the calls of one connection until the other side ends it, or says what no ttrpc client
 /// does.
 pub fn serve(
@@ -83,7 +80,7 @@ pub fn serve(
     service: &Arc<dyn Service>,
     workers: &Workers,
 ) -> io::Result<()> {
-    let mut reader = BufReader::with_capacity(READ_AHEAD, reader);
+    let mut reader = BufReader::with_capacity(frame::READ_AHEAD, reader);
     let writer = Arc::new(Mutex::new(writer));
     let mut presence = None;
     while let Some(frame) = frame::read(&mut reader)? {

@@ -170,3 +170,22 @@ fn a_call_that_waits_keeps_its_number_when_all_others_were_used() {
         assert_eq!(first.service, "the first");
     });
 }
+
+#[test]
+fn answers_that_come_together_are_read_together() {
+    struct Counting<'a>(&'a [u8], &'a mut usize);
+    impl Read for Counting<'_> {
+        fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
+            *self.1 += 1;
+            self.0.read(into)
+        }
+    }
+    let calls = Mutex::new(Calls {
+        next: 1,
+        waiting: Some(HashMap::new()),
+    });
+    let bytes = answer(1, frame::RESPONSE, "other").repeat(10_000);
+    let mut count = 0;
+    hear(Counting(&bytes, &mut count), &calls, MAX_MESSAGE);
+    assert_eq!(count, bytes.len().div_ceil(frame::READ_AHEAD) + 1);
+}
