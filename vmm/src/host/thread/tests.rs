@@ -154,6 +154,10 @@ fn what_a_thread_needs_is_allowed() {
     for kind in ["control", "api", "vcpu", "io", "disk", "files", "memory"] {
         assert_eq!(outcome(kind, read).0, Some(0), "{kind}");
     }
+    // A share asks how many files it may have open (getrlimit), and sets no limit.
+    let limit = libc::c_long::from(libc::RLIMIT_NOFILE);
+    assert_eq!(outcome("control", ("prlimit64", [0, limit, 0])).0, Some(0));
+    is_refused("control", ("prlimit64", [0, limit, 1]));
     // The C library is told that it is not there, and does without.
     assert_eq!(outcome("control", ("clone3", [0, 0, 0])).0, Some(0));
 }
