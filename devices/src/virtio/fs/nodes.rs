@@ -130,6 +130,7 @@ impl Node {
 
 #[derive(Debug)]
 pub(super) struct Nodes {
+    root: (Identity, Arc<OwnedFd>),
     nodes: HashMap<u64, Node>,
     /// The nodes that are not gone, by what they are.
     numbers: HashMap<Identity, u64>,
@@ -146,22 +147,34 @@ impl Nodes {
     /// Knows only the root.
     pub(super) fn new(root: Arc<OwnedFd>, limits: Limits) -> Result<Self, Errno> {
         let Status { identity, .. } = host::status(&root)?;
+        Ok(Self::of((identity, root), limits))
+    }
+
+    /// Forgets all but the root. It makes no system calls but to close what it drops: a vCPU's thread does
+    /// this when a driver resets the device, and may not make others.
+    pub(super) fn clear(&mut self) {
+        *self = Self::of(self.root.clone(), self.limits);
+    }
+
+    fn of(root: (Identity, Arc<OwnedFd>), limits: Limits) -> Self {
+        let (identity, fd) = root.clone();
         let node = Node {
-            at: Whereabouts::Pinned(identity, root),
+            at: Whereabouts::Pinned(identity, fd),
             parent: ROOT,
             name: CString::default(),
             lookups: 1,
             children: 0,
             opened: None,
         };
-        Ok(Self {
+        Self {
+            root,
             numbers: HashMap::from([(identity, ROOT)]),
             nodes: HashMap::from([(ROOT, node)]),
             next: ROOT + 1,
             placed: VecDeque::new(),
             orphans: 0,
             limits,
-        })
+        }
     }
 
     /// The place where a node's file is. ESTALE if it is not where it was.

@@ -75,10 +75,8 @@ impl Cache {
 /// A shared folder.
 #[derive(Debug)]
 pub(super) struct Server {
-    root: Arc<OwnedFd>,
     descriptors: Descriptors,
     nodes: Mutex<Nodes>,
-    limits: Limits,
     pub(super) handles: Handles,
     syncs: Syncs,
     readonly: bool,
@@ -202,14 +200,11 @@ impl Server {
             places: (descriptors / 4).clamp(1, MAX_PLACES),
             orphans: (descriptors / 4).max(1),
         };
-        let root = Arc::new(root);
-        let nodes = Nodes::new(root.clone(), limits).map_err(open)?;
+        let nodes = Nodes::new(Arc::new(root), limits).map_err(open)?;
         let own = (geteuid().as_raw(), getegid().as_raw());
         Ok(Self {
-            root,
             descriptors: Descriptors::open().map_err(|source| FsError::NoProc(source.into()))?,
             nodes: Mutex::new(nodes),
-            limits,
             handles: Handles::new((descriptors / 2).clamp(1, MOST)),
             syncs: Syncs::default(),
             readonly,
@@ -225,8 +220,7 @@ impl Server {
     pub(super) fn clear(&self) {
         self.agree(0);
         self.handles.clear();
-        let fresh = Nodes::new(self.root.clone(), self.limits);
-        *self.nodes() = fresh.expect("the root is open, and was asked before");
+        self.nodes().clear();
     }
 
     pub(super) fn session(&self) -> u64 {
