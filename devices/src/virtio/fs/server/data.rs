@@ -2,7 +2,7 @@
 
 use std::io;
 use std::os::fd::OwnedFd;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use rustix::fs::{FallocateFlags, OFlags, SeekFrom};
 use rustix::io::Errno;
@@ -263,8 +263,10 @@ fn version(file: &OwnedFd) -> Result<Option<Version>, Errno> {
     let Attr {
         ctime, ctimensec, ..
     } = host::status(file)?.attr;
-    let now = rustix::time::clock_gettime(rustix::time::ClockId::Realtime);
-    let is_settled = now.tv_sec.cast_unsigned() >= ctime.saturating_add(SETTLED);
+    // By the C library's clock: rustix would first ask the kernel where its own is, which a thread that
+    // serves files may not.
+    let now = SystemTime::now().duration_since(UNIX_EPOCH);
+    let is_settled = now.is_ok_and(|now| now.as_secs() >= ctime.saturating_add(SETTLED));
     Ok(is_settled.then_some((ctime, ctimensec)))
 }
 
