@@ -537,3 +537,19 @@ fn a_jail_has_what_clients_may_name_and_nothing_else() {
     );
     service.dismiss();
 }
+
+#[test]
+fn a_jail_is_ended_by_a_signal_to_the_process_outside() {
+    if !kvm_is_here() || !rustix::process::geteuid().is_root() {
+        return;
+    }
+    let service = Service::start_with(spin(), |_| ["--jail", "required"].map(String::from).into());
+    let outside = rustix::process::Pid::from_raw(service.running.pid().cast_signed());
+    let ended = rustix::process::kill_process(outside.unwrap(), rustix::process::Signal::TERM);
+    ended.unwrap();
+    let outcome = service.running.wait();
+    // As without a jail, 128 and the signal's number; and the socket is gone.
+    assert_eq!(outcome.code, Some(143), "{outcome:?}");
+    assert!(!outcome.stderr.contains("WARN"), "{outcome:?}");
+    assert_eq!(fs::read_dir(service.folder.path()).unwrap().count(), 0);
+}

@@ -1,10 +1,12 @@
 //! A pid namespace: the process in it that runs the VM, and the one outside that has its outcome.
 
+use std::fs::File;
 use std::io;
+use std::os::fd::AsFd;
 use std::process;
 
 use rustix::process::{Pid, Signal, WaitOptions, getpid, set_parent_process_death_signal, waitpid};
-use rustix::thread::UnshareFlags;
+use rustix::thread::{LinkNameSpaceType, UnshareFlags, move_into_link_name_space};
 
 use crate::host::signals;
 
@@ -14,6 +16,7 @@ pub(super) fn first_of_its_namespace() -> io::Result<()> {
     if getpid().is_init() {
         return Ok(());
     }
+    let own = File::open("/proc/self/ns/pid")?;
     #[expect(
         deprecated,
         reason = "its successor is unsafe because of flags not used here"
@@ -26,6 +29,8 @@ pub(super) fn first_of_its_namespace() -> io::Result<()> {
         0 => Ok(set_parent_process_death_signal(Some(Signal::KILL))?),
         child => {
             let child = Pid::from_raw(child).expect("it is a process");
+            // Whose next children are of another namespace can start no thread.
+            move_into_link_name_space(own.as_fd(), Some(LinkNameSpaceType::ProcessID))?;
             process::exit(outcome(child))
         }
     }
