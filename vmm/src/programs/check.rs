@@ -44,6 +44,9 @@ pub(crate) fn report() -> String {
         huge_pages(),
         transparent_huge_pages(),
         cgroups(),
+        sibling_threads(),
+        mitigations(Path::new("/sys/devices/system/cpu/vulnerabilities")),
+        merged_pages(),
     ]);
     let mut text = String::new();
     for finding in findings {
@@ -156,8 +159,85 @@ fn cgroups() -> Finding {
     }
 }
 
+/// What guests on two threads of one core can learn of each other.
+fn sibling_threads() -> Finding {
+    let active = read("/sys/devices/system/cpu/smt/active");
+    let is_active = active.as_deref() == Some("1");
+    Finding {
+        what: "SMT",
+        state: if is_active { "on" } else { "off or none" }.into(),
+        remedy: is_active.then_some(
+            "guests on one core can learn of each other: nosmt, or core scheduling, for hostile pods",
+        ),
+    }
+}
+
+/// Faults of the processor that the kernel does not make up for, by the folder that lists them.
+fn mitigations(folder: &Path) -> Finding {
+    let entries = fs::read_dir(folder).into_iter().flatten().flatten();
+    let open = entries.filter(|entry| {
+        let state = fs::read_to_string(entry.path()).unwrap_or_default();
+        state.starts_with("Vulnerable")
+    });
+    let mut open: Vec<_> = open
+        .map(|entry| entry.file_name().to_string_lossy().into_owned())
+        .collect();
+    open.sort();
+    Finding {
+        what: "mitigations",
+        state: match &open[..] {
+            [] => "none is missing".into(),
+            open => format!("missing: {}", open.join(", ")),
+        },
+        remedy: (!open.is_empty()).then_some(
+            "guests can learn of the host: boot without mitigations=off, and update microcode",
+        ),
+    }
+}
+
+/// Whether the kernel merges equal pages of all processes, by which a guest can tell what another has.
+fn merged_pages() -> Finding {
+    let runs = read("/sys/kernel/mm/ksm/run");
+    let is_on = runs.as_deref() == Some("1");
+    Finding {
+        what: "KSM",
+        state: if is_on { "on" } else { "off or none" }.into(),
+        remedy: is_on
+            .then_some("guests can tell what pages others have: echo 2 > /sys/kernel/mm/ksm/run"),
+    }
+}
+
 fn read(path: &str) -> Option<String> {
     fs::read_to_string(path)
         .ok()
         .map(|text| text.trim().to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_the_kernel_leaves_open_is_named() {
+        let folder = tempfile::tempdir().unwrap();
+        for (name, state) in [
+            ("meltdown", "Not affected"),
+            (
+                "mds",
+                "Vulnerable: Clear CPU buffers attempted, no microcode",
+            ),
+            ("spectre_v2", "Mitigation: Retpolines"),
+            ("l1tf", "Vulnerable"),
+        ] {
+            fs::write(folder.path().join(name), state).unwrap();
+        }
+        let found = mitigations(folder.path());
+        assert_eq!(found.state, "missing: l1tf, mds");
+        assert!(found.remedy.is_some());
+        let found = mitigations(Path::new("/nonexistent"));
+        assert_eq!(
+            (found.state.as_str(), found.remedy),
+            ("none is missing", None)
+        );
+    }
 }
