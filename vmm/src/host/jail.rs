@@ -2,7 +2,7 @@
 //! host's files that has no more than the VM needs, at the paths that they have on the host; namespaces of its
 //! own; and the capabilities that are left to it.
 //!
-//! Each step is one that a host may not be able to do. It is said then, and the next is done; unless the jail
+//! Most steps are such as a host may not be able to do. It is said then, and the next is done; unless the jail
 //! is required.
 
 mod process;
@@ -93,7 +93,11 @@ pub(crate) fn enter(wanted: Wanted, paths: &[HostPath]) -> Result<(), JailError>
     let paths: Vec<_> = paths.iter().cloned().chain(wants_devices).collect();
     if attempt(Step::Namespaces, namespaces())? {
         attempt(Step::Process, process::first_of_its_namespace())?;
-        attempt(Step::Files, tree::enter(&paths))?;
+        // Half of a tree is none to go on in.
+        tree::enter(&paths).map_err(|source| JailError {
+            step: Step::Files,
+            source,
+        })?;
     }
     attempt(Step::Memory, keep_memory())?;
     attempt(Step::Rules, rules::apply(&paths))?;

@@ -58,6 +58,7 @@ fn enter_as_told() -> std::path::PathBuf {
         HostPath::write(&folder.join("write")),
         HostPath::write(&folder.join("write/later")),
         HostPath::read(&folder.join("missing")),
+        HostPath::write("/dev/stderr".as_ref()),
     ];
     enter(Wanted::On, &paths).unwrap();
     folder
@@ -85,6 +86,7 @@ fn inside() {
         let known = [ErrorKind::ReadOnlyFilesystem, ErrorKind::PermissionDenied];
         assert!(known.contains(&kind), "{kind:?}");
     }
+    File::options().append(true).open("/dev/stderr").unwrap();
     // Nothing else is there.
     for path in [
         "/etc/passwd",

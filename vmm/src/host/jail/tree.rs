@@ -59,6 +59,13 @@ fn source(path: &HostPath) -> Option<(PathBuf, Access)> {
 /// Shows `path` in the tree.
 fn bind(path: &Path, access: Access) -> io::Result<()> {
     let place = inside(path);
+    // As /dev/stderr: by the jail's own /proc it leads to the same.
+    if let Ok(target) = fs::read_link(path)
+        && target.starts_with(PLACE)
+    {
+        fs::create_dir_all(place.parent().unwrap_or_else(|| Path::new(PLACE)))?;
+        return std::os::unix::fs::symlink(target, place);
+    }
     if path.is_dir() {
         fs::create_dir_all(&place)?;
     } else {
