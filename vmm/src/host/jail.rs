@@ -11,7 +11,7 @@ mod tree;
 
 use std::fmt;
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use api::{Access, HostPath};
 use rustix::process::{DumpableBehavior, Resource, Rlimit, set_dumpable_behavior, setrlimit};
@@ -89,8 +89,8 @@ pub(crate) fn enter(wanted: Wanted, paths: &[HostPath]) -> Result<(), JailError>
             Ok(false)
         }
     };
-    let wants_devices = devices(paths);
-    let paths: Vec<_> = paths.iter().cloned().chain(wants_devices).collect();
+    let kvm = HostPath::write("/dev/kvm".as_ref());
+    let paths: Vec<_> = paths.iter().chain([&kvm]).filter_map(found).collect();
     if attempt(Step::Namespaces, namespaces())? {
         attempt(Step::Process, process::first_of_its_namespace())?;
         // Half of a tree is none to go on in.
@@ -105,15 +105,24 @@ pub(crate) fn enter(wanted: Wanted, paths: &[HostPath]) -> Result<(), JailError>
     Ok(())
 }
 
-/// The devices that each VM needs.
-fn devices(paths: &[HostPath]) -> Vec<HostPath> {
-    let device = |path: &str| HostPath {
-        path: PathBuf::from(path),
-        access: Access::Write,
-    };
-    let mut devices = vec![device("/dev/kvm")];
-    devices.retain(|device| !paths.contains(device));
-    devices
+/// The path from the root, or else the folder that what is to be written is made in. None if there is neither:
+/// what needs it will say so.
+fn found(path: &HostPath) -> Option<HostPath> {
+    let absolute = std::path::absolute(&path.path).ok()?;
+    if absolute.exists() {
+        return Some(HostPath {
+            path: absolute,
+            access: path.access,
+        });
+    }
+    let folder = absolute.parent().filter(|folder| folder.is_dir())?;
+    (path.access == Access::Write && folder != Path::new("/")).then(|| HostPath::write(folder))
+}
+
+/// Where the path leads in /proc, if it names a stream of the process's own, as /dev/stderr does.
+fn stream(path: &Path) -> Option<PathBuf> {
+    let target = std::fs::read_link(path).ok()?;
+    target.starts_with("/proc/self").then_some(target)
 }
 
 fn namespaces() -> io::Result<()> {

@@ -1,13 +1,18 @@
 //! Landlock (landlock(7)): the kernel holds the process to the VM's files, whatever it has mounted or opened
 //! besides.
 
+use std::fs;
 use std::io;
+use std::os::unix::fs::FileTypeExt;
+use std::path::Path;
 
 use api::{Access, HostPath};
 use landlock::{
     ABI, Access as _, AccessFs, BitFlags, CompatLevel, Compatible, PathBeneath, PathFd, Ruleset,
     RulesetAttr, RulesetCreatedAttr, RulesetStatus,
 };
+
+use super::stream;
 
 /// The oldest Landlock under which a share works: by earlier ones no file could be moved to another folder.
 const OLDEST: ABI = ABI::V2;
@@ -35,13 +40,11 @@ pub(super) fn apply(paths: &[HostPath]) -> io::Result<()> {
         access: Access::Read,
     };
     for HostPath { path, access } in paths.iter().chain([&proc]) {
-        // It is not there: what needs it will say so.
-        let Some(open) = PathFd::new(path).ok().or_else(|| {
-            let folder = path.parent().filter(|_| *access == Access::Write)?;
-            PathFd::new(folder).ok()
-        }) else {
+        // Landlock has no rules for pipes and sockets without a name, and does not keep one from them.
+        if stream(path).is_some() && !has_a_name(path) {
             continue;
-        };
+        }
+        let open = PathFd::new(path).map_err(io::Error::other)?;
         let allowed: BitFlags<AccessFs> = match access {
             Access::Read => read,
             Access::Write => all,
@@ -54,4 +57,12 @@ pub(super) fn apply(paths: &[HostPath]) -> io::Result<()> {
         RulesetStatus::NotEnforced => Err(io::Error::other("the kernel does not enforce it")),
         RulesetStatus::PartiallyEnforced | RulesetStatus::FullyEnforced => Ok(()),
     }
+}
+
+/// Whether what a stream leads to is in a file system.
+fn has_a_name(stream: &Path) -> bool {
+    fs::metadata(stream).is_ok_and(|file| {
+        let kind = file.file_type();
+        !kind.is_fifo() && !kind.is_socket()
+    })
 }

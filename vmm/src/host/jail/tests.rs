@@ -3,7 +3,7 @@
 use std::fs::{self, File};
 use std::io::ErrorKind;
 use std::os::unix::fs::MetadataExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
 use rustix::fs::{CWD, FileType, Mode, mknodat};
@@ -51,8 +51,8 @@ fn is_root() -> bool {
 }
 
 /// Enters the jail of the folder that the environment names, with a path that is not there yet.
-fn enter_as_told() -> std::path::PathBuf {
-    let folder = std::path::PathBuf::from(std::env::var_os(FOLDER).unwrap());
+fn enter_as_told() -> PathBuf {
+    let folder = PathBuf::from(std::env::var_os(FOLDER).unwrap());
     let paths = [
         HostPath::read("read".as_ref()),
         HostPath::write(&folder.join("write")),
@@ -60,7 +60,7 @@ fn enter_as_told() -> std::path::PathBuf {
         HostPath::read(&folder.join("missing")),
         HostPath::write("/dev/stderr".as_ref()),
     ];
-    enter(Wanted::On, &paths).unwrap();
+    enter(Wanted::Required, &paths).unwrap();
     folder
 }
 
@@ -136,12 +136,12 @@ fn inside() {
         capabilities.permitted,
         needed(&[HostPath::write("write".as_ref())])
     );
+    // By the number of a file, one could open what is outside the share.
     assert!(
         !capabilities
             .permitted
             .contains(CapabilitySet::DAC_READ_SEARCH)
     );
-    // By the number of a file, one could open what is outside the share.
     assert!(rustix::thread::no_new_privs().unwrap());
     println!("all of it was tried");
 }
@@ -203,15 +203,14 @@ fn the_process_outside_has_the_outcome_of_the_one_inside() {
 
 #[test]
 fn a_share_that_is_read_takes_less_than_one_that_is_written() {
-    let needs = |paths: &[HostPath]| needed(paths);
     let (read, write) = (HostPath::read("/".as_ref()), HostPath::write("/".as_ref()));
-    assert_eq!(needs(&[]), CapabilitySet::empty());
+    assert_eq!(needed(&[]), CapabilitySet::empty());
     assert_eq!(
-        needs(&[HostPath::write("/dev/kvm".as_ref())]),
+        needed(&[HostPath::write("/dev/kvm".as_ref())]),
         CapabilitySet::empty()
     );
-    assert_eq!(needs(&[read]), CapabilitySet::DAC_OVERRIDE);
-    assert!(needs(&[write]).contains(CapabilitySet::CHOWN));
+    assert_eq!(needed(&[read]), CapabilitySet::DAC_OVERRIDE);
+    assert!(needed(&[write]).contains(CapabilitySet::CHOWN));
     let tun = HostPath::write("/dev/net/tun".as_ref());
-    assert_eq!(needs(&[tun]), CapabilitySet::NET_ADMIN);
+    assert_eq!(needed(&[tun]), CapabilitySet::NET_ADMIN);
 }

@@ -11,6 +11,8 @@ use rustix::mount::{
 };
 use rustix::process::{chdir, pivot_root};
 
+use super::stream;
+
 /// Where the tree is made: a folder that each host has, and in which the VM has no file.
 const PLACE: &str = "/proc";
 
@@ -20,13 +22,9 @@ pub(super) fn enter(paths: &[HostPath]) -> io::Result<()> {
     // What is mounted here is seen nowhere else.
     let downstream = MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC;
     mount_change("/", downstream)?;
-    // By their names before anything lies over them.
-    let sources = paths.iter().filter_map(source).collect::<Vec<_>>();
     let nothing = MountFlags::NODEV | MountFlags::NOSUID | MountFlags::NOEXEC;
     mount("podvmm", PLACE, "tmpfs", nothing, c"mode=755,size=1m")?;
-    for (path, access) in &sources {
-        bind(path, *access)?;
-    }
+    paths.iter().try_for_each(bind)?;
     let proc = inside(Path::new("/proc"));
     fs::create_dir_all(&proc)?;
     // By a process's descriptors a share's files are opened again. Kernels before 5.8 know no `subset`.
@@ -44,25 +42,11 @@ pub(super) fn enter(paths: &[HostPath]) -> io::Result<()> {
     Ok(())
 }
 
-/// What is to be there: a path from the root, or the folder that it is to be made in. None if there is neither:
-/// what needs it will say so.
-fn source(path: &HostPath) -> Option<(PathBuf, Access)> {
-    let absolute = std::path::absolute(&path.path).ok()?;
-    if absolute.exists() {
-        return Some((absolute, path.access));
-    }
-    let folder = absolute.parent().filter(|folder| folder.is_dir())?;
-    (path.access == Access::Write && folder != Path::new("/"))
-        .then(|| (folder.to_path_buf(), Access::Write))
-}
-
 /// Shows `path` in the tree.
-fn bind(path: &Path, access: Access) -> io::Result<()> {
+fn bind(HostPath { path, access }: &HostPath) -> io::Result<()> {
     let place = inside(path);
-    // As /dev/stderr: by the jail's own /proc it leads to the same.
-    if let Ok(target) = fs::read_link(path)
-        && target.starts_with(PLACE)
-    {
+    // By the jail's own /proc it leads to the same.
+    if let Some(target) = stream(path) {
         fs::create_dir_all(place.parent().unwrap_or_else(|| Path::new(PLACE)))?;
         return std::os::unix::fs::symlink(target, place);
     }
