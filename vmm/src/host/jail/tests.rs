@@ -6,7 +6,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
-use rustix::fs::{CWD, FileType, Mode, mknodat};
+use rustix::fs::{CWD, FileType, Mode, StatVfsMountFlags, mknodat};
 use rustix::io::Errno;
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 use rustix::process::{Pid, Signal, test_kill_process};
@@ -86,6 +86,9 @@ fn inside() {
         let known = [ErrorKind::ReadOnlyFilesystem, ErrorKind::PermissionDenied];
         assert!(known.contains(&kind), "{kind:?}");
     }
+    // Also what is mounted below it, whatever Landlock says.
+    let below = rustix::fs::statvfs(folder.join("read/inner")).unwrap();
+    assert!(below.f_flag.contains(StatVfsMountFlags::RDONLY));
     File::options().append(true).open("/dev/stderr").unwrap();
     // Nothing else is there.
     for path in [
@@ -152,7 +155,11 @@ fn a_jail_has_what_it_was_given_and_nothing_else() {
         return;
     }
     let folder = folder();
+    let inner = folder.path().join("read/inner");
+    fs::create_dir(&inner).unwrap();
+    mount("podvmm-test", &inner, "tmpfs", MountFlags::empty(), None).unwrap();
     let output = apart("inside", folder.path());
+    unmount(&inner, UnmountFlags::DETACH).unwrap();
     let said = String::from_utf8_lossy(&output.stdout);
     assert!(output.status.success(), "{output:?}");
     assert!(said.contains("all of it was tried"), "{output:?}");

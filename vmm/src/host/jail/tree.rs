@@ -1,7 +1,9 @@
 //! The jail's files: an empty tree, with what the VM needs where the host has it.
 
+use std::ffi::CString;
 use std::fs::{self, File};
 use std::io;
+use std::os::unix::ffi::OsStrExt;
 use std::path::{Component, Path, PathBuf};
 
 use api::{Access, HostPath};
@@ -66,10 +68,33 @@ fn bind(HostPath { path, access }: &HostPath) -> io::Result<()> {
     )?;
     match access {
         Access::Write => Ok(()),
-        Access::Read => {
-            let flags = MountFlags::BIND | MountFlags::RDONLY | MountFlags::NOSUID;
-            Ok(mount_remount(&place, flags, c"")?)
-        }
+        Access::Read => make_readonly(&place),
+    }
+}
+
+/// Makes a mount read-only, with all that is mounted below it (mount_setattr(2)).
+fn make_readonly(place: &Path) -> io::Result<()> {
+    let path = CString::new(place.as_os_str().as_bytes())?;
+    let attributes = libc::mount_attr {
+        attr_set: libc::MOUNT_ATTR_RDONLY | libc::MOUNT_ATTR_NOSUID,
+        attr_clr: 0,
+        propagation: 0,
+        userns_fd: 0,
+    };
+    // SAFETY: path and attributes outlive the call, and the size is that of what is pointed to.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_mount_setattr,
+            libc::AT_FDCWD,
+            path.as_ptr(),
+            libc::AT_RECURSIVE,
+            &raw const attributes,
+            size_of::<libc::mount_attr>(),
+        )
+    };
+    match result {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
     }
 }
 
