@@ -99,8 +99,8 @@ fn add(calls: &mut Calls, more: &Calls) {
             // It is allowed whatever its arguments.
             Some(there) if there.is_empty() || rules.is_empty() => there.clear(),
             Some(there) => {
-                let new: Vec<_> = rules.iter().filter(|rule| !there.contains(rule)).collect();
-                let new: Vec<_> = new.into_iter().cloned().collect();
+                let is_new = |rule: &&SeccompRule| !there.contains(rule);
+                let new: Vec<_> = rules.iter().filter(is_new).cloned().collect();
                 there.extend(new);
             }
         }

@@ -523,8 +523,15 @@ fn in_new_pid_namespace(start: impl FnOnce() -> io::Result<Child>) -> io::Result
     // SAFETY: it changes nothing but the pid namespace of this thread's children.
     unsafe { unshare_unsafe(UnshareFlags::NEWPID) }?;
     let child = start();
-    move_into_link_name_space(own.as_fd(), Some(LinkNameSpaceType::ProcessID))?;
-    child
+    let back = move_into_link_name_space(own.as_fd(), Some(LinkNameSpaceType::ProcessID));
+    let mut child = child?;
+    if let Err(errno) = back {
+        // The shim does not keep a VMM whose thread can do nothing more for it.
+        let _ = child.kill();
+        let _ = child.wait();
+        return Err(errno.into());
+    }
+    Ok(child)
 }
 
 /// Puts what podvmm and the guest say into the log, and waits for the end.

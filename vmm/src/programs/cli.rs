@@ -406,10 +406,9 @@ mod tests {
         let paths = [HostPath::read("/a".as_ref()), HostPath::write("b".as_ref())];
         assert_eq!(options.jail_paths, paths);
         assert_eq!(run(&[]).jail, Wanted::Off);
-        let refused = |arguments: &[&str]| refusal(arguments);
-        assert!(refused(&["--jail", "yes"]).starts_with("--jail: write on, off or"));
-        assert!(refused(&["--jail", "on", "--jail-path", "/a"]).starts_with("--jail-path: write"));
-        assert!(refused(&["--jail-path", "read=/a"]).starts_with("--jail-path: it goes with"));
+        assert!(refusal(&["--jail", "yes"]).starts_with("--jail: write on, off or"));
+        assert!(refusal(&["--jail", "on", "--jail-path", "/a"]).starts_with("--jail-path: write"));
+        assert!(refusal(&["--jail-path", "read=/a"]).starts_with("--jail-path: it goes with"));
     }
 
     #[test]
