@@ -445,9 +445,10 @@ fn attempt(
                 if let Err(error) = claim.make(&vm, since.elapsed() / SETTLING_SHARE) {
                     log::warn!("there is no template: {}", api::chain(&error).join(": "));
                 }
-                agent = meet(&vm, place, config)?;
-                tell_time(&agent)?;
                 birth.note("template");
+                agent = meet(&vm, place, config)?;
+                // Who reads the template would know its random numbers.
+                renew(birth, &agent)?;
             }
             Start::Clone(_) => renew(birth, &agent)?,
         }
@@ -471,7 +472,7 @@ fn attempt(
     }
 }
 
-/// Gives a guest restored from a template random numbers of its own, and the time of day.
+/// Gives a guest that shares its memory with a template random numbers of its own, and the time of day.
 fn renew(birth: &Birth<'_>, agent: &Agent) -> Result<(), Error> {
     waiting::renew(agent)?;
     birth.note("renewal");
