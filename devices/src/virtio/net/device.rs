@@ -109,6 +109,8 @@ impl Net {
             // An older host knows no USO and says so.
             let uso = offload::CSUM | offload::USO4 | offload::USO6;
             offloads.uso = taps[0].set_offloads(uso).is_ok();
+            // Frames that come before there is a driver are not left to one that accepts less.
+            let _ = taps[0].set_offloads(0);
         }
         let mut queue_sizes = vec![queue_size; 2 * taps.len()];
         if taps.len() > 1 {
@@ -239,8 +241,7 @@ impl VirtioDevice for Net {
             taps.push(tap.lend().ok_or(ActivateError::Held { what: "tap" })?);
         }
         if let Err(error) = taps[0].set_offloads(bits) {
-            // A tap that another program made may not take them. Then nothing is left to the guest, not
-            // even what was offered when the device was made.
+            // A tap that another program made may not take them. Then nothing is left to the guest.
             log::debug!("set the offloads of a tap: {error}");
             let _ = taps[0].set_offloads(0);
         }

@@ -1,5 +1,9 @@
+use std::fs::File;
+use std::io::Read;
+use std::net::UdpSocket;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixDatagram;
+use std::process::Command;
 use std::time::Duration;
 
 use virtio_bindings::virtio_net::*;
@@ -180,6 +184,45 @@ fn work_is_left_to_the_other_side_only_as_configured() {
     assert_eq!(device(1, Offloads::default()).0.features() & all, all);
     assert_eq!(device(1, plain()).0.features() & bit(VIRTIO_NET_F_MQ), 0);
     assert_ne!(device(2, plain()).0.features() & bit(VIRTIO_NET_F_MQ), 0);
+}
+
+#[test]
+fn no_work_is_left_to_a_driver_before_it_accepts_it() {
+    let run = |arguments: &str| {
+        let status = Command::new("ip").args(arguments.split(' ')).status();
+        assert!(status.unwrap().success(), "ip {arguments}");
+    };
+    std::thread::spawn(move || {
+        own_network();
+        let taps = Tap::open("early0", 1).unwrap();
+        let mut tap = File::from(OwnedFd::from(taps[0].try_clone().unwrap()));
+        let net = Net::new(NetConfig {
+            taps,
+            mac: MAC,
+            mtu: None,
+            queue_size: 16,
+            offloads: Offloads::default(),
+            rates: Limits::default(),
+        });
+        let _net = net.unwrap();
+        run("address add 192.0.2.1/24 dev early0");
+        run("link set early0 up");
+        run("neighbour add 192.0.2.2 lladdr 02:00:00:00:00:02 dev early0");
+        let socket = UdpSocket::bind("192.0.2.1:0").unwrap();
+        socket.send_to(b"early", "192.0.2.2:9").unwrap();
+        let mut frame = [0; 2000];
+        // Linux sends frames of IPv6 by itself.
+        let len = loop {
+            let len = tap.read(&mut frame).unwrap();
+            if frame[HEADER_LEN + 12..HEADER_LEN + 14] == [8, 0] {
+                break len;
+            }
+        };
+        assert!(frame[..len].ends_with(b"early"));
+        assert_eq!(frame[0], 0, "its checksum was left to the guest");
+    })
+    .join()
+    .unwrap();
 }
 
 #[test]
