@@ -182,7 +182,7 @@ fn what_cannot_be_honoured_is_named() {
     );
     assert_eq!(
         with("landlock_rules", json!([{"path": "/a", "access": "r"}])),
-        "landlock_rules: podvmm does not use Landlock"
+        "landlock_rules: Landlock is part of podvmm's jail, see --jail"
     );
     let pty = with("console", json!({"mode": "Pty"}));
     assert!(

@@ -49,8 +49,8 @@ const FIELDS: &[(&str, &str)] = &[
     ("ivshmem", "there is no PCI"),
     ("watchdog", "there is no watchdog"),
     ("pvpanic", "a panic is seen on the console"),
-    ("landlock_enable", "podvmm does not use Landlock"),
-    ("landlock_rules", "podvmm does not use Landlock"),
+    ("landlock_enable", LANDLOCK),
+    ("landlock_rules", LANDLOCK),
     ("rate_limit_groups", "each disk has a limit of its own"),
     (
         "disks.*.rate_limit_group",
@@ -69,6 +69,8 @@ const CHOICES: &[(&str, &str, &str)] = &[
     ("cpus.topology.dies_per_package", "1", ONE_PACKAGE),
     ("cpus.topology.packages", "1", ONE_PACKAGE),
 ];
+
+const LANDLOCK: &str = "Landlock is part of podvmm's jail, see --jail";
 
 pub(super) const ONE_PACKAGE: &str =
     "guests have one package with one die, max_vcpus cores and one thread each";
