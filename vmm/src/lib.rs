@@ -5,8 +5,11 @@
 //! parts, and requests, are those of the HTTP API ([`api`]). `examples/boot.rs` and
 //! `examples/restore.rs` are whole programs.
 //!
-//! A VM needs `/dev/kvm`, and descriptors: a few for each device, one for each connection. It changes
-//! nothing of its process, which should ignore SIGXFSZ if its files may be limited in size.
+//! A VM needs `/dev/kvm`, and descriptors: a few for each device, one for each connection. Of its process it
+//! takes the signal SIGRTMIN, which makes vCPUs leave the guest, and it ends the process with status 119 if
+//! another process gives the guest's RAM and goes away. It has neither filters of system calls nor a jail:
+//! those are for a whole process, and the program `podvmm` sets them up. The process should ignore SIGXFSZ if
+//! its files may be limited in size.
 //!
 //! # The house
 //!
