@@ -1,5 +1,5 @@
-//! `vm.resize`, with guests of a few instructions. What Linux does with what it gets is in `tests/cpus.rs`
-//! and `tests/devices.rs`.
+//! `vm.resize`, with guests of a few instructions. More of vCPUs that come and go is in `tests/cpus.rs`, and
+//! what Linux does with memory in `tests/devices.rs`.
 
 use api::http::Client;
 use serde_json::{Value, json};

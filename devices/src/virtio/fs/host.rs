@@ -1,5 +1,5 @@
 //! The host's file system, one name below one open folder at a time. Nothing here follows a
-//! symbolic link of the share's, and no name has a slash.
+//! symbolic link of the share's, and `server` has checked that no name has a slash.
 
 use std::ffi::CStr;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
