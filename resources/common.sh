@@ -97,6 +97,26 @@ fill_node() {
 	"$workspace/resources/node" run "$node" ln -sf "$(command -v virtiofsd)" /usr/local/bin
 }
 
+# Flags for rustc by which a program does not tell where it was built: release_flags TARGET_FOLDER. There is what the
+# build generates; cargo names files of the workspace by where they are in it, but not those of other crates.
+release_flags() {
+	local folder flags="--remap-path-prefix=$1=/podvmm" commit
+	for folder in "${CARGO_HOME:-$HOME/.cargo}"/registry/src/*/; do
+		flags+=" --remap-path-prefix=${folder%/}=/crates"
+	done
+	commit=$(rustc -vV | sed -n 's/^commit-hash: //p')
+	echo "$flags --remap-path-prefix=$(rustc --print sysroot)/lib/rustlib/src/rust=/rustc/$commit"
+}
+
+# Build the agent, small and static: it is unpacked, loaded and started by a guest's kernel at each boot. It goes
+# to the folder for this machine's kind below a target folder: build_agent TARGET_FOLDER
+build_agent() (
+	unset CARGO_ENCODED_RUSTFLAGS
+	export CARGO_PROFILE_RELEASE_OPT_LEVEL=z
+	export RUSTFLAGS="${RUSTFLAGS:+$RUSTFLAGS }-C target-feature=+crt-static -C relocation-model=static"
+	cargo build --release --locked --package agent --target "$(rustc -vV | sed -n 's/^host: //p')" --target-dir "$1"
+)
+
 # Put a program of crates.io ($1, version $2) into the cache, unless it is there, and on the path.
 install_crate() {
 	local crate=$1 version=$2 root=$cache/crates/$1-$2
