@@ -57,11 +57,12 @@ pub(super) fn read(file: &File, file_bytes: u64) -> Result<KernelImage, ImageErr
     // It is loaded where it wants to run, so it need not move itself.
     let start = header.pref_address;
     let memory_bytes = u64::from(header.init_size).max(code_bytes);
-    let end = start
-        .checked_add(memory_bytes)
-        .ok_or(ImageError::Malformed(
+    let past = |bytes| {
+        start.checked_add(bytes).ok_or(ImageError::Malformed(
             "the kernel ends past the end of the address space",
-        ))?;
+        ))
+    };
+    let (end, entry) = (past(memory_bytes)?, past(ENTRY_64_OFFSET)?);
     header.type_of_loader = LOADER_UNDEFINED;
     Ok(KernelImage {
         segments: vec![Segment {
@@ -70,8 +71,41 @@ pub(super) fn read(file: &File, file_bytes: u64) -> Result<KernelImage, ImageErr
             start: GuestAddress(start),
             memory_bytes,
         }],
-        entry: Entry::Linux64(GuestAddress(start + ENTRY_64_OFFSET)),
+        entry: Entry::Linux64(GuestAddress(entry)),
         end: GuestAddress(end),
         setup_header: Some(Box::new(header)),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use vmm_sys_util::tempfile::TempFile;
+
+    use super::*;
+
+    /// A bzImage of one sector of code that wants to lie there.
+    fn image(pref_address: u64) -> Result<KernelImage, ImageError> {
+        let mut bytes = vec![0; 2048];
+        let mut put = |at: usize, field: &[u8]| bytes[at..at + field.len()].copy_from_slice(field);
+        put(0x1f1, &[1]);
+        put(0x1f4, &32_u32.to_le_bytes());
+        put(0x202, &MAGIC.to_le_bytes());
+        put(0x206, &VERSION_2_12.to_le_bytes());
+        put(0x236, &XLF_KERNEL_64.to_le_bytes());
+        put(0x258, &pref_address.to_le_bytes());
+        let file = TempFile::new().unwrap();
+        file.as_file().write_all_at(&bytes, 0).unwrap();
+        read(file.as_file(), 2048)
+    }
+
+    #[test]
+    fn a_kernel_ends_and_is_entered_in_the_address_space() {
+        let read = image(0x100_0000).unwrap();
+        assert_eq!(read.entry, Entry::Linux64(GuestAddress(0x100_0200)));
+        assert_eq!(read.end, GuestAddress(0x100_0200));
+        for bytes in [1, 0x1ff, 0x200] {
+            let refused = image(u64::MAX - bytes + 1).unwrap_err().to_string();
+            assert!(refused.contains("past the end"), "{refused}");
+        }
+    }
 }
