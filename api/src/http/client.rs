@@ -5,7 +5,7 @@ use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 use thiserror::Error;
@@ -14,7 +14,10 @@ use super::connection::MAX_FDS;
 
 /// How long an answer may take. The slowest requests end a guest, which gets seconds.
 const PATIENCE: Duration = Duration::from_secs(30);
-const MAX_ANSWER: usize = 16 << 20;
+/// Longest body of an answer. What podvmm says of itself takes some KiB.
+const MAX_ANSWER: usize = 1 << 20;
+/// Longest status line and headers together.
+const MAX_HEAD: usize = 16 << 10;
 
 /// Why there is no answer, or it is a refusal.
 #[derive(Debug, Error)]
@@ -52,6 +55,11 @@ impl Client {
             source,
         })?;
         Ok(Self { stream })
+    }
+
+    #[cfg(feature = "test-utils")]
+    pub(super) fn over(stream: UnixStream) -> Self {
+        Self { stream }
     }
 
     /// Sends a request and returns the body of its answer. `fds` are passed along.
@@ -98,7 +106,9 @@ impl Client {
         Ok(())
     }
 
+    /// The next answer. A podvmm that its guest has taken over may say anything, at any length and pace.
     fn answer(&mut self) -> Result<(u16, Vec<u8>), ClientError> {
+        let deadline = Instant::now() + PATIENCE;
         let mut bytes = Vec::new();
         loop {
             let mut headers = [httparse::EMPTY_HEADER; 32];
@@ -107,7 +117,10 @@ impl Client {
                 .parse(&bytes)
                 .map_err(|error| ClientError::Answer(error.to_string()))?;
             let httparse::Status::Complete(used) = status else {
-                self.more(&mut bytes)?;
+                if bytes.len() > MAX_HEAD {
+                    return Err(ClientError::Answer("its headers do not end".into()));
+                }
+                self.more(&mut bytes, deadline)?;
                 continue;
             };
             let length = parsed
@@ -122,13 +135,17 @@ impl Client {
             let status = parsed.code.unwrap_or(0);
             let mut body = bytes.split_off(used);
             while body.len() < length {
-                self.more(&mut body)?;
+                self.more(&mut body, deadline)?;
             }
+            body.truncate(length);
             return Ok((status, body));
         }
     }
 
-    fn more(&mut self, bytes: &mut Vec<u8>) -> Result<(), ClientError> {
+    fn more(&mut self, bytes: &mut Vec<u8>, deadline: Instant) -> Result<(), ClientError> {
+        if Instant::now() > deadline {
+            return Err(io::Error::from(io::ErrorKind::TimedOut).into());
+        }
         let mut piece = [0; 8 << 10];
         let count = self.stream.read(&mut piece)?;
         if count == 0 {
@@ -136,5 +153,54 @@ impl Client {
         }
         bytes.extend_from_slice(&piece[..count]);
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What a client makes of an answer that goes on with the same bytes as long as they are taken.
+    fn endless(start: &str, more: &str) -> (ClientError, usize) {
+        let (client, mut podvmm) = UnixStream::pair().unwrap();
+        let (start, more) = (start.to_owned(), more.repeat(1024));
+        let says = std::thread::spawn(move || {
+            let mut said = start.len();
+            podvmm.write_all(start.as_bytes()).unwrap();
+            while podvmm.write_all(more.as_bytes()).is_ok() {
+                said += more.len();
+            }
+            said
+        });
+        let mut client = Client { stream: client };
+        let error = client.call("GET", "/", None, &[]).unwrap_err();
+        drop(client);
+        (error, says.join().unwrap())
+    }
+
+    #[test]
+    fn an_answer_without_end_is_not_kept() {
+        // What a socket holds is said, too.
+        const MOST: usize = 1 << 20;
+        let (error, said) = endless("HTTP/1.1 200 \r\nA: ", "aaaaaaaa");
+        assert!(error.to_string().contains("do not end"), "{error}");
+        assert!(said < MOST, "{said} bytes");
+        let head = format!(
+            "HTTP/1.1 200 \r\nContent-Length: {}\r\n\r\n",
+            MAX_ANSWER + 1
+        );
+        let (error, said) = endless(&head, "[[],[],[");
+        assert!(error.to_string().contains("bytes long"), "{error}");
+        assert!(said < MOST, "{said} bytes");
+    }
+
+    #[test]
+    fn what_follows_an_answer_is_no_part_of_it() {
+        let (client, mut podvmm) = UnixStream::pair().unwrap();
+        podvmm
+            .write_all(b"HTTP/1.1 200 \r\nContent-Length: 2\r\n\r\n{}HTTP/1.1 500 \r\n")
+            .unwrap();
+        let mut client = Client { stream: client };
+        assert_eq!(client.call("GET", "/", None, &[]).unwrap(), b"{}");
     }
 }
