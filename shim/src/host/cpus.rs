@@ -65,18 +65,17 @@ pub(crate) fn together(lists: &[String]) -> Vec<usize> {
 
 /// The CPUs of a list such as `0-3,8` (cpuset(7), List format), in order. `None` if it is none.
 pub(crate) fn list(text: &str) -> Option<Vec<usize>> {
-    let mut cpus = Vec::new();
+    let mut is_listed = [false; CpuSet::MAX_CPU];
     for part in text.split(',').filter(|part| !part.is_empty()) {
         let (first, last) = part.split_once('-').unwrap_or((part, part));
         let (first, last): (usize, usize) = (first.parse().ok()?, last.parse().ok()?);
         if first > last || last >= CpuSet::MAX_CPU {
             return None;
         }
-        cpus.extend(first..=last);
+        is_listed[first..=last].fill(true);
     }
-    cpus.sort_unstable();
-    cpus.dedup();
-    Some(cpus)
+    let listed = is_listed.iter().enumerate().filter(|(_, is)| **is);
+    Some(listed.map(|(cpu, _)| cpu).collect())
 }
 
 #[cfg(test)]

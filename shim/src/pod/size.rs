@@ -97,24 +97,25 @@ pub(crate) fn size(
     announced: Limits,
     containers: impl Iterator<Item = Limits>,
 ) -> Size {
-    let (mut memory, mut milli) = (0, 0);
+    let (mut memory, mut milli) = (0_u64, 0_u64);
     let (mut memory_default, mut cpu_default) = (false, false);
     for limits in containers {
-        memory += limits.memory_mib.unwrap_or(0);
-        milli += limits.milli_cpus.unwrap_or(0);
+        memory = memory.saturating_add(limits.memory_mib.unwrap_or(0));
+        milli = milli.saturating_add(limits.milli_cpus.unwrap_or(0));
         memory_default |= limits.memory_mib.is_none();
         cpu_default |= limits.milli_cpus.is_none();
     }
     if memory_default || memory == 0 {
-        memory += u64::from(config.default_memory_mib);
+        memory = memory.saturating_add(config.default_memory_mib.into());
     }
     if cpu_default || milli == 0 {
-        milli += 1000 * u64::from(config.default_vcpus);
+        milli = milli.saturating_add(1000 * u64::from(config.default_vcpus));
     }
     memory = memory.max(announced.memory_mib.unwrap_or(0));
     milli = milli.max(announced.milli_cpus.unwrap_or(0));
     let most = config.most();
-    let memory = (memory + u64::from(config.guest_overhead_mib)).min(most.memory_mib);
+    let memory = memory.saturating_add(config.guest_overhead_mib.into());
+    let memory = memory.min(most.memory_mib);
     Size {
         vcpus: u8::try_from(milli.div_ceil(1000)).map_or(most.vcpus, |cpus| cpus.min(most.vcpus)),
         memory_mib: memory.next_multiple_of(BLOCK_MIB),
@@ -162,6 +163,20 @@ mod tests {
         assert_eq!(sized(&two), (3, 166), "rounded up");
         assert_eq!(sized(&[two[0], limits(0, 0)]), (3, 676));
         assert_eq!(sized(&[limits(i64::MAX, i64::MAX)]), (4, 8192));
+    }
+
+    #[test]
+    fn limits_without_end_are_as_much_as_there_may_be() {
+        let cpu = LinuxCpu {
+            quota: i64::MAX,
+            period: 1,
+            ..LinuxCpu::default()
+        };
+        let endless = Limits::of(&LinuxResources {
+            cpu: Some(cpu),
+            ..LinuxResources::default()
+        });
+        assert_eq!(sized(&[endless, endless, limits(0, 0)]), (4, 576));
     }
 
     #[test]
