@@ -5,7 +5,7 @@ mod identity;
 pub(crate) mod launch;
 mod process;
 mod rootfs;
-mod seccomp;
+pub(crate) mod seccomp;
 pub(crate) mod stage;
 
 use std::collections::HashMap;

@@ -48,7 +48,7 @@ pub(crate) fn copy(request: &CopyFileRequest) -> Result<(), Error> {
     copy_below(Path::new(BASE), request)
 }
 
-fn copy_below(base: &Path, request: &CopyFileRequest) -> Result<(), Error> {
+pub(crate) fn copy_below(base: &Path, request: &CopyFileRequest) -> Result<(), Error> {
     let piece = Piece::parse(base, request)?;
     piece.write(base).map_err(|source| Error::Write {
         path: request.path.clone(),

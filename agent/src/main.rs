@@ -7,6 +7,7 @@
 //! (`no_main`).
 
 #![cfg_attr(not(test), no_main)]
+#![cfg_attr(fuzzing, allow(dead_code, reason = "a fuzzer calls what it fuzzes"))]
 
 mod clock;
 mod cmdline;
@@ -17,6 +18,9 @@ mod cpus;
 mod devices;
 mod dns;
 mod figures;
+#[cfg(fuzzing)]
+#[path = "../../fuzz/fuzz_targets/agent.rs"]
+mod fuzz;
 mod limits;
 mod mounts;
 mod network;
@@ -49,7 +53,7 @@ const HOST_GRACE: Duration = Duration::from_secs(1);
 const END_OF_INPUT: &[u8] = b"\x04";
 
 /// The C library calls this as `main`.
-#[cfg_attr(not(test), unsafe(export_name = "main"))]
+#[cfg_attr(not(any(test, fuzzing)), unsafe(export_name = "main"))]
 #[cfg_attr(test, expect(dead_code, reason = "tests have a main of their own"))]
 extern "C" fn start() -> std::ffi::c_int {
     std::panic::set_hook(Box::new(|panic| {

@@ -1,7 +1,7 @@
 //! The pod's network, as the host tells it: the guest's interfaces, routes and neighbours. Each call
 //! has a conversation with the kernel of its own.
 
-mod exact;
+pub(crate) mod exact;
 mod link;
 
 use std::collections::HashMap;

@@ -111,7 +111,7 @@ fn failed(act: &str, storage: &Storage, error: &io::Error) -> Status {
 
 /// The options of a mount, told apart.
 #[derive(Debug, PartialEq)]
-struct Options {
+pub(crate) struct Options {
     flags: MountFlags,
     /// Options for the file system itself.
     data: String,
@@ -119,7 +119,7 @@ struct Options {
     mode: Option<u32>,
 }
 
-fn options(words: &[String]) -> Options {
+pub(crate) fn options(words: &[String]) -> Options {
     let mut flags = MountFlags::empty();
     let mut data = Vec::new();
     let (mut group, mut mode) = (None, None);

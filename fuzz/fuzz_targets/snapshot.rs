@@ -2,6 +2,8 @@
 //! of a device with something else in places.
 #![no_main]
 
+mod json;
+
 use std::fs;
 
 use api::Restore;
@@ -14,10 +16,12 @@ use devices::virtio::testing::Guest;
 use devices::virtio::vsock::{Vsock, VsockConfig};
 use devices::virtio::{GuestRam, Memory, VirtioDevice};
 use libfuzzer_sys::fuzz_target;
-use serde_json::{Value, json};
+use serde_json::json;
 use vm_memory::GuestAddress;
 use vmm::Loaded;
 use vmm_sys_util::tempdir::TempDir;
+
+use json::Change;
 
 #[derive(Arbitrary, Debug)]
 struct Input<'a> {
@@ -25,14 +29,6 @@ struct Input<'a> {
     /// Which values of the state are to be others.
     changes: Vec<(u16, Change)>,
     state: &'a str,
-}
-
-#[derive(Arbitrary, Debug)]
-enum Change {
-    Number(u64),
-    Small(u8),
-    List(Vec<u8>),
-    Null,
 }
 
 fuzz_target!(|input: Input<'_>| {
@@ -73,10 +69,7 @@ fn go_on<D: VirtioDevice + 'static>(make: impl Fn() -> D, changes: &[(u16, Chang
     let mut guest = Guest::live(make());
     let mut state = serde_json::to_value(guest.transport.state()).unwrap();
     drop(guest);
-    for (at, change) in changes {
-        let mut left = *at;
-        alter(&mut state, &mut left, change);
-    }
+    json::change(&mut state, changes);
     let Ok(state) = serde_json::from_value(state) else {
         return;
     };
@@ -91,29 +84,6 @@ fn go_on<D: VirtioDevice + 'static>(make: impl Fn() -> D, changes: &[(u16, Chang
         guest.transport.pause().unwrap();
         let _ = guest.transport.state();
     }
-}
-
-/// Changes the value that is reached after so many others. False once it is done.
-fn alter(value: &mut Value, left: &mut u16, change: &Change) -> bool {
-    let inner: Vec<&mut Value> = match value {
-        Value::Array(items) => items.iter_mut().collect(),
-        Value::Object(members) => members.values_mut().collect(),
-        _ => Vec::new(),
-    };
-    if !inner.into_iter().all(|inner| alter(inner, left, change)) {
-        return false;
-    }
-    if *left > 0 {
-        *left -= 1;
-        return true;
-    }
-    *value = match change {
-        Change::Number(number) => (*number).into(),
-        Change::Small(number) => (*number).into(),
-        Change::List(numbers) => numbers.iter().copied().collect(),
-        Change::Null => Value::Null,
-    };
-    false
 }
 
 fn balloon() -> Balloon {

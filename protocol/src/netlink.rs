@@ -188,11 +188,21 @@ impl Netlink {
         // Connected to the kernel, whose port is 0, it takes no message of another process.
         rustix::net::connect(&socket, &SocketAddrNetlink::new(0, 0))?;
         sockopt::set_socket_timeout(&socket, sockopt::Timeout::Recv, Some(PATIENCE))?;
-        Ok(Self {
+        Ok(Self::on(socket))
+    }
+
+    /// A conversation on a socket at whose other end is no kernel.
+    #[cfg(feature = "test-utils")]
+    pub fn over(socket: OwnedFd) -> Self {
+        Self::on(socket)
+    }
+
+    fn on(socket: OwnedFd) -> Self {
+        Self {
             socket,
             sequence: 0,
             buffer: vec![0; Self::BUFFER],
-        })
+        }
     }
 
     /// Has something changed. `flags` are [`CREATE`], [`REPLACE`] and [`EXCLUSIVE`].

@@ -111,8 +111,7 @@ impl Agent {
             }
             match dial(vsock, left) {
                 Ok(stream) => {
-                    let client = Client::with_max_answer(stream, MAX_ANSWER);
-                    let agent = Self(client.map_err(ReachError::Io)?);
+                    let agent = Self::over(stream).map_err(ReachError::Io)?;
                     if agent.check(left).is_ok() {
                         return Ok(agent);
                     }
@@ -124,6 +123,11 @@ impl Agent {
             }
             thread::sleep(PAUSE);
         }
+    }
+
+    /// Talks to the agent at the other end of `stream`.
+    pub(crate) fn over(stream: UnixStream) -> io::Result<Self> {
+        Client::with_max_answer(stream, MAX_ANSWER).map(Self)
     }
 
     /// Checks whether the agent answers in time.

@@ -2,9 +2,15 @@
 //! shim answers, `delete` cleans up after one that is gone, and in between one process for each pod
 //! serves containerd's Task service.
 
+#![cfg_attr(fuzzing, no_main)]
+#![cfg_attr(fuzzing, allow(dead_code, reason = "a fuzzer calls what it fuzzes"))]
+
 mod agent;
 mod config;
 mod containerd;
+#[cfg(fuzzing)]
+#[path = "../../fuzz/fuzz_targets/shim.rs"]
+mod fuzz;
 mod host;
 mod pod;
 mod vm;

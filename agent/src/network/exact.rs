@@ -29,7 +29,7 @@ const RULE_FLAGS: u8 = 2;
 
 /// The request that sets a route, and whether it needs another one to reach its gateway. `indices` are this
 /// kernel's numbers of interfaces by the host's.
-pub(super) fn route(payload: &[u8], indices: &HashMap<u32, u32>) -> Option<(bool, Message)> {
+pub(crate) fn route(payload: &[u8], indices: &HashMap<u32, u32>) -> Option<(bool, Message)> {
     let (fixed, rest) = fixed(payload, ROUTE_FLAGS)?;
     let mut message = Message::new(NEW_ROUTE, &fixed);
     let mut has_gateway = false;
@@ -55,7 +55,7 @@ pub(super) fn route(payload: &[u8], indices: &HashMap<u32, u32>) -> Option<(bool
 }
 
 /// The request that sets a rule. It names interfaces by their names, which are the same here.
-pub(super) fn rule(payload: &[u8]) -> Option<Message> {
+pub(crate) fn rule(payload: &[u8]) -> Option<Message> {
     let (fixed, rest) = fixed(payload, RULE_FLAGS)?;
     let mut message = Message::new(NEW_RULE, &fixed);
     // A kernel lists none for the first of all, and chooses one where none is asked for.

@@ -8,6 +8,8 @@ mod client;
 mod connection;
 mod message;
 mod server;
+#[cfg(feature = "test-utils")]
+pub mod testing;
 
 pub use self::client::{Client, ClientError};
 pub use self::message::{Method, Request, Response};

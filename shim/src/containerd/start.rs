@@ -90,7 +90,7 @@ impl Asked {
 
     /// Reads what containerd sent. Older ones send options alone, which may look like the newer
     /// form, but for whose pod it is.
-    fn parse(input: &[u8], arguments: &Arguments) -> Self {
+    pub(crate) fn parse(input: &[u8], arguments: &Arguments) -> Self {
         let params = BootstrapParams::decode(input).ok().filter(|params| {
             params.instance_id == arguments.id && params.namespace == arguments.namespace
         });
@@ -110,7 +110,7 @@ impl Asked {
     }
 
     /// The command line with what it leaves out.
-    fn complete(&self, arguments: &Arguments) -> Arguments {
+    pub(crate) fn complete(&self, arguments: &Arguments) -> Arguments {
         let mut arguments = arguments.clone();
         if let Some(params) = &self.params {
             arguments.debug |= params.log_level <= LOG_LEVEL_DEBUG;
