@@ -3,6 +3,7 @@
 
 pub mod process;
 pub mod report;
+pub mod walls;
 
 use std::io::{BufRead, BufReader, Read};
 use std::process::{Child, Command, Stdio};
