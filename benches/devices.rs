@@ -82,6 +82,7 @@ fn fs(criterion: &mut Criterion) {
         queues: 1,
         queue_size: 128,
         descriptors: 1000,
+        rates: Limits::default(),
         name: "fs0".into(),
     });
     let mut guest = Guest::live(share.expect("the folder can be shared"));

@@ -7,6 +7,7 @@ use std::os::unix::fs::{MetadataExt, symlink};
 use std::path::Path;
 
 use arbitrary::{Arbitrary, Result, Unstructured};
+use devices::virtio::Limits;
 use devices::virtio::fs::{Cache, Fs, FsConfig};
 use devices::virtio::testing::{Buffer, Guest, Step, survive};
 use libfuzzer_sys::fuzz_target;
@@ -149,6 +150,7 @@ fn share(folder: &Path) -> Fs {
         queues: 1,
         queue_size: 128,
         descriptors: DESCRIPTORS,
+        rates: Limits::default(),
         name: "fs0".into(),
     };
     Fs::new(config).unwrap()

@@ -14,7 +14,7 @@ use devices::virtio::mem::Mem;
 use devices::virtio::rng::Rng;
 use devices::virtio::testing::Guest;
 use devices::virtio::vsock::{Vsock, VsockConfig};
-use devices::virtio::{GuestRam, Memory, VirtioDevice};
+use devices::virtio::{GuestRam, Limits, Memory, VirtioDevice};
 use libfuzzer_sys::fuzz_target;
 use serde_json::json;
 use vm_memory::GuestAddress;
@@ -112,6 +112,7 @@ fn share(folder: &TempDir) -> Fs {
         queues: 1,
         queue_size: 16,
         descriptors: 32,
+        rates: Limits::default(),
         name: "fs".into(),
     });
     fs.unwrap()

@@ -9,6 +9,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use api::{RateLimit, RateLimits};
 use serde::Deserialize;
 
 pub(crate) use self::size::Size;
@@ -51,6 +52,11 @@ pub(crate) struct Config {
     /// Memory that the guest's kernel and agent need besides the pod's limits, in MiB.
     #[serde(default = "guest_overhead_mib")]
     pub(crate) guest_overhead_mib: u32,
+    /// Bytes that a pod may read and write of its files in a second, as long as it lives; without it as many as
+    /// the node can.
+    fs_bytes_per_s: Option<u64>,
+    /// Requests about its files that a pod may make in a second.
+    fs_requests_per_s: Option<u64>,
     /// Folder of the snapshots that later pods are restored from, instead of booting; empty for none.
     #[serde(default = "templates", deserialize_with = "folder")]
     pub(crate) templates: Option<PathBuf>,
@@ -186,6 +192,13 @@ impl Config {
         if self.pool > 0 && self.templates.is_none() {
             return Some("pool needs templates".into());
         }
+        let rates = [
+            ("fs_bytes_per_s", self.fs_bytes_per_s),
+            ("fs_requests_per_s", self.fs_requests_per_s),
+        ];
+        if let Some((key, _)) = rates.iter().find(|(_, rate)| *rate == Some(0)) {
+            return Some(format!("{key} is 1 or more"));
+        }
         if self.agent_timeout_s == 0 {
             return Some("agent_timeout_s is 1 or more".into());
         }
@@ -200,6 +213,19 @@ impl Config {
         Size {
             vcpus: self.max_vcpus.unwrap_or(host.vcpus),
             memory_mib: self.max_memory_mib.map_or(host.memory_mib, u64::from),
+        }
+    }
+
+    /// What a pod's share is held to. A second's worth is saved up.
+    pub(crate) fn fs_rates(&self) -> RateLimits {
+        let limit = |size: u64| RateLimit {
+            size,
+            one_time_burst: 0,
+            refill_time: 1000,
+        };
+        RateLimits {
+            bandwidth: self.fs_bytes_per_s.map(limit),
+            ops: self.fs_requests_per_s.map(limit),
         }
     }
 
@@ -268,6 +294,15 @@ mod tests {
         assert_eq!((config.pool, config.jail), (0, Jail::On));
         assert_eq!(read("jail = 'required'").unwrap().jail, Jail::Required);
         assert_eq!(read("templates = ''").unwrap().templates, None);
+        assert_eq!(config.fs_rates(), RateLimits::default());
+    }
+
+    #[test]
+    fn rates_of_files_are_for_a_second() {
+        let config = read("fs_bytes_per_s = 1000000\nfs_requests_per_s = 500").unwrap();
+        let RateLimits { bandwidth, ops } = config.fs_rates();
+        let rates = [bandwidth, ops].map(|rate| rate.map(|rate| (rate.size, rate.refill_time)));
+        assert_eq!(rates, [Some((1_000_000, 1000)), Some((500, 1000))]);
     }
 
     #[test]
@@ -284,6 +319,7 @@ mod tests {
         );
         assert!(refused("templates = 'here'").contains("templates: here: no absolute path"));
         assert!(refused("templates = ''\npool = 1").contains("pool needs templates"));
+        assert!(refused("fs_requests_per_s = 0").contains("fs_requests_per_s is 1 or more"));
         assert!(refused("jail = 'open'").contains("jail"));
         assert!(refused("log_level = 'loud'").contains("log_level"));
         let missing = Config::read(Path::new("/nowhere")).unwrap_err();

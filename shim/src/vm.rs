@@ -239,7 +239,7 @@ impl Vm {
         match (way, plan.template.filter(same)) {
             (Way::Clone(snapshot), Some(template)) => {
                 (self.start, self.size) = (Start::Clone(snapshot), template.size);
-                return restore(&mut client, template, plan.place, links);
+                return restore(&mut client, template, plan, links);
             }
             (Way::Model(claim), Some(template)) => {
                 (self.start, self.size) = (Start::Model(claim), template.size);
@@ -247,7 +247,7 @@ impl Vm {
             (Way::Boot, _) | (_, None) => {}
         }
         let vm = VmConfig {
-            fs: vec![pods_share(plan.place)],
+            fs: vec![pods_share(plan)],
             vsock: Some(pods_vsock(plan.place)),
             ..definition(plan.config, self.size)?
         };
@@ -357,12 +357,12 @@ fn failed(act: &'static str) -> impl FnOnce(ClientError) -> Error {
 fn restore(
     client: &mut Client,
     template: &Template,
-    place: &Place,
+    plan: &Plan<'_>,
     links: Vec<Link>,
 ) -> Result<(), Error> {
     let mut restore = Restore::new(template.folder().into());
-    restore.patch["fs"] = json!([pods_share(place)]);
-    restore.patch["vsock"] = json!(pods_vsock(place));
+    restore.patch["fs"] = json!([pods_share(plan)]);
+    restore.patch["vsock"] = json!(pods_vsock(plan.place));
     restore.patch["net"] = links
         .iter()
         .map(|link| json!({ "mac": link.mac }))
@@ -378,10 +378,11 @@ fn net(link: Link) -> Result<NetConfig, Error> {
     Ok(net)
 }
 
-fn pods_share(place: &Place) -> FsConfig {
+fn pods_share(plan: &Plan<'_>) -> FsConfig {
     FsConfig {
         tag: SHARE_TAG.into(),
-        shared_dir: Some(place.shared()),
+        shared_dir: Some(plan.place.shared()),
+        rate_limiter_config: plan.config.fs_rates(),
         ..FsConfig::default()
     }
 }

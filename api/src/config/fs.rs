@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use super::{ConfigError, HostPath, Others, Part, check_queues};
+use super::{ConfigError, HostPath, Others, Part, RATES, RateLimits, check_queues};
 
 /// A share, which podvmm serves from a folder, or another process on a socket.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -28,6 +28,9 @@ pub struct FsConfig {
     pub num_queues: u16,
     /// Descriptors in each queue, a power of two from 16 to 1024.
     pub queue_size: u16,
+    /// Bounds of its bytes and requests.
+    #[serde(skip_serializing_if = "RateLimits::are_none")]
+    pub rate_limiter_config: RateLimits,
     /// What vm.remove-device may call it, besides `fs0`, `fs1`, ...
     #[serde(skip_serializing_if = "Option::is_none")]
     pub id: Option<String>,
@@ -77,6 +80,8 @@ impl FsConfig {
             Some("cache")
         } else if self.writeback {
             Some("writeback")
+        } else if self.rate_limiter_config != default.rate_limiter_config {
+            Some("rate_limiter_config")
         } else {
             None
         }
@@ -95,6 +100,7 @@ impl Default for FsConfig {
             writeback: false,
             num_queues: 1,
             queue_size: 512,
+            rate_limiter_config: RateLimits::default(),
             id: None,
             others: Others::new(),
         }
@@ -107,6 +113,7 @@ impl Part for FsConfig {
         "tag=T,shared_dir=D[,readonly=on][,cache=none|auto|always][,writeback=on]",
         "|tag=T,socket=S",
         "[,queues=N][,queue_size=N]",
+        RATES,
     ];
 
     fn host_paths(&self) -> Vec<HostPath> {
@@ -126,6 +133,7 @@ impl Part for FsConfig {
             return Err(ConfigError::Tag(self.tag));
         }
         check_queues(self.num_queues, self.queue_size, 16)?;
+        self.rate_limiter_config.check()?;
         Ok(self)
     }
 }
@@ -174,6 +182,14 @@ mod tests {
             (
                 "tag=t,socket=/s,readonly=on",
                 "readonly: the process that serves the socket has options of its own",
+            ),
+            (
+                "tag=t,socket=/s,ops_size=9,ops_refill_time=1",
+                "rate_limiter_config: the process that serves the socket has options of its own",
+            ),
+            (
+                "tag=t,shared_dir=/d,bw_size=9",
+                "a rate needs a size and a refill time, each at least 1",
             ),
             (
                 "tag=t,shared_dir=/d,queues=0",

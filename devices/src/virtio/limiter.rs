@@ -42,11 +42,33 @@ impl Limits {
     }
 }
 
+/// The tokens of a device. They last as long as the device, so a driver that resets it gets no new
+/// ones.
+#[derive(Debug)]
+pub(super) struct Tokens(Option<Arc<Mutex<Buckets>>>);
+
 /// Holds one handler to limits, which it may share with others.
 #[derive(Debug)]
 pub(super) struct Limiter {
     buckets: Arc<Mutex<Buckets>>,
     timer: OwnedFd,
+}
+
+/// What a request takes of the tokens.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Cost {
+    pub(super) bytes: u64,
+    pub(super) requests: u64,
+}
+
+impl Cost {
+    /// That of one request which moves so many bytes.
+    pub(super) fn of_bytes(bytes: usize) -> Self {
+        Self {
+            bytes: bytes as u64,
+            requests: 1,
+        }
+    }
 }
 
 #[derive(Debug)]
@@ -55,20 +77,22 @@ struct Buckets {
     requests: Option<Bucket>,
 }
 
-impl Limiter {
-    /// Limiters, one for each of `handlers`, all held to `limits` together. `None` if there are no
-    /// limits.
-    pub(super) fn shared(limits: Limits, handlers: usize) -> io::Result<Option<Vec<Self>>> {
-        if !limits.any() {
-            return Ok(None);
-        }
+impl Tokens {
+    /// Full buckets, as `limits` have them.
+    pub(super) fn new(limits: Limits) -> Self {
         let now = Instant::now();
-        let buckets = Arc::new(Mutex::new(Buckets {
+        let buckets = || Buckets {
             bytes: limits.bandwidth.map(|rate| Bucket::new(rate, now)),
             requests: limits.operations.map(|rate| Bucket::new(rate, now)),
-        }));
-        let one = || {
-            Ok(Self {
+        };
+        Self(limits.any().then(|| Arc::new(Mutex::new(buckets()))))
+    }
+
+    /// A limiter for one more handler, held with all others of these tokens to the limits. `None` if
+    /// there are no limits.
+    pub(super) fn limiter(&self) -> io::Result<Option<Limiter>> {
+        let limiter = |buckets: &Arc<Mutex<Buckets>>| {
+            Ok(Limiter {
                 buckets: buckets.clone(),
                 timer: timerfd_create(
                     TimerfdClockId::Monotonic,
@@ -76,12 +100,11 @@ impl Limiter {
                 )?,
             })
         };
-        (0..handlers)
-            .map(|_| one())
-            .collect::<io::Result<_>>()
-            .map(Some)
+        self.0.as_ref().map(limiter).transpose()
     }
+}
 
+impl Limiter {
     /// Has the handler's loop watch the timer, with `data`.
     pub(super) fn watch(&self, ops: &mut EventOps, data: u32) {
         if let Err(error) = ops.add(Events::with_data(&self.timer, data, EventSet::IN)) {
@@ -110,14 +133,14 @@ impl Limiter {
         }
     }
 
-    /// A request of so many bytes goes.
-    pub(super) fn charge(&self, bytes: usize) {
+    /// A request has gone that costs so much.
+    pub(super) fn charge(&self, cost: Cost) {
         let mut buckets = self.buckets();
         if let Some(bucket) = &mut buckets.bytes {
-            bucket.take(bytes as u64);
+            bucket.take(cost.bytes);
         }
         if let Some(bucket) = &mut buckets.requests {
-            bucket.take(1);
+            bucket.take(cost.requests);
         }
     }
 
@@ -265,13 +288,17 @@ mod tests {
             bandwidth: Some(rate(1 << 40)),
             operations: Some(rate(2)),
         };
-        let mut all = Limiter::shared(limits, 2).unwrap().unwrap();
+        let tokens = Tokens::new(limits);
+        let mut all = [0, 1].map(|_| tokens.limiter().unwrap().unwrap());
         for limiter in &mut all {
             assert!(limiter.admits());
-            limiter.charge(100);
+            limiter.charge(Cost::of_bytes(100));
         }
         assert!(!all[0].admits(), "the other one's request counts as well");
-        assert!(Limiter::shared(Limits::default(), 1).unwrap().is_none());
+        let mut later = tokens.limiter().unwrap().unwrap();
+        assert!(!later.admits(), "a new driver finds no new tokens");
+        let none = Tokens::new(Limits::default());
+        assert!(none.limiter().unwrap().is_none());
     }
 
     proptest! {

@@ -24,7 +24,7 @@ use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::chain::{Chain, Spare};
-use super::limiter::Limiter;
+use super::limiter::{Cost, Limiter};
 use super::{Counters, GuestRam, Interrupt};
 
 /// How long a completed request may wait for others to share its interrupt.
@@ -141,12 +141,14 @@ impl Ring {
 
     /// Completes the chains there are, in order, with the number of bytes `serve` says it wrote.
     /// True if none is left; false if the turn was over first and the ring has kicked itself.
-    pub fn serve(&mut self, ram: &GuestRam, serve: impl FnMut(&mut Chain) -> u32) -> bool {
-        self.serve_within(ram, &mut None, |_| false, serve)
+    pub fn serve(&mut self, ram: &GuestRam, mut serve: impl FnMut(&mut Chain) -> u32) -> bool {
+        let free = Cost::of_bytes(0);
+        self.serve_within(ram, &mut None, |_| false, |chain| (serve(chain), free))
     }
 
-    /// Like [`serve`](Self::serve), as fast as `limiter` allows. When it does not, what is queued
-    /// waits for its timer and the driver need not kick; that counts as none being left.
+    /// Like [`serve`](Self::serve), as fast as `limiter` allows, which is charged what `serve` says that
+    /// a chain has cost. When it does not allow one, what is queued waits for its timer and the driver
+    /// need not kick; that counts as none being left.
     ///
     /// Where `waits` for the host's disk, the driver is told first of what is completed: that is not
     /// to wait too.
@@ -155,24 +157,24 @@ impl Ring {
         ram: &GuestRam,
         limiter: &mut Option<Limiter>,
         waits: impl Fn(&Chain) -> bool,
-        mut serve: impl FnMut(&mut Chain) -> u32,
+        mut serve: impl FnMut(&mut Chain) -> (u32, Cost),
     ) -> bool {
         let started = Instant::now();
         self.wake(ram);
         loop {
             while let Some(mut chain) = self.pop(ram) {
-                if let Some(limiter) = limiter {
-                    if !limiter.admits() {
-                        self.put_back(chain);
-                        self.signal(ram);
-                        return true;
-                    }
-                    limiter.charge(chain.readable.len() + chain.writable.len());
+                if !limiter.as_mut().is_none_or(Limiter::admits) {
+                    self.put_back(chain);
+                    self.signal(ram);
+                    return true;
                 }
                 if self.untold.is_some() && waits(&chain) {
                     self.signal(ram);
                 }
-                let written = serve(&mut chain);
+                let (written, cost) = serve(&mut chain);
+                if let Some(limiter) = limiter {
+                    limiter.charge(cost);
+                }
                 self.complete(ram, chain, written);
                 if started.elapsed() >= TURN {
                     self.budget = 0;

@@ -207,8 +207,12 @@ pub(crate) fn wait(path: &Path, memory_mib: u64) -> Result<Option<Called>, Error
     };
     let is_wanted = |waiting: &Waiting| {
         let now = wanted(path, memory_mib);
-        now.is_some_and(|(_, template, pool)| {
-            template == waiting.template && template.is_ready() && pool.has(&folder)
+        now.is_some_and(|(now, template, pool)| {
+            // What its share is held to does not make another template.
+            now.fs_rates() == config.fs_rates()
+                && template == waiting.template
+                && template.is_ready()
+                && pool.has(&folder)
         })
     };
     let waits = || {

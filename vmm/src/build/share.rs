@@ -6,6 +6,8 @@ use devices::virtio::fs::{self, Cache, Fs, FsError, VhostUserFs, VhostUserFsConf
 use rustix::process::{Resource, getrlimit};
 use thiserror::Error;
 
+use crate::build::parts::rates;
+
 /// Why there is no share.
 #[derive(Debug, Error)]
 pub(crate) enum ShareError {
@@ -40,6 +42,7 @@ pub(crate) fn device(
                 queues,
                 queue_size,
                 descriptors: descriptors(count),
+                rates: rates(&config.rate_limiter_config),
                 name: format!("fs{index}"),
             });
             Ok(Box::new(share?))

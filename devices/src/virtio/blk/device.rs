@@ -14,7 +14,7 @@ use super::image::{BlkError, Image};
 use super::request::{
     ID_LEN, Limits, MAX_DISCARD, MAX_DISCARD_RANGES, MAX_ZERO_RANGES, MAX_ZEROES,
 };
-use crate::virtio::limiter::Limiter;
+use crate::virtio::limiter::Tokens;
 use crate::virtio::{
     self, ActivateError, Activation, Counters, DeviceState, Handler, StateError, Thread,
     VirtioDevice, Work, read_config_bytes,
@@ -47,7 +47,7 @@ pub struct Blk {
     limits: Limits,
     queue_sizes: Vec<u16>,
     id: [u8; ID_LEN],
-    rates: virtio::Limits,
+    tokens: Tokens,
     name: String,
     counters: Arc<Counters>,
 }
@@ -87,7 +87,7 @@ impl Blk {
             limits,
             queue_sizes: vec![queue_size; queues.into()],
             id,
-            rates,
+            tokens: Tokens::new(rates),
             name,
             counters: Arc::default(),
         })
@@ -175,11 +175,10 @@ impl VirtioDevice for Blk {
         // it is completed.
         let write_through = !activation.has(VIRTIO_BLK_F_FLUSH);
         let Activation { memory, rings, .. } = activation;
-        let limiters = Limiter::shared(self.rates, rings.len()).map_err(ActivateError::EventFd)?;
-        let mut limiters = limiters.into_iter().flatten();
-        Ok(rings
+        rings
             .into_iter()
             .map(|ring| {
+                let limiter = self.tokens.limiter();
                 let handler = BlkHandler {
                     thread: Thread::of_queue(&self.name, ring.index(), Work::Disk),
                     image: self.image.clone(),
@@ -188,11 +187,11 @@ impl VirtioDevice for Blk {
                     write_through,
                     memory: memory.clone(),
                     ring,
-                    limiter: limiters.next(),
+                    limiter: limiter.map_err(ActivateError::EventFd)?,
                     counters: self.counters.clone(),
                 };
-                Box::new(handler) as Box<dyn Handler>
+                Ok(Box::new(handler) as Box<dyn Handler>)
             })
-            .collect())
+            .collect()
     }
 }

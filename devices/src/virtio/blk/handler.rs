@@ -12,7 +12,7 @@ use vm_memory::{Bytes, GuestAddressSpace};
 
 use super::image::Image;
 use super::request::{ID_LEN, Limits, Range, Refusal, Request};
-use crate::virtio::limiter::Limiter;
+use crate::virtio::limiter::{Cost, Limiter};
 use crate::virtio::queue::LAST_TURNS;
 use crate::virtio::{Chain, Counters, GuestRam, Handler, Memory, Ring, RingState, Thread};
 
@@ -58,8 +58,12 @@ impl BlkHandler {
             ram: &ram,
         };
         let waits = |chain: &Chain| disk.waits(chain);
+        let answer = |chain: &mut Chain| {
+            let cost = Cost::of_bytes(chain.readable.len() + chain.writable.len());
+            (disk.answer(chain), cost)
+        };
         self.ring
-            .serve_within(&ram, &mut self.limiter, waits, |chain| disk.answer(chain))
+            .serve_within(&ram, &mut self.limiter, waits, answer)
     }
 }
 

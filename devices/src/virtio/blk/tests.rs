@@ -406,6 +406,23 @@ fn requests_beyond_the_limit_wait_and_are_carried_out_at_the_end() {
 }
 
 #[test]
+fn a_reset_gives_no_new_tokens() {
+    let image = image();
+    let rate = Rate {
+        size: 1,
+        one_time_burst: 0,
+        refill_time: std::time::Duration::from_secs(1000),
+    };
+    let mut disk = config(image.as_path());
+    disk.rates.operations = Some(rate);
+    let mut guest = Guest::live(Blk::open(disk).unwrap());
+    assert_eq!(status(&mut guest, IN, 0, &[Buffer::In(512)]), OK);
+    guest.start(u64::MAX, 16);
+    let request = [Buffer::Out(header(IN, 0)), Buffer::In(512), Buffer::In(1)];
+    assert_eq!(guest.request(0, &request), None);
+}
+
+#[test]
 fn the_configuration_tells_size_and_limits() {
     let image = image();
     let mut guest = Guest::new(

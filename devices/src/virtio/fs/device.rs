@@ -8,9 +8,10 @@ use virtio_bindings::virtio_ids::VIRTIO_ID_FS;
 
 use super::handler::FsHandler;
 use super::server::{Cache, MAX_REQUEST, Options, Scratch, Server};
+use crate::virtio::limiter::Tokens;
 use crate::virtio::{
-    ActivateError, Activation, Counters, DeviceState, Handler, StateError, Thread, VirtioDevice,
-    Work, read_config_bytes,
+    ActivateError, Activation, Counters, DeviceState, Handler, Limits, StateError, Thread,
+    VirtioDevice, Work, read_config_bytes,
 };
 
 /// Bytes of a tag (virtio 1.3 §5.11.4).
@@ -33,6 +34,8 @@ pub struct FsConfig {
     pub queue_size: u16,
     /// Files the host may have open for it, of any kind.
     pub descriptors: usize,
+    /// What the share is held to, all queues together.
+    pub rates: Limits,
     /// Names the threads `<name>-q<n>`; at most 11 bytes, so that they are told apart.
     pub name: String,
 }
@@ -70,6 +73,7 @@ pub struct Fs {
     tag: [u8; TAG_LEN],
     /// Size of the queue for requests of high priority, then the sizes of those for all others.
     queue_sizes: Vec<u16>,
+    tokens: Tokens,
     name: String,
     counters: Arc<Counters>,
     /// The guest goes on where it was: its files are not to be forgotten.
@@ -88,6 +92,7 @@ impl Fs {
             queues,
             queue_size,
             descriptors,
+            rates,
             name,
         } = config;
         if !(1..=16).contains(&queues) {
@@ -106,6 +111,7 @@ impl Fs {
             tag: padded(tag)?,
             server: Arc::new(Server::new(&folder, &options)?),
             queue_sizes: vec![queue_size; usize::from(queues) + 1],
+            tokens: Tokens::new(rates),
             name,
             counters: Arc::default(),
             goes_on: false,
@@ -184,16 +190,18 @@ impl VirtioDevice for Fs {
         }
         let Activation { memory, rings, .. } = activation;
         let handlers = rings.into_iter().map(|ring| {
+            let limiter = self.tokens.limiter();
             let handler = FsHandler {
                 thread: Thread::of_queue(&self.name, ring.index(), Work::Files),
                 server: self.server.clone(),
                 memory: memory.clone(),
                 ring,
+                limiter: limiter.map_err(ActivateError::EventFd)?,
                 counters: self.counters.clone(),
                 scratch: Scratch::default(),
             };
-            Box::new(handler) as Box<dyn Handler>
+            Ok(Box::new(handler) as Box<dyn Handler>)
         });
-        Ok(handlers.collect())
+        handlers.collect()
     }
 }

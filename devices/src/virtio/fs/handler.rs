@@ -8,6 +8,7 @@ use vm_memory::GuestAddressSpace;
 
 use super::host;
 use super::server::{Scratch, Server};
+use crate::virtio::limiter::Limiter;
 use crate::virtio::queue::LAST_TURNS;
 use crate::virtio::{Chain, Counters, Handler, Memory, Ring, RingState, Thread};
 
@@ -17,9 +18,13 @@ pub(super) struct FsHandler {
     pub(super) server: Arc<Server>,
     pub(super) memory: Memory,
     pub(super) ring: Ring,
+    pub(super) limiter: Option<Limiter>,
     pub(super) counters: Arc<Counters>,
     pub(super) scratch: Scratch,
 }
+
+/// Event data of the limiter's timer; the ring's is its index.
+const LIMITER: u32 = 1 << 16;
 
 impl FsHandler {
     fn serve(&mut self) -> bool {
@@ -29,10 +34,11 @@ impl FsHandler {
             scratch,
             counters,
             ring,
+            limiter,
             ..
         } = self;
         let waits = |chain: &Chain| Server::waits(&ram, chain);
-        ring.serve_within(&ram, &mut None, waits, |chain| {
+        ring.serve_within(&ram, limiter, waits, |chain| {
             server.answer(&ram, chain, scratch, counters)
         })
     }
@@ -44,9 +50,15 @@ impl MutEventSubscriber for FsHandler {
             log::warn!("files get fewer permissions than the guest asks for: {error}");
         }
         self.ring.watch(ops);
+        if let Some(limiter) = &self.limiter {
+            limiter.watch(ops, LIMITER);
+        }
     }
 
-    fn process(&mut self, _events: Events, _ops: &mut EventOps) {
+    fn process(&mut self, events: Events, _ops: &mut EventOps) {
+        if let (LIMITER, Some(limiter)) = (events.data(), &mut self.limiter) {
+            limiter.woken();
+        }
         self.serve();
     }
 }
@@ -56,7 +68,9 @@ impl Handler for FsHandler {
         self.thread.clone()
     }
 
+    /// Serves what is queued at once, without a rate limit: it is not to be lost.
     fn drain(&mut self) {
+        self.limiter = None;
         (0..LAST_TURNS).any(|_| self.serve());
     }
 

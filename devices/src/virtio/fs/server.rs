@@ -31,6 +31,7 @@ use super::abi::{
 use super::handles::{Handles, MOST};
 use super::host::Descriptors;
 use super::nodes::{Limits, Nodes, Place};
+use crate::virtio::limiter::Cost;
 use crate::virtio::{Chain, Counters, GuestRam, Segments};
 
 /// Most bytes of one READ or WRITE.
@@ -100,6 +101,8 @@ struct Request<'a> {
     output: &'a mut Segments,
     /// Room for names.
     text: &'a mut Vec<u8>,
+    /// What it takes of the share's tokens.
+    cost: &'a mut Cost,
 }
 
 /// Room that a thread keeps from one request to the next.
@@ -249,20 +252,22 @@ impl Server {
         Op::of(u32::from_le_bytes(opcode)).is_some_and(Op::waits)
     }
 
-    /// Answers one request. Returns how many bytes of the chain were written.
+    /// Answers one request. Returns how many bytes of the chain were written, and what the request
+    /// takes of the share's tokens.
     pub(super) fn answer(
         &self,
         ram: &GuestRam,
         chain: &mut Chain,
         scratch: &mut Scratch,
         counters: &Counters,
-    ) -> u32 {
+    ) -> (u32, Cost) {
         let Chain {
             readable, writable, ..
         } = chain;
+        let mut cost = Cost::of_bytes(0);
         let Ok(header) = take::<InHeader>(ram, readable) else {
             counters.bad_chains.increment();
-            return 0;
+            return (0, cost);
         };
         let op = Op::of(header.opcode);
         let body = (header.len as usize).checked_sub(size_of::<InHeader>());
@@ -271,13 +276,13 @@ impl Server {
         if let Some(op @ (Op::Forget | Op::BatchForget | Op::Interrupt)) = op {
             counters.requests.increment();
             // The guest waits for no answer to these, so a mistake is not reported.
-            let _ = self.forget(op, header.nodeid, ram, readable);
-            return 0;
+            let _ = self.forget(op, header.nodeid, ram, readable, &mut cost);
+            return (0, cost);
         }
         let Scratch { text, header: room } = scratch;
         if writable.split_front(size_of::<OutHeader>(), room).is_err() {
             counters.bad_chains.increment();
-            return 0;
+            return (0, cost);
         }
         let request = Request {
             header,
@@ -285,6 +290,7 @@ impl Server {
             input: readable,
             output: writable,
             text,
+            cost: &mut cost,
         };
         let done = match (op, body) {
             (_, None) => Err(Errno::INVAL),
@@ -320,8 +326,8 @@ impl Server {
             unique: header.unique,
         };
         match room.write(ram, out.as_bytes()) {
-            Ok(()) => len,
-            Err(_) => 0,
+            Ok(()) => (len, cost),
+            Err(_) => (0, cost),
         }
     }
 
@@ -470,6 +476,7 @@ impl Server {
         nodeid: u64,
         ram: &GuestRam,
         input: &mut Segments,
+        cost: &mut Cost,
     ) -> Result<(), Errno> {
         match op {
             Op::Forget => {
@@ -480,6 +487,8 @@ impl Server {
                 let BatchForgetIn { count, .. } = take(ram, input)?;
                 let mut nodes = self.nodes();
                 for _ in 0..count.min(MAX_FORGETS) {
+                    // Each file is as much work as one FORGET.
+                    cost.requests += 1;
                     let ForgetOne { nodeid, lookups } = take(ram, input)?;
                     nodes.forget(nodeid, lookups);
                 }

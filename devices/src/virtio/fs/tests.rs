@@ -4,6 +4,7 @@ mod access;
 mod client;
 mod confinement;
 mod hostile;
+mod rates;
 mod vhost_user;
 
 use std::ffi::OsStr;
@@ -19,6 +20,7 @@ use zerocopy::{FromBytes, IntoBytes};
 use self::client::{Client, text};
 use super::abi::*;
 use super::*;
+use crate::virtio::Limits;
 use crate::virtio::testing::{Buffer, Guest, lifecycle};
 
 /// The first request queue; 0 is that of high priority.
@@ -36,6 +38,7 @@ fn config(folder: &Path) -> FsConfig {
         queues: 1,
         queue_size: 128,
         descriptors: DESCRIPTORS,
+        rates: Limits::default(),
         name: "fs0".into(),
     }
 }

@@ -9,7 +9,7 @@ use virtio_bindings::virtio_net::*;
 use super::control::{ControlHandler, NetState};
 use super::handler::NetHandler;
 use super::tap::{Tap, TapError, offload};
-use crate::virtio::limiter::Limiter;
+use crate::virtio::limiter::Tokens;
 use crate::virtio::{
     ActivateError, Activation, Counters, DeviceState, Handler, Lender, Limits, StateError,
     VirtioDevice, read_config_bytes,
@@ -80,7 +80,8 @@ pub struct Net {
     mac: [u8; 6],
     mtu: Option<u16>,
     offloads: Offloads,
-    rates: Limits,
+    /// Of what comes and of what goes.
+    tokens: [Tokens; 2],
     queue_sizes: Vec<u16>,
     /// The state from which the next activation goes on.
     state: NetState,
@@ -121,7 +122,7 @@ impl Net {
             mac,
             mtu,
             offloads,
-            rates,
+            tokens: [Tokens::new(rates), Tokens::new(rates)],
             queue_sizes,
             state: NetState::default(),
             counters: Arc::default(),
@@ -267,11 +268,8 @@ impl VirtioDevice for Net {
             // A VLAN's tag may come before the IP.
             (false, mtu) => usize::from(mtu.unwrap_or(1500)) + 18 + super::tap::HEADER_LEN,
         };
-        let limiters = || {
-            let limiters = Limiter::shared(self.rates, pairs).map_err(ActivateError::EventFd)?;
-            Ok::<_, ActivateError>(limiters.into_iter().flatten())
-        };
-        let (mut receive, mut transmit) = (limiters()?, limiters()?);
+        let [receive, transmit] = &self.tokens;
+        let limiter = |tokens: &Tokens| tokens.limiter().map_err(ActivateError::EventFd);
         for (index, tap) in (0..).step_by(2).zip(taps.into_iter().take(pairs)) {
             handlers.push(Box::new(NetHandler::new(
                 activation.memory.clone(),
@@ -279,7 +277,7 @@ impl VirtioDevice for Net {
                 activation.take_ring(index + 1),
                 tap,
                 activation.has(VIRTIO_NET_F_MRG_RXBUF).then_some(largest),
-                [receive.next(), transmit.next()],
+                [limiter(receive)?, limiter(transmit)?],
                 self.counters.clone(),
             )));
         }

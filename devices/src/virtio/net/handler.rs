@@ -10,7 +10,7 @@ use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use vm_memory::GuestAddressSpace;
 
 use super::tap::{HEADER_LEN, Tap};
-use crate::virtio::limiter::Limiter;
+use crate::virtio::limiter::{Cost, Limiter};
 use crate::virtio::queue::LAST_TURNS;
 use crate::virtio::{
     Chain, Counters, GuestRam, Handler, Lent, Memory, Ring, RingState, Segments, Thread, vectored,
@@ -93,7 +93,7 @@ impl NetHandler {
                 Ok(count) if count >= HEADER_LEN => {
                     frames += 1;
                     if let Some(limiter) = limiter {
-                        limiter.charge(count);
+                        limiter.charge(Cost::of_bytes(count));
                     }
                     self.counters.requests.increment();
                     self.counters.bytes_in.add(count as u64);
@@ -141,7 +141,7 @@ impl NetHandler {
                     // As on any network, a frame that cannot go is lost.
                     _ => counters.errors.increment(),
                 }
-                0
+                (0, Cost::of_bytes(len))
             },
         )
     }

@@ -320,6 +320,40 @@ fn frames_beyond_the_limit_wait_in_both_directions_and_none_is_lost() {
 }
 
 #[test]
+fn a_reset_gives_no_new_tokens() {
+    let (tap, host) = UnixDatagram::pair().unwrap();
+    tap.set_nonblocking(true).unwrap();
+    host.set_nonblocking(true).unwrap();
+    let rate = Rate {
+        size: 3,
+        one_time_burst: 0,
+        refill_time: Duration::from_secs(1000),
+    };
+    let net = Net::new(NetConfig {
+        taps: vec![Tap::pretend(tap.into())],
+        mac: MAC,
+        mtu: None,
+        queue_size: 16,
+        offloads: plain(),
+        rates: Limits {
+            bandwidth: None,
+            operations: Some(rate),
+        },
+    });
+    let mut guest = Guest::live(net.unwrap());
+    for _ in 0..2 {
+        for _ in 0..2 {
+            guest.add(TX, &[Buffer::Out(frame(20, 1))]).unwrap();
+        }
+        guest.kick(TX);
+        guest.settle();
+        guest.start(u64::MAX, 16);
+    }
+    let sent = std::iter::from_fn(|| host.recv(&mut [0; 100]).ok());
+    assert_eq!(sent.count(), 3);
+}
+
+#[test]
 fn the_device_lives_through_pause_and_reset() {
     let (tap, host) = UnixDatagram::pair().unwrap();
     tap.set_nonblocking(true).unwrap();

@@ -304,7 +304,7 @@ fn what_is_completed_does_not_wait_for_a_request_that_waits_for_a_disk() {
             |_| waits,
             |_| {
                 before.push(irq.read().is_ok());
-                0
+                (0, Cost::of_bytes(0))
             },
         );
         assert!(irq.read().is_ok(), "there is one at the end");

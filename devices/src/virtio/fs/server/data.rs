@@ -119,6 +119,7 @@ impl Server {
         let read = vectored::read_at(&open.file, request.ram, request.output, len, asked.offset);
         let read = read.map_err(errno)?;
         counters.bytes_in.add(read as u64);
+        request.cost.bytes = read as u64;
         Ok(read)
     }
 
@@ -148,6 +149,7 @@ impl Server {
         };
         let written = written.map_err(errno)?;
         counters.bytes_out.add(written as u64);
+        request.cost.bytes = written as u64;
         let size = u32::try_from(written).expect("at most MAX_TRANSFER");
         request.put(&WriteOut { size, padding: 0 })
     }
@@ -221,6 +223,8 @@ impl Server {
             Some(&mut off_out),
             len,
         )?;
+        // The host reads it and writes it.
+        request.cost.bytes = 2 * copied as u64;
         let size = u32::try_from(copied).expect("at most MAX_COPY");
         request.put(&WriteOut { size, padding: 0 })
     }
