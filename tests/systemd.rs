@@ -156,6 +156,21 @@ impl Scope {
                 lines.any(|line| line == process.to_string()),
                 "{when}: {process} is not among {inside:?}"
             );
+            // What any thread of it does is charged to the pod.
+            let threads = self.read("cgroup.threads");
+            let threads: Vec<&str> = threads.lines().collect();
+            for thread in fs::read_dir(format!("/proc/{process}/task")).unwrap() {
+                let thread = thread.unwrap().file_name();
+                let thread = thread.to_str().unwrap();
+                // One that has just ended is in no cgroup.
+                let lives = || Path::new(&format!("/proc/{process}/task/{thread}")).exists();
+                assert!(
+                    threads.contains(&thread)
+                        || !lives()
+                        || self.read("cgroup.threads").contains(thread),
+                    "{when}: thread {thread} of {process} is not among {threads:?}"
+                );
+            }
         }
         let used: u64 = self.read("memory.current").parse().unwrap();
         assert!(used > 4 << 20, "{when}: {used} bytes of memory");

@@ -3,8 +3,9 @@
 use std::fs;
 
 use crate::driver::{Buffer, Driver, LARGE, Subject};
-use crate::rig::plain;
+use crate::rig::{Rig, plain};
 use crate::suite;
+use tests::podvmm::kvm_is_here;
 
 use Buffer::{In, Out, OutAt};
 
@@ -139,4 +140,36 @@ fn the_consoles_ports() {
         driver.start();
         count
     });
+}
+
+/// As in `vmm/src/console/streams.rs`: what a guest can have appended to a console's file.
+const MAX_FILE_BYTES: u64 = 64 << 20;
+
+/// A guest that prints without end: the file has an end, and the guest goes on.
+#[test]
+fn a_file_takes_no_more_than_is_said_of_what_is_printed() {
+    if !kvm_is_here() {
+        return;
+    }
+    let subject = Console { multiport: false };
+    let rig = suite::warmed(Rig::boot(options), &subject);
+    let driver = Driver::new(&rig, &subject);
+    driver.start();
+    let before = rig.private_bytes();
+    for _ in 0..6 {
+        let printed = driver.send(1, &[OutAt(LARGE, 16 << 20)], "16 MiB");
+        printed.answer("16 MiB");
+    }
+    let path = rig.folder.path().join("console");
+    let file = fs::metadata(&path).expect("podvmm has made it").len();
+    assert!(
+        (MAX_FILE_BYTES..MAX_FILE_BYTES + 200).contains(&file),
+        "{file} bytes"
+    );
+    let grown = rig.private_bytes().saturating_sub(before);
+    assert!(grown < 1 << 20, "podvmm has {grown} bytes more");
+    // When another program has emptied it, there is room again.
+    fs::write(&path, []).expect("it is the test's");
+    subject.good(&driver, "the file was emptied");
+    rig.finish();
 }

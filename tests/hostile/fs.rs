@@ -450,3 +450,76 @@ fn handles(driver: &Driver<'_>) -> usize {
     driver.subject.good(driver, "many files");
     1
 }
+
+/// What podvmm may have for each file that a guest knows, with the longest name, and for each that it has open.
+const NODE: u64 = 768;
+const HANDLE: u64 = 256;
+
+/// A guest that knows many files of long names, and has as many open as it may.
+#[test]
+fn files_that_a_guest_knows_take_no_more_than_is_said() {
+    if !kvm_is_here() {
+        return;
+    }
+    let files = 20_000_u64;
+    let rig = Rig::boot(|folder| {
+        let all = options(folder);
+        let many = folder.join("share/many");
+        fs::create_dir(&many).expect("there is room");
+        for number in 0..files {
+            fs::write(many.join(format!("{number:0>255}")), []).expect("there is room");
+        }
+        all
+    });
+    let mut rig = suite::warmed(rig, &Share);
+    let driver = Driver::new(&rig, &Share);
+    driver.start();
+    let before = rig.private_bytes();
+    let folder = lookup(&driver, "many", "many names");
+    let open_folder = ask(&driver, OPENDIR, folder, &words(&[0, 0]), "many names").u64(0);
+    let mut offset = 0;
+    let mut known = 0;
+    loop {
+        let room = 1 << 20;
+        let list = request(READDIRPLUS, folder, &transfer(open_folder, offset, room));
+        let list = [Out(list), InAt(LARGE, room + 16)];
+        driver.send(REQUESTS, &list, "many names");
+        let len = driver.puppet().ram.u32(LARGE);
+        let answer = driver.puppet().ram.bytes(LARGE, len as usize);
+        let mut rest = &answer[16..];
+        if rest.is_empty() {
+            break;
+        }
+        // An entry is what LOOKUP answers, and then inode, offset, length of the name, kind and name.
+        while let Some((entry, after)) = rest.split_at_checked(128 + 24) {
+            let long = |at: usize| u64::from_le_bytes(entry[at..at + 8].try_into().expect("8"));
+            known += u64::from(long(0) > ROOT);
+            offset = long(128 + 8);
+            let name = usize::try_from(long(128 + 16) & 0xffff_ffff).expect("it is short");
+            rest = &after[name.next_multiple_of(8).min(after.len())..];
+        }
+    }
+    assert!(known >= files, "{known} of {files} files are known");
+    let grown = rig.private_bytes().saturating_sub(before);
+    println!(
+        "fs: {known} files take {} bytes each, {NODE} at most",
+        grown / known
+    );
+    assert!(grown <= known * NODE, "{grown} bytes for {known} files");
+
+    let before = rig.private_bytes();
+    let node = lookup(&driver, "scratch", "many handles");
+    let opened = std::iter::repeat_with(|| open(&driver, node, libc::O_RDONLY, "many handles"));
+    let opened = opened.take_while(|answer| answer.error == 0).count() as u64;
+    let grown = rig.private_bytes().saturating_sub(before);
+    println!(
+        "fs: {opened} open files take {} bytes each, {HANDLE} at most",
+        grown / opened
+    );
+    assert!(grown <= opened * HANDLE, "{grown} bytes for {opened} files");
+    driver.start();
+    Share.good(&driver, "many files");
+    // The allocator keeps what was freed, for the next ones.
+    rig.take_stock();
+    rig.finish();
+}

@@ -149,6 +149,16 @@ impl Rig {
 
     /// Memory that the host has given podvmm, without the guest's RAM.
     fn own_bytes(&self) -> u64 {
+        self.bytes("Rss:")
+    }
+
+    /// The part of it that no file backs, which the pod is charged for whatever the node's page cache has.
+    pub(crate) fn private_bytes(&self) -> u64 {
+        self.bytes("Anonymous:")
+    }
+
+    /// The sum of one of smaps' fields (proc_pid_smaps(5)), without the guest's RAM.
+    fn bytes(&self, field: &str) -> u64 {
         let maps = fs::read_to_string(format!("/proc/{}/smaps", self.pid()));
         let maps = maps.expect("podvmm runs");
         let ram = self.puppet.ram.base()..self.puppet.ram.base() + RAM_BYTES;
@@ -159,7 +169,7 @@ impl Rig {
             if let Some((start, _)) = first.split_once('-') {
                 let start = u64::from_str_radix(start, 16).expect("a mapping has a start");
                 counts = !ram.contains(&start) && !line.contains("podvmm-sink");
-            } else if first == "Rss:" && counts {
+            } else if first == field && counts {
                 let size = words.next().and_then(|size| size.parse::<u64>().ok());
                 kib += size.expect("a size is a number");
             }

@@ -24,9 +24,15 @@ pub(crate) fn run(
     }
 }
 
-pub(crate) fn run_in(mut rig: Rig, subject: &dyn Subject, requests: Cases) {
+/// A rig whose stock is taken while the device is served.
+pub(crate) fn warmed(mut rig: Rig, subject: &dyn Subject) -> Rig {
     warm_up(&Driver::new(&rig, subject));
     rig.take_stock();
+    rig
+}
+
+pub(crate) fn run_in(rig: Rig, subject: &dyn Subject, requests: Cases) {
+    let rig = warmed(rig, subject);
     let driver = Driver::new(&rig, subject);
     let parts: [(&str, Cases); 4] = [
         ("registers", registers::run),

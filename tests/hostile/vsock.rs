@@ -410,3 +410,92 @@ fn comes_to(driver: &Driver<'_>, index: u16) -> bool {
     }
     false
 }
+
+/// As in `devices/src/virtio/vsock`: connections that a guest may have opened, and the bytes of each that wait
+/// while the host's program takes none.
+const MAX_OF_GUEST: u64 = 1024;
+const WINDOW: u64 = 64 << 10;
+/// What podvmm may have besides for each: the connection itself, and where it is listed.
+const CONNECTION: u64 = 1 << 10;
+
+/// As many connections as there may be, each with as much under way as it may have.
+#[test]
+fn full_connections_take_no_more_than_is_said() {
+    if !kvm_is_here() {
+        return;
+    }
+    let rig = Rig::boot(options);
+    let path = rig.folder.path().join(format!("vsock_{SERVED}"));
+    let listener = UnixListener::bind(path).expect("the folder is new");
+    let waiting = listener.try_clone().expect("there are descriptors");
+    let subject = Vsock {
+        listener: waiting,
+        port: Cell::new(10_000),
+    };
+    let mut rig = suite::warmed(rig, &subject);
+    let driver = Driver::new(&rig, &subject);
+    driver.start();
+    let before = rig.private_bytes();
+    // The program takes calls, and nothing that is said.
+    let mut callers = Vec::new();
+    let mut packets = None;
+    for port in (40_000..).take(usize::try_from(MAX_OF_GUEST).expect("it is small")) {
+        say(&driver, &Packet::new(REQUEST, port, SERVED), "a call");
+        let answer = Vsock::hear(&driver, port, "a call");
+        assert_eq!(answer, RESPONSE, "call {port}");
+        callers.push(listener.accept().expect("it is called"));
+        let most = *packets.get_or_insert_with(|| until_full(&driver, port));
+        (0..most).for_each(|_| say(&driver, &piece(port), "data"));
+    }
+    say(&driver, &Packet::new(REQUEST, 39_999, SERVED), "one more");
+    assert_eq!(Vsock::hear(&driver, 39_999, "one more"), RESET);
+    let grown = rig.private_bytes().saturating_sub(before);
+    let most = MAX_OF_GUEST * (WINDOW + CONNECTION);
+    println!("vsock: {MAX_OF_GUEST} full connections take {grown} bytes, {most} at most");
+    assert!(
+        (most / 2..=most).contains(&grown),
+        "{grown} of {most} bytes"
+    );
+    drop(callers);
+    driver.start();
+    subject.good(&driver, "full connections");
+    // The allocator keeps what was freed, for the next ones.
+    rig.take_stock();
+    rig.finish();
+}
+
+/// Bytes of one packet of those that fill a connection.
+const PIECE: u32 = 16 << 10;
+
+fn piece(port: u32) -> Packet {
+    Packet::new(DATA, port, SERVED).with(&[7; PIECE as usize])
+}
+
+/// How many pieces a connection takes whose program takes none, found by one that is used up for it.
+fn until_full(driver: &Driver<'_>, like: u32) -> usize {
+    let port = like - 20_000;
+    say(driver, &Packet::new(REQUEST, port, SERVED), "a call");
+    assert_eq!(Vsock::hear(driver, port, "a call"), RESPONSE);
+    let mut sent = 0;
+    loop {
+        say(driver, &Packet::new(CREDIT_REQUEST, port, SERVED), "credit");
+        let taken = credit(driver, port);
+        if sent - taken + u64::from(PIECE) > WINDOW {
+            say(driver, &Packet::new(RESET, port, SERVED), "the end");
+            return usize::try_from(sent).expect("it is small") / PIECE as usize;
+        }
+        say(driver, &piece(port), "data");
+        sent += u64::from(PIECE);
+    }
+}
+
+/// How much the host's program was given, as the device says.
+fn credit(driver: &Driver<'_>, port: u32) -> u64 {
+    loop {
+        let bytes = driver.send(RECEIVE, &[In(4096)], "credit").answer("credit");
+        let word = |at: usize| u32::from_le_bytes(bytes[at..at + 4].try_into().expect("4 bytes"));
+        if (word(20), word(28) >> 16) == (port, CREDIT_UPDATE.into()) {
+            return word(40).into();
+        }
+    }
+}

@@ -15,6 +15,7 @@ pub mod ctr;
 pub mod guest;
 pub mod helper;
 pub mod host;
+pub mod neighbour;
 pub mod network;
 pub mod node;
 pub mod payload;

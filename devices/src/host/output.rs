@@ -7,6 +7,8 @@ use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::time::Duration;
 
+use rustix::fs::SeekFrom;
+
 use super::{can_be_watched, is_ready};
 use crate::virtio::{GuestRam, Segments, vectored};
 
@@ -17,7 +19,21 @@ const CHUNK: usize = 64 << 10;
 
 /// Where a guest's bytes go, without waiting for it.
 #[derive(Debug)]
-pub struct Output(Kind);
+pub struct Output {
+    kind: Kind,
+    room: Option<Room>,
+}
+
+/// What may still be written to a file, so that a guest does not fill the host's disk.
+#[derive(Debug)]
+struct Room {
+    most: u64,
+    left: u64,
+}
+
+/// The last line of a file that is full.
+const FULL: &[u8] =
+    b"\npodvmm: the guest has printed all that may be kept, and the rest is dropped\n";
 
 enum Kind {
     File { file: File, way: Way },
@@ -52,40 +68,42 @@ impl Output {
         let file = File::from(fd);
         let metadata = file.metadata()?;
         if metadata.file_type().is_socket() {
-            return Ok(Self(Kind::File {
-                file,
-                way: Way::Socket,
-            }));
+            let way = Way::Socket;
+            return Ok(Kind::File { file, way }.into());
         }
         if !can_be_watched(&file)? {
-            return Ok(Self(Kind::File {
-                file,
-                way: Way::Always,
-            }));
+            let way = Way::Always;
+            return Ok(Kind::File { file, way }.into());
         }
         if file.is_terminal()
             && can_be_reopened(metadata.rdev())
             && let Ok(file) = reopen(&file)
         {
-            return Ok(Self(Kind::File {
-                file,
-                way: Way::Reopened,
-            }));
+            let way = Way::Reopened;
+            return Ok(Kind::File { file, way }.into());
         }
-        Ok(Self(Kind::File {
-            file,
-            way: Way::WhenReady,
-        }))
+        let way = Way::WhenReady;
+        Ok(Kind::File { file, way }.into())
     }
 
     /// Hands everything to `sink`, which is called on the I/O loop and must not block.
     pub fn sink(sink: Box<dyn Write + Send>) -> Self {
-        Self(Kind::Sink(sink))
+        Kind::Sink(sink).into()
+    }
+
+    /// A regular file, to which `most` bytes are appended. What comes after them is lost until another
+    /// program makes the file shorter than that.
+    pub fn bounded_file(file: File, most: u64) -> Self {
+        let way = Way::Always;
+        Self {
+            kind: Kind::File { file, way },
+            room: Some(Room { most, left: most }),
+        }
     }
 
     /// What to watch for writability while it is full.
     pub fn watch(&self) -> Option<RawFd> {
-        match &self.0 {
+        match &self.kind {
             Kind::File {
                 way: Way::Always, ..
             }
@@ -96,7 +114,7 @@ impl Output {
 
     /// Waits until it may take more. False if it does not within `timeout`.
     pub fn wait(&self, timeout: Duration) -> bool {
-        match &self.0 {
+        match &self.kind {
             Kind::File { file, .. } => is_ready(file, libc::POLLOUT, timeout),
             Kind::Sink(_) => true,
         }
@@ -104,13 +122,17 @@ impl Output {
 
     /// Writes once from the front of `bytes`, which must not be empty, and consumes what went.
     pub fn write_from(&mut self, ram: &GuestRam, bytes: &mut Segments) -> Progress {
-        match &mut self.0 {
+        let most = self.room();
+        match &mut self.kind {
             Kind::File {
                 file,
                 way: Way::Socket,
             } => progress(vectored::send(&*file, ram, bytes, CHUNK)),
             Kind::File { file, way } => {
-                way.write(file, |file, max| vectored::write(file, ram, bytes, max))
+                let written = way.write(file, most, |file, max| {
+                    vectored::write(file, ram, bytes, max)
+                });
+                self.take(written)
             }
             Kind::Sink(sink) => {
                 let mut buffer = [0; PIPE_BUF];
@@ -125,23 +147,65 @@ impl Output {
 
     /// Writes once from the front of `bytes`, which must not be empty.
     pub fn write(&mut self, bytes: &[u8]) -> Progress {
-        match &mut self.0 {
+        let most = self.room();
+        match &mut self.kind {
             Kind::File {
                 file,
                 way: Way::Socket,
             } => progress(vectored::send_bytes(&*file, bytes)),
-            Kind::File { file, way } => way.write(file, |mut file, max| {
-                file.write(&bytes[..bytes.len().min(max)])
-            }),
+            Kind::File { file, way } => {
+                let written = way.write(file, most, |mut file, max| {
+                    file.write(&bytes[..bytes.len().min(max)])
+                });
+                self.take(written)
+            }
             Kind::Sink(sink) => progress(sink.write_all(bytes).map(|()| bytes.len())),
         }
+    }
+
+    /// How many bytes may be written at once.
+    fn room(&mut self) -> usize {
+        let (Some(room), Kind::File { file, .. }) = (&mut self.room, &self.kind) else {
+            return CHUNK;
+        };
+        if room.left == 0 {
+            // Another program may have emptied it.
+            let size = rustix::fs::seek(file, SeekFrom::End(0)).unwrap_or(u64::MAX);
+            room.left = room.most.saturating_sub(size);
+        }
+        usize::try_from(room.left).unwrap_or(CHUNK).min(CHUNK)
+    }
+
+    /// Notes what was written.
+    fn take(&mut self, written: Progress) -> Progress {
+        if let (Progress::Moved(count), Some(room)) = (written, &mut self.room) {
+            room.left = room.left.saturating_sub(count as u64);
+            if let (0, Kind::File { file, .. }) = (room.left, &mut self.kind) {
+                // On a full disk it is not said.
+                let _ = file.write_all(FULL);
+            }
+        }
+        written
+    }
+}
+
+impl From<Kind> for Output {
+    fn from(kind: Kind) -> Self {
+        Self { kind, room: None }
     }
 }
 
 impl Way {
-    fn write(self, file: &File, write: impl FnOnce(&File, usize) -> io::Result<usize>) -> Progress {
+    /// Writes no more than `most` bytes.
+    fn write(
+        self,
+        file: &File,
+        most: usize,
+        write: impl FnOnce(&File, usize) -> io::Result<usize>,
+    ) -> Progress {
         match self {
-            Self::Always | Self::Socket | Self::Reopened => progress(write(file, CHUNK)),
+            _ if most == 0 => Progress::Lost,
+            Self::Always | Self::Socket | Self::Reopened => progress(write(file, most)),
             Self::WhenReady if is_ready(file, libc::POLLOUT, Duration::ZERO) => {
                 progress(write(file, PIPE_BUF))
             }
@@ -260,6 +324,23 @@ mod tests {
         assert_eq!(output.watch(), None);
         assert_eq!(output.write(b"abc"), Progress::Moved(3));
         assert_eq!(std::fs::read(file.as_path()).unwrap(), b"abc");
+    }
+
+    #[test]
+    fn a_bounded_file_takes_no_more_until_it_is_emptied() {
+        let file = TempFile::new().unwrap();
+        let path = file.as_path();
+        let open = std::fs::OpenOptions::new().append(true).open(path);
+        let mut output = Output::bounded_file(open.unwrap(), 10);
+        for _ in 0..2 {
+            assert_eq!(output.write(b"123456"), Progress::Moved(6));
+            assert_eq!(output.write(b"789abc"), Progress::Moved(4));
+            assert_eq!(output.write(b"bc"), Progress::Lost);
+            assert_eq!(output.write(b"bc"), Progress::Lost);
+            let content = std::fs::read(path).unwrap();
+            assert_eq!(content, [b"123456789a", FULL].concat());
+            std::fs::write(path, b"").unwrap();
+        }
     }
 
     #[test]

@@ -12,6 +12,7 @@ use std::process::{Command, ExitCode};
 use std::thread;
 use std::time::Duration;
 
+use tests::neighbour;
 use tests::transfer::{self, Checksum, RECORD_LEN, record};
 use vsock::{VMADDR_CID_ANY, VMADDR_CID_HOST, VsockAddr, VsockListener, VsockStream};
 
@@ -33,6 +34,11 @@ fn main() -> ExitCode {
         ["meets", path] => meets(Path::new(path)),
         ["lists", path] => lists(Path::new(path)),
         ["stuck", proc] => stuck(Path::new(proc)),
+        ["requests", count, folder] => neighbour::requests(number(count), Path::new(folder)),
+        ["disturb", what, mib, folder, host] => {
+            neighbour::disturb(what, number(mib), Path::new(folder), host)
+        }
+        ["nothing"] => Ok(()),
         _ => Err(io::Error::other("unknown command")),
     };
     match done {

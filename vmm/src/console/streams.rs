@@ -153,16 +153,22 @@ fn power_button() -> io::Result<(Input, PowerButton)> {
     Ok((Input::new(pressed.into())?, PowerButton(button)))
 }
 
+/// Most bytes that a guest can have appended to the file of a console, as long as no other program
+/// empties it: the host's disk is not the guest's to fill.
+const MAX_FILE_BYTES: u64 = 64 << 20;
+
 fn file(path: &PathBuf) -> Result<Output, StreamError> {
-    OpenOptions::new()
-        .append(true)
-        .create(true)
-        .open(path)
-        .and_then(|file| Output::new(file.into()))
-        .map_err(|source| StreamError::Open {
-            path: path.clone(),
-            source,
-        })
+    let open = || {
+        let file = OpenOptions::new().append(true).create(true).open(path)?;
+        match file.metadata()?.is_file() {
+            true => Ok(Output::bounded_file(file, MAX_FILE_BYTES)),
+            false => Output::new(file.into()),
+        }
+    };
+    open().map_err(|source| StreamError::Open {
+        path: path.clone(),
+        source,
+    })
 }
 
 fn output(name: &'static str, stream: impl AsFd) -> Result<Output, StreamError> {

@@ -47,7 +47,8 @@ const MAX_FORGETS: u32 = 4096;
 const MAX_TEXT: usize = 70 << 10;
 /// Requests Linux may have under way that no program waits for.
 const MAX_BACKGROUND: u16 = 64;
-/// The most nodes: some 300 MiB of the host's memory, for gigabytes of the guest's.
+/// The most nodes, of up to 768 bytes each: 300 MiB of the host's memory, or with the longest names 600, for
+/// gigabytes of the guest's.
 const MAX_NODES: usize = 1 << 20;
 const MAX_PLACES: usize = 1024;
 
