@@ -3,6 +3,7 @@
 use std::fs;
 use std::os::unix::fs::symlink;
 use std::path::Path;
+use std::time::{Duration, Instant};
 
 use tests::podvmm::kvm_is_here;
 
@@ -449,6 +450,30 @@ fn handles(driver: &Driver<'_>) -> usize {
     assert!(driver.rig.descriptors() <= before + 4);
     driver.subject.good(driver, "many files");
     1
+}
+
+/// A share is held to its rate on the real thread, filter of system calls and all.
+#[test]
+fn a_share_is_held_to_its_rate() {
+    if !kvm_is_here() {
+        return;
+    }
+    let rig = Rig::boot(|folder| {
+        let mut all = options(folder);
+        all[1].push_str(",ops_size=20,ops_refill_time=100");
+        all
+    });
+    let rig = suite::warmed(rig, &Share);
+    let driver = Driver::new(&rig, &Share);
+    let start = Instant::now();
+    driver.start();
+    for _ in 0..100 {
+        lookup(&driver, "inside", "its rate");
+    }
+    // 20 are saved up, and 200 come in a second.
+    let least = Duration::from_millis(400);
+    assert!(start.elapsed() >= least, "{:?}", start.elapsed());
+    rig.finish();
 }
 
 /// What podvmm may have for each file that a guest knows, with the longest name, and for each that it has open.
