@@ -6,7 +6,7 @@ use devices::virtio::fs::{self, Cache, Fs, FsError, VhostUserFs, VhostUserFsConf
 use rustix::process::{Resource, getrlimit};
 use thiserror::Error;
 
-use crate::build::parts::rates;
+use super::rates;
 
 /// Why there is no share.
 #[derive(Debug, Error)]
