@@ -24,7 +24,7 @@ use rustix::mount::{MountFlags, MountPropagationFlags, UnmountFlags};
 use rustix::thread::UnshareFlags;
 
 use crate::pod::spec;
-use attributes::{Depth, change_readonly, make_readonly, refuse_devices};
+use attributes::{Depth, change_readonly, keep_harmless, make_readonly};
 use mirror::Mirror;
 use mountinfo::mounted_below;
 use protocol::containerd::task;
@@ -80,7 +80,7 @@ impl Shared {
             rustix::mount::mount_bind(&path, &path)?;
             rustix::mount::mount_change(&path, MountPropagationFlags::PRIVATE)?;
             make_readonly(&path, Depth::All)?;
-            refuse_devices(&path)?;
+            keep_harmless(&path)?;
             Ok(below)
         };
         match make() {
@@ -195,7 +195,7 @@ impl Shared {
         let propagation = MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC;
         let changed = rustix::mount::mount_change(&place, propagation);
         changed.map_err(|errno| failed("its propagation", errno.into()))?;
-        refuse_devices(&place).map_err(|source| failed("it without devices", source))?;
+        keep_harmless(&place).map_err(|source| failed("it without devices", source))?;
         let shown = self.mirrored(&place, |mirror, name| mirror.show(&place, name));
         shown.map_err(|source| failed("it in podvmm's jail", source))
     }
@@ -339,7 +339,7 @@ fn attach(source: &Path, place: &Path, options: &[String]) -> io::Result<()> {
         MountPropagationFlags::PRIVATE
     };
     rustix::mount::mount_change(place, propagation | MountPropagationFlags::REC)?;
-    refuse_devices(place)
+    keep_harmless(place)
 }
 
 /// Unmounts a volume and removes its place, which is `below` the mount.

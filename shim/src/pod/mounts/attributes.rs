@@ -27,10 +27,11 @@ pub(super) fn change_readonly(place: &Path, depth: Depth, is_readonly: bool) -> 
     }
 }
 
-/// Has no device be opened in a mount, by its nodes there. The share's server opens none either; this is
-/// the host's kernel's word beside its own.
-pub(super) fn refuse_devices(place: &Path) -> io::Result<()> {
-    change(place, Depth::All, libc::MOUNT_ATTR_NODEV, 0)
+/// Has no device be opened in a mount, by its nodes there, and nothing run on the host, as whatever user. The
+/// share's server does neither; this is the host's kernel's word beside its own.
+pub(super) fn keep_harmless(place: &Path) -> io::Result<()> {
+    let refused = libc::MOUNT_ATTR_NODEV | libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NOEXEC;
+    change(place, Depth::All, refused, 0)
 }
 
 fn change(place: &Path, depth: Depth, set: u64, clear: u64) -> io::Result<()> {

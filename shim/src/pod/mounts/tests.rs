@@ -100,7 +100,7 @@ fn a_share_is_taken_down_once_and_leaves_the_next_one_at_its_path_alone() {
 /// The host's devices are nothing to a guest, wherever nodes of them are.
 #[test]
 fn devices_of_the_host_are_not_opened_in_what_is_shared() {
-    use rustix::fs::{CWD, FileType, Mode, makedev, mknodat};
+    use rustix::fs::{CWD, FileType, Mode, StatVfsMountFlags, makedev, mknodat};
     let folder = tempfile::tempdir().unwrap();
     let root = folder.path().join("root");
     let below = root.join("below");
@@ -131,6 +131,10 @@ fn devices_of_the_host_are_not_opened_in_what_is_shared() {
             let node = seen.join(place).join(name);
             let error = fs::File::open(&node).unwrap_err();
             assert_eq!(error.kind(), io::ErrorKind::PermissionDenied, "{node:?}");
+            let folder = node.parent().unwrap();
+            let flags = rustix::fs::statvfs(folder).unwrap().f_flag;
+            let harmless = StatVfsMountFlags::NOSUID | StatVfsMountFlags::NOEXEC;
+            assert!(flags.contains(harmless), "{folder:?}: {flags:?}");
         }
         // As an overlay in the guest makes them.
         let whiteout = seen.join(place).join("below").join(place.replace('/', "-"));
