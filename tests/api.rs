@@ -463,9 +463,9 @@ fn a_jail_has_what_clients_may_name_and_nothing_else() {
     }
     let service = Service::start_with(spin(), |kernel| {
         let kernel = format!("read={}", kernel.display());
-        ["--jail", "required", "--jail-path", &kernel]
-            .map(String::from)
-            .into()
+        let user = ["--jail-user", "7777"];
+        let jail = ["--jail", "required", "--jail-path", &kernel];
+        jail.into_iter().chain(user).map(String::from).collect()
     });
     let mut client = service.client();
     let mut definition = service.definition();

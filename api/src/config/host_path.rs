@@ -18,6 +18,8 @@ pub enum Access {
     Read,
     /// To read it, too.
     Write,
+    /// To make sockets in this folder, and to remove them.
+    Sockets,
 }
 
 impl HostPath {
@@ -37,10 +39,14 @@ impl HostPath {
 
     /// To make a socket at a path, or to find one there that may be made anew.
     pub fn socket(path: &Path) -> Self {
-        Self::write(
-            path.parent()
-                .filter(|it| *it != Path::new(""))
-                .unwrap_or_else(|| Path::new(".")),
-        )
+        let folder = path.parent().filter(|it| *it != Path::new(""));
+        Self::sockets(folder.unwrap_or_else(|| Path::new(".")))
+    }
+
+    /// To make sockets in a folder.
+    pub fn sockets(folder: &Path) -> Self {
+        let path = folder.into();
+        let access = Access::Sockets;
+        Self { path, access }
     }
 }

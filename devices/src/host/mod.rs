@@ -19,6 +19,15 @@ pub use self::input::{Arrival, Input};
 pub use self::listener::{ListenError, Listener};
 pub use self::output::{Output, Progress};
 
+/// The user and the group that this thread's files get, and which it asks for files as (setfsuid(2)).
+pub fn user_of_files() -> (u32, u32) {
+    // SAFETY: a number that no user has changes nothing. What is returned is the one that is so.
+    let user = unsafe { libc::setfsuid(libc::uid_t::MAX) };
+    // SAFETY: as above, for groups.
+    let group = unsafe { libc::setfsgid(libc::gid_t::MAX) };
+    (user.cast_unsigned(), group.cast_unsigned())
+}
+
 /// Whether epoll can tell when the file is ready. Regular files and /dev/null always are.
 fn can_be_watched(file: &File) -> io::Result<bool> {
     let epoll = Epoll::new()?;

@@ -8,6 +8,7 @@
 mod process;
 mod rules;
 mod tree;
+mod user;
 
 use std::fmt;
 use std::io;
@@ -17,6 +18,8 @@ use api::{Access, HostPath};
 use rustix::process::{DumpableBehavior, Resource, Rlimit, set_dumpable_behavior, setrlimit};
 use rustix::thread::{CapabilitySet, CapabilitySets, UnshareFlags};
 use thiserror::Error;
+
+pub(crate) use self::user::User;
 
 /// Whether there is a jail.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -56,9 +59,10 @@ enum Step {
     Namespaces,
     Process,
     Files,
-    Memory,
     Rules,
+    User,
     Capabilities,
+    Memory,
 }
 
 impl fmt::Display for Step {
@@ -68,16 +72,25 @@ impl fmt::Display for Step {
             Self::Process => "see no process of the host",
             Self::Files => "see no files of the host but the VM's",
             Self::Memory => "keep memory out of core dumps and from other processes",
+            Self::User => "be another user than root",
             Self::Rules => "have Landlock hold it to the VM's files",
             Self::Capabilities => "drop capabilities",
         })
     }
 }
 
+/// What podvmm is to give up, of the command line.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Jail {
+    pub(crate) wanted: Wanted,
+    /// Whom it is to be in it. It stays who it is without.
+    pub(crate) user: Option<User>,
+}
+
 /// Enters the jail, in which there is nothing of the host but `paths`. To be called before there are other
 /// threads. What it returns in may be another process, the first of a pid namespace, whose outcome this one has
 /// then.
-pub(crate) fn enter(wanted: Wanted, paths: &[HostPath]) -> Result<(), JailError> {
+pub(crate) fn enter(Jail { wanted, user }: Jail, paths: &[HostPath]) -> Result<(), JailError> {
     if wanted == Wanted::Off {
         return Ok(());
     }
@@ -89,8 +102,14 @@ pub(crate) fn enter(wanted: Wanted, paths: &[HostPath]) -> Result<(), JailError>
             Ok(false)
         }
     };
-    let kvm = HostPath::write("/dev/kvm".as_ref());
-    let paths: Vec<_> = paths.iter().chain([&kvm]).filter_map(found).collect();
+    let mut all = Vec::new();
+    for path in paths.iter().filter_map(found) {
+        // What two parts of a VM need, such as a folder of sockets, is shown once.
+        if !all.contains(&path) {
+            all.push(path);
+        }
+    }
+    let paths = all;
     if attempt(Step::Namespaces, namespaces())? {
         attempt(Step::Process, process::first_of_its_namespace())?;
         // Half of a tree is none to go on in.
@@ -99,9 +118,23 @@ pub(crate) fn enter(wanted: Wanted, paths: &[HostPath]) -> Result<(), JailError>
             source,
         })?;
     }
-    attempt(Step::Memory, keep_memory())?;
     attempt(Step::Rules, rules::apply(&paths))?;
-    attempt(Step::Capabilities, drop_capabilities(needed(&paths)))?;
+    let mut is_other = false;
+    if let Some(user) = user {
+        is_other = attempt(Step::User, user.become_it())?;
+    }
+    let mut needed = needed(&paths);
+    let all = CapabilitySet::DAC_OVERRIDE;
+    // Where it cannot be told it does.
+    if !needed.contains(all) && user::lacks_rights(&paths).unwrap_or(true) {
+        needed |= all;
+    }
+    if is_other && needed.contains(all) {
+        attempt(Step::User, user::ask_for_files_as_root())?;
+    }
+    attempt(Step::Capabilities, drop_capabilities(needed))?;
+    // Another user's memory is kept no longer.
+    attempt(Step::Memory, keep_memory())?;
     Ok(())
 }
 
@@ -148,7 +181,8 @@ fn keep_memory() -> io::Result<()> {
 
 /// What of root's power the VM's files take.
 fn needed(paths: &[HostPath]) -> CapabilitySet {
-    let is_folder = |path: &&HostPath| path.path.is_dir();
+    // Of files, and of places for sockets, it is asked later whether this user has the rights.
+    let is_folder = |path: &&HostPath| path.access != Access::Sockets && path.path.is_dir();
     let mut needed = CapabilitySet::empty();
     for folder in paths.iter().filter(is_folder) {
         // Files of a share belong to any user. This one says nothing about descriptors that are made of a

@@ -6,6 +6,7 @@
 //! The filter of the first thread holds for the whole process, as each thread is started by one that has it;
 //! another kind of thread adds its own, which allows less. Filters cannot be taken off again.
 
+pub(crate) mod paths;
 #[cfg(test)]
 mod tests;
 mod violation;
@@ -68,7 +69,8 @@ impl Kind {
         work: impl FnOnce() -> T + Send + 'static,
     ) -> io::Result<JoinHandle<T>> {
         builder.spawn(move || {
-            // It is the host's memory that is short, then. No thread runs without its filter.
+            // It is the host's memory that is short, then. No thread runs without its rules and filter.
+            self.restrict().expect("the host takes the thread's rules");
             self.enter().expect("the host takes the thread's filter");
             work()
         })

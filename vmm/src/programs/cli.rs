@@ -10,7 +10,7 @@ use lexopt::{Arg, Parser, ValueExt};
 use log::LevelFilter;
 use thiserror::Error;
 
-use crate::host::jail::Wanted;
+use crate::host::jail::{Jail, User, Wanted};
 use crate::host::thread::Enforcement;
 
 /// Parts of a VM that may be others than those of the snapshot it is restored from.
@@ -84,8 +84,8 @@ pub(crate) struct RunOptions {
     pub api_socket: Option<PathBuf>,
     /// `--seccomp`
     pub seccomp: Enforcement,
-    /// `--jail`
-    pub jail: Wanted,
+    /// `--jail` and `--jail-user`
+    pub jail: Jail,
     /// `--jail-path`
     pub jail_paths: Vec<HostPath>,
     /// `--event-monitor`
@@ -185,7 +185,8 @@ pub(crate) fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Act
             Arg::Long("prefetch") => options.prefetch = true,
             Arg::Long("api-socket") => options.api_socket = Some(parser.value()?.into()),
             Arg::Long("seccomp") => options.seccomp = seccomp(&parser.value()?)?,
-            Arg::Long("jail") => options.jail = jail(&parser.value()?)?,
+            Arg::Long("jail") => options.jail.wanted = jail(&parser.value()?)?,
+            Arg::Long("jail-user") => options.jail.user = Some(jail_user(&parser.value()?)?),
             Arg::Long("jail-path") => options.jail_paths.push(jail_path(&parser.value()?)?),
             Arg::Long("event-monitor") => options.event_monitor = Some(monitor(&mut parser)?),
             Arg::Long("log-file") => options.log_file = Some(parser.value()?.into()),
@@ -256,14 +257,22 @@ fn jail(value: &OsString) -> Result<Wanted, CliError> {
     wanted.ok_or(CliError::Contradiction("--jail: write on, off or required"))
 }
 
+fn jail_user(value: &OsString) -> Result<User, CliError> {
+    let user = value.to_str().and_then(User::parse);
+    user.ok_or(CliError::Contradiction(
+        "--jail-user: write UID or UID:GID, other numbers than root's",
+    ))
+}
+
 fn jail_path(value: &OsString) -> Result<HostPath, CliError> {
     let path = match value.to_str().and_then(|value| value.split_once('=')) {
         Some(("read", path)) if !path.is_empty() => Some(HostPath::read(path.as_ref())),
         Some(("write", path)) if !path.is_empty() => Some(HostPath::write(path.as_ref())),
+        Some(("sockets", path)) if !path.is_empty() => Some(HostPath::sockets(path.as_ref())),
         _ => None,
     };
     path.ok_or(CliError::Contradiction(
-        "--jail-path: write read=PATH or write=PATH",
+        "--jail-path: write read=PATH, write=PATH or sockets=FOLDER",
     ))
 }
 
@@ -284,10 +293,13 @@ fn check(options: &RunOptions) -> Result<(), CliError> {
             "--restore: the snapshot says what the guest is; only --disk, --net, --fs, --vsock, --serial and --console can be others",
         ));
     }
-    if options.jail == Wanted::Off && !options.jail_paths.is_empty() {
+    if options.jail.wanted == Wanted::Off && !options.jail_paths.is_empty() {
         return Err(CliError::Contradiction(
             "--jail-path: it goes with --jail: without it podvmm sees all of the host's files",
         ));
+    }
+    if options.jail.wanted == Wanted::Off && options.jail.user.is_some() {
+        return Err(CliError::Contradiction("--jail-user: it goes with --jail"));
     }
     if options.prefetch && options.restore.is_none() {
         return Err(CliError::Contradiction(
@@ -401,11 +413,24 @@ mod tests {
             "read=/a",
             "--jail-path",
             "write=b",
+            "--jail-path",
+            "sockets=c",
         ]);
-        assert_eq!(options.jail, Wanted::On);
-        let paths = [HostPath::read("/a".as_ref()), HostPath::write("b".as_ref())];
+        assert_eq!(options.jail.wanted, Wanted::On);
+        let paths = [
+            HostPath::read("/a".as_ref()),
+            HostPath::write("b".as_ref()),
+            HostPath::sockets("c".as_ref()),
+        ];
         assert_eq!(options.jail_paths, paths);
-        assert_eq!(run(&[]).jail, Wanted::Off);
+        assert_eq!(run(&[]).jail, Jail::default());
+        let options = run(&["--jail", "on", "--jail-user", "1000:7"]);
+        assert_eq!(options.jail.user, User::parse("1000:7"));
+        assert!(refusal(&["--jail", "on", "--jail-user", "0"]).starts_with("--jail-user: write"));
+        assert_eq!(
+            refusal(&["--jail-user", "7"]),
+            "--jail-user: it goes with --jail"
+        );
         assert!(refusal(&["--jail", "yes"]).starts_with("--jail: write on, off or"));
         assert!(refusal(&["--jail", "on", "--jail-path", "/a"]).starts_with("--jail-path: write"));
         assert!(refusal(&["--jail-path", "read=/a"]).starts_with("--jail-path: it goes with"));

@@ -130,7 +130,8 @@ fn subject(options: &RunOptions) -> Result<Subject, RunError> {
 
 /// All of the host's files that are opened from here on.
 fn host_paths(options: &RunOptions, subject: &Subject) -> Vec<HostPath> {
-    let mut paths = options.jail_paths.clone();
+    let mut paths = vec![HostPath::write("/dev/kvm".as_ref())];
+    paths.extend_from_slice(&options.jail_paths);
     paths.extend(options.api_socket.as_deref().map(HostPath::socket));
     paths.extend(options.restore.as_deref().map(HostPath::read));
     match subject {

@@ -18,7 +18,6 @@ use std::sync::{Arc, Mutex, MutexGuard};
 
 use rustix::fs::{CWD, Mode, OFlags};
 use rustix::io::Errno;
-use rustix::process::{getegid, geteuid};
 use zerocopy::{FromBytes, IntoBytes};
 
 use self::names::permissions;
@@ -31,6 +30,7 @@ use super::abi::{
 use super::handles::{Handles, MOST};
 use super::host::Descriptors;
 use super::nodes::{Limits, Nodes, Place};
+use crate::host::user_of_files;
 use crate::virtio::limiter::Cost;
 use crate::virtio::{Chain, Counters, GuestRam, Segments};
 
@@ -205,7 +205,7 @@ impl Server {
             orphans: (descriptors / 4).max(1),
         };
         let nodes = Nodes::new(Arc::new(root), limits).map_err(open)?;
-        let own = (geteuid().as_raw(), getegid().as_raw());
+        let own = user_of_files();
         Ok(Self {
             descriptors: Descriptors::open().map_err(|source| FsError::NoProc(source.into()))?,
             nodes: Mutex::new(nodes),

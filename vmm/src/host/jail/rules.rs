@@ -3,6 +3,7 @@
 
 use std::fs;
 use std::io;
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileTypeExt;
 use std::path::Path;
 
@@ -13,13 +14,15 @@ use landlock::{
 };
 
 use super::stream;
+use crate::host::thread::paths;
 
 /// The oldest Landlock under which a share works: by earlier ones no file could be moved to another folder.
 const OLDEST: ABI = ABI::V2;
 /// The newest that this knows.
 const NEWEST: ABI = ABI::V5;
 
-/// Applies the rules to this thread, and to those it starts.
+/// Applies the rules to this thread, and to those it starts; and has those that it starts later take on
+/// narrower ones.
 pub(super) fn apply(paths: &[HostPath]) -> io::Result<()> {
     // Fails on a kernel that has none, or an older one.
     let required = Ruleset::default().set_compatibility(CompatLevel::HardRequirement);
@@ -48,6 +51,7 @@ pub(super) fn apply(paths: &[HostPath]) -> io::Result<()> {
         let allowed: BitFlags<AccessFs> = match access {
             Access::Read => read,
             Access::Write => all,
+            Access::Sockets => read | AccessFs::MakeSock | AccessFs::RemoveFile,
         };
         let rule = PathBeneath::new(open, allowed);
         ruleset = ruleset.add_rule(rule).map_err(io::Error::other)?;
@@ -56,7 +60,27 @@ pub(super) fn apply(paths: &[HostPath]) -> io::Result<()> {
     match status.ruleset {
         RulesetStatus::NotEnforced => Err(io::Error::other("the kernel does not enforce it")),
         RulesetStatus::PartiallyEnforced | RulesetStatus::FullyEnforced => Ok(()),
+    }?;
+    paths::hold(paths::Rules {
+        sockets: of_threads(paths.iter().filter(|path| path.access == Access::Sockets))?,
+        nothing: of_threads([])?,
+    });
+    Ok(())
+}
+
+/// Rules by which nothing is to be done but to remove what is in `places`.
+fn of_threads<'a>(places: impl IntoIterator<Item = &'a HostPath>) -> io::Result<OwnedFd> {
+    let ruleset = Ruleset::default().handle_access(AccessFs::from_all(NEWEST));
+    let mut ruleset = ruleset
+        .and_then(Ruleset::create)
+        .map_err(io::Error::other)?;
+    for HostPath { path, .. } in places {
+        let open = PathFd::new(path).map_err(io::Error::other)?;
+        let rule = PathBeneath::new(open, AccessFs::RemoveFile);
+        ruleset = ruleset.add_rule(rule).map_err(io::Error::other)?;
     }
+    let descriptor: Option<OwnedFd> = ruleset.into();
+    descriptor.ok_or_else(|| io::Error::other("the kernel has none"))
 }
 
 /// Whether what a stream leads to is in a file system.

@@ -1,15 +1,18 @@
 //! What is left in a jail. It is entered by a process of its own, this program once more.
 
-use std::fs::{self, File};
+use std::fs::{self, File, Permissions};
 use std::io::ErrorKind;
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
 use rustix::fs::{CWD, FileType, Mode, StatVfsMountFlags, mknodat};
 use rustix::io::Errno;
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
-use rustix::process::{Pid, Signal, test_kill_process};
+use rustix::process::{
+    Pid, Signal, dumpable_behavior, parent_process_death_signal, set_parent_process_death_signal,
+    test_kill_process,
+};
 use tempfile::TempDir;
 
 use super::*;
@@ -17,13 +20,20 @@ use super::*;
 /// Names a folder for the process that is to enter the jail.
 const FOLDER: &str = "PODVMM_TEST_JAIL";
 
-/// A folder with something to read, to write, and to stay away from.
+/// The user that some of them are.
+const USER: &str = "7777:7778";
+
+/// A folder with something to read, to write, to make sockets in, and to stay away from.
 fn folder() -> TempDir {
     let folder = TempDir::new().unwrap();
-    for name in ["read", "write", "other"] {
+    for name in ["read", "write", "sockets", "other"] {
         fs::create_dir(folder.path().join(name)).unwrap();
         fs::write(folder.path().join(name).join("file"), name).unwrap();
     }
+    let device = rustix::fs::makedev(1, 3);
+    let null = folder.path().join("write/null");
+    // Another user than root makes none.
+    let _ = mknodat(CWD, null, FileType::CharacterDevice, Mode::RUSR, device);
     folder
 }
 
@@ -51,24 +61,33 @@ fn is_root() -> bool {
 }
 
 /// Enters the jail of the folder that the environment names, with a path that is not there yet.
-fn enter_as_told() -> PathBuf {
+fn enter_as_told(user: Option<&str>) -> PathBuf {
     let folder = PathBuf::from(std::env::var_os(FOLDER).unwrap());
     let paths = [
         HostPath::read("read".as_ref()),
         HostPath::write(&folder.join("write")),
         HostPath::write(&folder.join("write/later")),
+        HostPath::sockets(&folder.join("sockets")),
         HostPath::read(&folder.join("missing")),
         HostPath::write("/dev/stderr".as_ref()),
+        HostPath::write("/dev/kvm".as_ref()),
     ];
-    enter(Wanted::Required, &paths).unwrap();
+    enter(required(user), &paths).unwrap();
     folder
+}
+
+fn required(user: Option<&str>) -> Jail {
+    Jail {
+        wanted: Wanted::Required,
+        user: user.map(|user| User::parse(user).unwrap()),
+    }
 }
 
 #[test]
 #[ignore = "another test runs it, in a process of its own"]
 fn inside() {
     let outside = Pid::from_raw(std::process::id().cast_signed()).unwrap();
-    let folder = enter_as_told();
+    let folder = enter_as_told(None);
     let read = |path: &Path| fs::read_to_string(path).map_err(|error| error.kind());
     // What it was given is where it was, and can be done what it was given for.
     assert_eq!(read(&folder.join("read/file")).as_deref(), Ok("read"));
@@ -107,7 +126,17 @@ fn inside() {
         .write(true)
         .open("/dev/kvm")
         .unwrap();
-    // No device can be made, nor anything run.
+    // Only /dev has devices. Nothing is run.
+    let null = File::open(folder.join("write/null"));
+    assert_eq!(null.unwrap_err().kind(), ErrorKind::PermissionDenied);
+    for place in ["read", "write", "sockets", "read/inner"] {
+        let flags = rustix::fs::statvfs(folder.join(place)).unwrap().f_flag;
+        let none = StatVfsMountFlags::NODEV | StatVfsMountFlags::NOSUID | StatVfsMountFlags::NOEXEC;
+        assert!(flags.contains(none), "{place}: {flags:?}");
+    }
+    let devices = fs::read_dir("/dev").unwrap_err();
+    assert_eq!(devices.kind(), ErrorKind::PermissionDenied, "by Landlock");
+    // No device can be made.
     let device = rustix::fs::makedev(1, 1);
     let made = mknodat(
         CWD,
@@ -173,10 +202,171 @@ fn a_jail_has_what_it_was_given_and_nothing_else() {
     );
 }
 
+/// Who the process is, for the kernel and for files.
+fn identity() -> [u32; 6] {
+    let (user, group) = devices::host::user_of_files();
+    [
+        rustix::process::getuid().as_raw(),
+        rustix::process::geteuid().as_raw(),
+        rustix::process::getgid().as_raw(),
+        rustix::process::getegid().as_raw(),
+        user,
+        group,
+    ]
+}
+
+#[test]
+#[ignore = "another test runs it, in a process of its own"]
+fn inside_as_another_user() {
+    set_parent_process_death_signal(Some(Signal::KILL)).unwrap();
+    let folder = enter_as_told(Some(USER));
+    assert_eq!(identity(), [7777, 7777, 7778, 7778, 0, 0]);
+    // Which of the signals it was: that of the process outside.
+    assert_eq!(parent_process_death_signal(), Ok(Some(Signal::KILL)));
+    assert_eq!(
+        dumpable_behavior(),
+        Ok(DumpableBehavior::NotDumpable),
+        "whatever the host says of those that change their user"
+    );
+    // Files are as they are for root: also those that it makes.
+    fs::write(folder.join("write/later"), "now").unwrap();
+    std::os::unix::fs::chown(folder.join("write/file"), Some(7), Some(8)).unwrap();
+    assert_eq!(fs::metadata(folder.join("write/later")).unwrap().uid(), 0);
+    let threads = std::thread::spawn(identity).join().unwrap();
+    assert_eq!(threads, identity());
+    // No way back.
+    let root = rustix::process::Uid::ROOT;
+    let back = rustix::thread::set_thread_res_uid(root, root, root);
+    assert_eq!(back, Err(Errno::PERM));
+    let capabilities = rustix::thread::capabilities(None).unwrap();
+    let expected = needed(&[HostPath::write("write".as_ref())]);
+    assert_eq!(
+        (capabilities.effective, capabilities.permitted),
+        (expected, expected)
+    );
+    println!("all of it was tried");
+}
+
+#[test]
+#[ignore = "another test runs it, in a process of its own"]
+fn inside_with_files_alone() {
+    let folder = PathBuf::from(std::env::var_os(FOLDER).unwrap());
+    let paths = [
+        HostPath::read(&folder.join("read/file")),
+        HostPath::write(&folder.join("own/file")),
+        HostPath::sockets(&folder.join("own")),
+        HostPath::write("/dev/kvm".as_ref()),
+    ];
+    enter(required(Some(USER)), &paths).unwrap();
+    assert_eq!(identity(), [7777, 7777, 7778, 7778, 7777, 7778]);
+    let capabilities = rustix::thread::capabilities(None).unwrap();
+    assert_eq!(capabilities.permitted, CapabilitySet::empty());
+    File::open(folder.join("read/file")).unwrap();
+    let mut own = File::options();
+    own.write(true).open(folder.join("own/file")).unwrap();
+    std::os::unix::net::UnixListener::bind(folder.join("own/socket")).unwrap();
+    println!("all of it was tried");
+}
+
+#[test]
+#[ignore = "another test runs it, in a process of its own"]
+fn inside_with_a_file_of_roots() {
+    let folder = PathBuf::from(std::env::var_os(FOLDER).unwrap());
+    let file = folder.join("own/secret");
+    enter(required(Some(USER)), &[HostPath::read(&file)]).unwrap();
+    assert_eq!(identity(), [7777, 7777, 7778, 7778, 0, 0]);
+    let capabilities = rustix::thread::capabilities(None).unwrap();
+    assert_eq!(capabilities.permitted, CapabilitySet::DAC_OVERRIDE);
+    File::open(file).unwrap();
+    println!("all of it was tried");
+}
+
+#[test]
+fn a_jail_may_be_of_another_user() {
+    if !is_root() {
+        return;
+    }
+    let folder = folder();
+    let (own, kvm) = (folder.path().join("own"), "/dev/kvm");
+    fs::create_dir(&own).unwrap();
+    fs::write(own.join("file"), "own").unwrap();
+    fs::write(own.join("secret"), "root's").unwrap();
+    fs::set_permissions(own.join("secret"), Permissions::from_mode(0o600)).unwrap();
+    for path in [own.clone(), own.join("file")] {
+        std::os::unix::fs::chown(path, Some(7777), Some(7778)).unwrap();
+    }
+    let mut tests = vec!["inside_as_another_user", "inside_with_a_file_of_roots"];
+    match fs::metadata(kvm).unwrap() {
+        file if file.mode() & 0o006 == 0o006 || file.gid() != 0 => {
+            tests.push("inside_with_files_alone");
+        }
+        _ => eprintln!("SKIPPED: {kvm} is root's alone, so no user does without capabilities"),
+    }
+    for name in tests {
+        let output = apart(name, folder.path());
+        let said = String::from_utf8_lossy(&output.stdout);
+        assert!(output.status.success(), "{output:?}");
+        assert!(said.contains("all of it was tried"), "{output:?}");
+    }
+}
+
+/// What a thread is asked to do, and whether it could.
+fn attempts(folder: &Path) -> [Result<(), ErrorKind>; 4] {
+    let kind = |error: io::Error| error.kind();
+    [
+        File::open(folder.join("read/file")).map(drop),
+        fs::remove_file(folder.join("sockets/socket")),
+        fs::remove_file(folder.join("write/file")),
+        fs::write(folder.join("write/new"), "x"),
+    ]
+    .map(|result| result.map_err(kind))
+}
+
+#[test]
+#[ignore = "another test runs it, in a process of its own"]
+fn inside_a_thread() {
+    use crate::host::thread::Kind;
+    let folder = enter_as_told(None);
+    let socket = folder.join("sockets/socket");
+    let attempts = |kind: Kind| {
+        drop(std::os::unix::net::UnixListener::bind(&socket));
+        fs::write(folder.join("write/file"), "write").unwrap();
+        let folder = folder.clone();
+        let builder = std::thread::Builder::new();
+        // There is no filter that would end it.
+        let thread = kind.spawn(builder, move || attempts(&folder)).unwrap();
+        thread.join().unwrap()
+    };
+    let no = Err(ErrorKind::PermissionDenied);
+    for kind in [Kind::Control, Kind::Snapshot, Kind::Files] {
+        assert_eq!(attempts(kind), [Ok(()); 4], "{kind:?}");
+    }
+    use Kind::{Api, Console, Disk, Io, Memory, PageServer, Pages, Signals, Vcpu};
+    for kind in [Api, Io, Console, Signals, PageServer] {
+        assert_eq!(attempts(kind), [no, Ok(()), no, no], "{kind:?}");
+    }
+    for kind in [Vcpu, Disk, Memory, Pages] {
+        assert_eq!(attempts(kind), [no; 4], "{kind:?}");
+    }
+    println!("all of it was tried");
+}
+
+#[test]
+fn a_thread_opens_what_its_work_needs() {
+    if !is_root() {
+        return;
+    }
+    let folder = folder();
+    let output = apart("inside_a_thread", folder.path());
+    let said = String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success(), "{output:?}");
+    assert!(said.contains("all of it was tried"), "{output:?}");
+}
+
 #[test]
 #[ignore = "another test runs it, in a process of its own"]
 fn ends_with_seven() {
-    enter_as_told();
+    enter_as_told(None);
     // SAFETY: it ends the process.
     unsafe { libc::_exit(7) }
 }
@@ -184,7 +374,7 @@ fn ends_with_seven() {
 #[test]
 #[ignore = "another test runs it, in a process of its own"]
 fn ends_by_a_signal() {
-    enter_as_told();
+    enter_as_told(None);
     File::open("read/file").unwrap();
     let own = rustix::process::getpid();
     // The first process of a namespace ignores what it has no handler for, but from outside.
@@ -218,6 +408,9 @@ fn a_share_that_is_read_takes_less_than_one_that_is_written() {
     );
     assert_eq!(needed(&[read]), CapabilitySet::DAC_OVERRIDE);
     assert!(needed(&[write]).contains(CapabilitySet::CHOWN));
+    // Whether one of another user's is needed is asked when it is known whom the process is.
+    let sockets = HostPath::sockets("/".as_ref());
+    assert_eq!(needed(&[sockets]), CapabilitySet::empty());
     let tun = HostPath::write("/dev/net/tun".as_ref());
     assert_eq!(needed(&[tun]), CapabilitySet::NET_ADMIN);
 }

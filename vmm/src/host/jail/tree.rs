@@ -4,6 +4,7 @@ use std::ffi::CString;
 use std::fs::{self, File};
 use std::io;
 use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::FileTypeExt;
 use std::path::{Component, Path, PathBuf};
 
 use api::{Access, HostPath};
@@ -66,17 +67,30 @@ fn bind(HostPath { path, access }: &HostPath) -> io::Result<()> {
         &place,
         MountPropagationFlags::PRIVATE | MountPropagationFlags::REC,
     )?;
-    match access {
-        Access::Write => Ok(()),
-        Access::Read => make_readonly(&place),
+    let mut attributes = libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NOEXEC;
+    if !has_devices(path) {
+        attributes |= libc::MOUNT_ATTR_NODEV;
     }
+    if *access == Access::Read {
+        attributes |= libc::MOUNT_ATTR_RDONLY;
+    }
+    restrict(&place, attributes)
 }
 
-/// Makes a mount read-only, with all that is mounted below it (mount_setattr(2)).
-fn make_readonly(place: &Path) -> io::Result<()> {
+/// Whether devices are to be opened there: at the path of one, such as a disk's, and below /dev.
+fn has_devices(path: &Path) -> bool {
+    let is_device = |metadata: fs::Metadata| {
+        let kind = metadata.file_type();
+        kind.is_block_device() || kind.is_char_device()
+    };
+    path.starts_with("/dev") || fs::metadata(path).is_ok_and(is_device)
+}
+
+/// Gives a mount attributes, and all that is mounted below it (mount_setattr(2)).
+fn restrict(place: &Path, attributes: u64) -> io::Result<()> {
     let path = CString::new(place.as_os_str().as_bytes())?;
     let attributes = libc::mount_attr {
-        attr_set: libc::MOUNT_ATTR_RDONLY | libc::MOUNT_ATTR_NOSUID,
+        attr_set: attributes,
         attr_clr: 0,
         propagation: 0,
         userns_fd: 0,
