@@ -146,11 +146,16 @@ struct Handler {
 
 impl Handler {
     fn start(snapshot: &Path) -> Self {
+        Self::start_with(snapshot, &[])
+    }
+
+    fn start_with(snapshot: &Path, options: &[&str]) -> Self {
         let folder = TempDir::new().expect("there is a folder for temporary files");
         let socket = folder.path().join("pages");
         let arguments = ["pages", "-v", "--socket"].map(PathBuf::from);
         let more = [socket.clone(), "--snapshot".into(), snapshot.into()];
-        let running = Podvmm::new(arguments.iter().chain(&more)).spawn();
+        let options: Vec<_> = options.iter().map(PathBuf::from).collect();
+        let running = Podvmm::new(arguments.iter().chain(&more).chain(&options)).spawn();
         while !socket.exists() {
             thread::sleep(Duration::from_millis(1));
         }
@@ -234,6 +239,41 @@ fn a_process_gives_vms_the_memory_of_a_snapshot() {
     assert_eq!(said.matches("is gone: ").count(), 3, "{said}");
     assert_eq!((third.count(), third.read_all()), ('C', 'r'));
     [third, plain].into_iter().for_each(Counter::end);
+}
+
+/// It sees its socket's folder and no more, as a user who has a right to that at most.
+#[test]
+fn a_process_gives_memory_from_a_jail() {
+    if !kvm_is_here() || !rustix::process::geteuid().is_root() {
+        return;
+    }
+    let folder = snapshot();
+    let options = ["--jail", "required", "--jail-user", "7777"];
+    let handler = Handler::start_with(folder.path(), &options);
+    let mut clone = handler.restore(folder.path());
+    assert_eq!((clone.count(), clone.read_all()), ('B', 'r'));
+    let outside = handler.running.pid();
+    let children = fs::read_to_string(format!("/proc/{outside}/task/{outside}/children")).unwrap();
+    let inside = PathBuf::from(format!("/proc/{}", children.trim()));
+    let status = fs::read_to_string(inside.join("status")).unwrap();
+    let has = |line: &str| assert!(status.contains(line), "{line}: {status}");
+    has("Uid:\t7777\t7777\t7777\t0\n");
+    // DAC_OVERRIDE, for the folder is root's.
+    has("CapPrm:\t0000000000000002\n");
+    has("Seccomp:\t2\n");
+    let root = inside.join("root");
+    assert!(
+        root.join(handler.folder.path().strip_prefix("/").unwrap())
+            .exists()
+    );
+    for hidden in ["dev", "etc", "usr"] {
+        assert!(!root.join(hidden).exists(), "{hidden}");
+    }
+    let snapshot = folder.path().strip_prefix("/").unwrap();
+    assert!(!root.join(snapshot).join("state.json").exists());
+    clone.end();
+    let said = handler.end();
+    assert!(!said.contains("WARN"), "{said}");
 }
 
 /// Compresses the files of a snapshot, and removes them. How many bytes they come to.

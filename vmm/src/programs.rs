@@ -74,6 +74,7 @@ fn give_pages(arguments: impl Iterator<Item = OsString>) -> ExitCode {
             socket,
             folder,
             seccomp,
+            jail,
             verbosity,
         } => {
             let level = cli::log_level(verbosity);
@@ -82,7 +83,7 @@ fn give_pages(arguments: impl Iterator<Item = OsString>) -> ExitCode {
                 .format_timestamp(None)
                 .format_target(false)
                 .init();
-            pages::serve(socket, folder, seccomp)
+            pages::serve(socket, folder, seccomp, jail)
         }
     });
     match given {

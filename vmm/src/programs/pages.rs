@@ -15,12 +15,13 @@ use std::process;
 use std::sync::Arc;
 use std::thread::Builder;
 
-use api::chain;
+use api::{HostPath, chain};
 use devices::host::{ListenError, Listener};
 use lexopt::{Arg, Parser};
 use thiserror::Error;
 
 use self::source::Source;
+use crate::host::jail::{self, Jail, JailError, User, Wanted};
 use crate::host::signals;
 use crate::host::thread::{self, Enforcement, FilterError, Kind};
 use crate::snapshot::{self, RestoreError};
@@ -41,6 +42,8 @@ pub(crate) enum Task {
         folder: PathBuf,
         /// What a system call means that it has no need of.
         seccomp: Enforcement,
+        /// What it gives up of the host.
+        jail: Jail,
         /// `-v`, counted.
         verbosity: u8,
     },
@@ -89,6 +92,12 @@ pub(crate) enum PagesError {
     /// The value of `--seccomp`.
     #[error("--seccomp: write true, log or false")]
     Seccomp,
+    /// The host does not let it make all of a jail that is required.
+    #[error(transparent)]
+    Jail(#[from] JailError),
+    /// The value of an option of the jail.
+    #[error("{0}; see podvmm pages --help")]
+    JailValue(&'static str),
     /// Signals, or who comes to the socket.
     #[error("{0}")]
     Wait(&'static str, #[source] io::Error),
@@ -98,7 +107,7 @@ pub(crate) enum PagesError {
 pub(crate) fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Task, PagesError> {
     let mut parser = Parser::from_args(arguments);
     let (mut socket, mut folder, mut verbosity) = (None, None, 0_u8);
-    let (mut compress, mut seccomp) = (None, Enforcement::default());
+    let (mut compress, mut seccomp, mut jail) = (None, Enforcement::default(), Jail::default());
     while let Some(argument) = parser.next()? {
         match argument {
             Arg::Long("help") | Arg::Short('h') => return Ok(Task::Help),
@@ -110,9 +119,22 @@ pub(crate) fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Tas
                 let value = value.to_str().and_then(Enforcement::parse);
                 seccomp = value.ok_or(PagesError::Seccomp)?;
             }
+            Arg::Long("jail") => {
+                let wanted = parser.value()?.to_str().and_then(Wanted::parse);
+                let mistake = PagesError::JailValue("--jail: write on, off or required");
+                jail.wanted = wanted.ok_or(mistake)?;
+            }
+            Arg::Long("jail-user") => {
+                let user = parser.value()?.to_str().and_then(User::parse);
+                let mistake = PagesError::JailValue("--jail-user: write UID or UID:GID");
+                jail.user = Some(user.ok_or(mistake)?);
+            }
             Arg::Short('v') => verbosity = verbosity.saturating_add(1),
             unexpected => return Err(unexpected.unexpected().into()),
         }
+    }
+    if jail.wanted == Wanted::Off && jail.user.is_some() {
+        return Err(PagesError::JailValue("--jail-user: it goes with --jail"));
     }
     if let Some(compressed) = compress {
         return match (socket, folder) {
@@ -124,6 +146,7 @@ pub(crate) fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Tas
         socket: socket.ok_or(PagesError::Missing("--socket"))?,
         folder: folder.ok_or(PagesError::Missing("--snapshot"))?,
         seccomp,
+        jail,
         verbosity,
     })
 }
@@ -133,9 +156,12 @@ pub(crate) fn serve(
     socket: PathBuf,
     folder: PathBuf,
     seccomp: Enforcement,
+    jail: Jail,
 ) -> Result<(), PagesError> {
     let source = Source::open(&folder).map_err(|source| PagesError::Snapshot { folder, source })?;
     let source = Arc::new(source);
+    // All of the snapshot is open, and there is no other thread yet.
+    jail::enter(jail, &[HostPath::socket(&socket)])?;
     let listener = Listener::bind(&socket)?;
     let accepting = |source| PagesError::Wait("accept a VM", source);
     let vms = listener.socket().map_err(accepting)?;
@@ -211,6 +237,9 @@ mod tests {
         assert!(matches!(task, Task::Compress { .. }));
         let refused = refusal(&["--compress", "/f", "--socket", "/s"]);
         assert!(refused.starts_with("--compress goes with nothing else"));
+        assert!(refusal(&["--jail", "yes"]).starts_with("--jail: write"));
+        assert!(refusal(&["--jail", "on", "--jail-user", "0"]).starts_with("--jail-user: write"));
+        assert!(refusal(&["--jail-user", "7"]).starts_with("--jail-user: it goes with --jail"));
         assert!(refusal(&["serve"]).starts_with("unexpected argument"));
         assert!(matches!(parse(&["--help"]), Ok(Task::Help)));
     }
