@@ -20,6 +20,12 @@ pub(crate) const DEFAULT_PATH: &str = "/etc/podvmm/config.toml";
 /// The least memory of a guest, in MiB. Below it a guest does not come up.
 const LEAST_MEMORY_MIB: u64 = 64;
 
+/// The most processes of a host (PID_MAX_LIMIT, linux/threads.h).
+const MAX_PROCESSES: u32 = 4 << 20;
+
+/// Beyond it numbers are negative to some programs.
+const MAX_FIRST_USER: u32 = i32::MAX as u32 - MAX_PROCESSES;
+
 /// How pods are made. Every key may be left out but those of the kernel and what it boots into.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -67,6 +73,9 @@ pub(crate) struct Config {
     /// `required`, or else there is no pod; or `off`.
     #[serde(default)]
     pub(crate) jail: Jail,
+    /// The first of the users that podvmm runs as, each pod's as another, if it is in a jail; 0 for root.
+    #[serde(default = "first_user")]
+    pub(crate) first_user: u32,
     /// How long a guest may take to come up, in seconds.
     #[serde(default = "agent_timeout_s")]
     agent_timeout_s: u32,
@@ -116,6 +125,11 @@ fn templates() -> Option<PathBuf> {
 fn folder<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<Option<PathBuf>, D::Error> {
     let path = PathBuf::deserialize(deserializer)?;
     Ok(Some(path).filter(|path| !path.as_os_str().is_empty()))
+}
+
+/// As many numbers as there can be processes are no user's from here on (systemd's UIDS-GIDS.md).
+fn first_user() -> u32 {
+    0x7000_0000
 }
 
 fn agent_timeout_s() -> u32 {
@@ -199,6 +213,9 @@ impl Config {
         if let Some((key, _)) = rates.iter().find(|(_, rate)| *rate == Some(0)) {
             return Some(format!("{key} is 1 or more"));
         }
+        if self.first_user > MAX_FIRST_USER {
+            return Some(format!("first_user is at most {MAX_FIRST_USER}"));
+        }
         if self.agent_timeout_s == 0 {
             return Some("agent_timeout_s is 1 or more".into());
         }
@@ -227,6 +244,11 @@ impl Config {
             bandwidth: self.fs_bytes_per_s.map(limit),
             ops: self.fs_requests_per_s.map(limit),
         }
+    }
+
+    /// The user of this shim's podvmm: none while the shim lives that another shim of the host's has.
+    pub(crate) fn user(&self) -> Option<u32> {
+        (self.first_user != 0).then(|| self.first_user + std::process::id())
     }
 
     pub(crate) fn agent_timeout(&self) -> Duration {
@@ -295,6 +317,9 @@ mod tests {
         assert_eq!(read("jail = 'required'").unwrap().jail, Jail::Required);
         assert_eq!(read("templates = ''").unwrap().templates, None);
         assert_eq!(config.fs_rates(), RateLimits::default());
+        let user = |more: &str| read(more).unwrap().user();
+        assert_eq!(user(""), Some(0x7000_0000 + std::process::id()));
+        assert_eq!(user("first_user = 0"), None);
     }
 
     #[test]
@@ -320,6 +345,7 @@ mod tests {
         assert!(refused("templates = 'here'").contains("templates: here: no absolute path"));
         assert!(refused("templates = ''\npool = 1").contains("pool needs templates"));
         assert!(refused("fs_requests_per_s = 0").contains("fs_requests_per_s is 1 or more"));
+        assert!(refused("first_user = 4294967295").contains("first_user is at most"));
         assert!(refused("jail = 'open'").contains("jail"));
         assert!(refused("log_level = 'loud'").contains("log_level"));
         let missing = Config::read(Path::new("/nowhere")).unwrap_err();

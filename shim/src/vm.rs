@@ -452,6 +452,9 @@ fn jail(plan: &Plan<'_>, way: &Way) -> Vec<OsString> {
         Jail::Required => "required",
     };
     let mut arguments = vec![OsString::from("--jail"), word.into()];
+    if let Some(user) = config.user() {
+        arguments.extend(["--jail-user".into(), user.to_string().into()]);
+    }
     let mut path = |access: &str, path: &Path| {
         let mut value = OsString::from(access);
         value.push("=");
@@ -467,7 +470,7 @@ fn jail(plan: &Plan<'_>, way: &Way) -> Vec<OsString> {
         .into_iter()
         .flatten()
         .for_each(|file| path("read", file));
-    path("write", &place.vm());
+    path("sockets", &place.vm());
     path("write", &place.shared());
     match way {
         Way::Clone(_) => {

@@ -8,6 +8,9 @@ use tests::ctr::Container;
 /// Capabilities by their bits (linux/capability.h): CHOWN, DAC_OVERRIDE, FOWNER, FSETID, SETFCAP.
 const OF_A_SHARE: u64 = 1 | 1 << 1 | 1 << 3 | 1 << 4 | 1 << 31;
 
+/// The shim's `first_user`.
+const FIRST_USER: u32 = 0x7000_0000;
+
 /// podvmm sees the pod's files and nothing else of the node, and can do little.
 pub(crate) fn a_podvmm_is_in_one(container: &Container) {
     let process = format!("/proc/{}", container.vmm());
@@ -29,6 +32,20 @@ pub(crate) fn a_podvmm_is_in_one(container: &Container) {
             "{set}"
         );
     }
+    // It is a user that no other process is, and root for files alone.
+    let users = status("Uid");
+    let users: Vec<_> = users.split_whitespace().collect();
+    let [real, effective, saved, files] = users[..] else {
+        panic!("{users:?}")
+    };
+    assert_eq!((effective, saved, files), (real, real, "0"));
+    let parent: u32 = status("PPid").parse().unwrap();
+    assert_eq!(
+        real.parse(),
+        Ok(FIRST_USER + parent),
+        "the shim's number tells"
+    );
+    assert!(status("Groups").split_whitespace().count() <= 1, "KVM's");
     // Its own number is that of the first process of a namespace.
     assert!(status("NSpid").ends_with("\t1"), "{}", status("NSpid"));
     for namespace in ["mnt", "pid", "ipc", "uts", "cgroup", "net"] {
@@ -42,6 +59,17 @@ pub(crate) fn a_podvmm_is_in_one(container: &Container) {
     let devices = fs::read_dir(root.join("dev")).unwrap();
     let devices: Vec<_> = devices.map(|device| device.unwrap().file_name()).collect();
     assert_eq!(devices, ["kvm"]);
+    // Nothing is run from its files, and no device opened but that one.
+    for line in fs::read_to_string(process.join("mountinfo"))
+        .unwrap()
+        .lines()
+    {
+        let fields: Vec<_> = line.split(' ').collect();
+        let mut wanted = vec!["nosuid", "noexec"];
+        wanted.extend((fields[4] != "/dev/kvm").then_some("nodev"));
+        let options: Vec<_> = fields[5].split(',').collect();
+        assert!(wanted.iter().all(|it| options.contains(it)), "{line}");
+    }
     // Of the pod's folder it sees neither containerd's socket nor what the shim writes down.
     let mut seen = Vec::new();
     for owner in fs::read_dir(root.join("run/podvmm")).unwrap() {
