@@ -76,6 +76,9 @@ pub(crate) struct Config {
     /// The first of the users that podvmm runs as, each pod's as another, if it is in a jail; 0 for root.
     #[serde(default = "first_user")]
     pub(crate) first_user: u32,
+    /// Whether podvmm has the labels of AppArmor and SELinux that a pod's description names, if it is in a jail.
+    #[serde(default = "labels")]
+    pub(crate) labels: bool,
     /// How long a guest may take to come up, in seconds.
     #[serde(default = "agent_timeout_s")]
     agent_timeout_s: u32,
@@ -130,6 +133,10 @@ fn folder<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<Option<Pa
 /// As many numbers as there can be processes are no user's from here on (systemd's UIDS-GIDS.md).
 fn first_user() -> u32 {
     0x7000_0000
+}
+
+fn labels() -> bool {
+    true
 }
 
 fn agent_timeout_s() -> u32 {

@@ -1,6 +1,7 @@
 //! What the shim uses of the node: its systemd, networks, processors, processes and folders.
 
 pub(crate) mod cpus;
+pub(crate) mod labels;
 pub(crate) mod logging;
 pub(crate) mod network;
 pub(crate) mod phases;

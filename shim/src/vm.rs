@@ -27,6 +27,7 @@ use serde_json::json;
 
 use self::output::{Lines, log_lines};
 use crate::config::{Config, Jail, Size};
+use crate::host::labels::Labels;
 use crate::host::network::{self, Link, Settings};
 use crate::host::place::{Place, make_private};
 use crate::host::process::{Process, cpu_usec};
@@ -161,6 +162,7 @@ pub(crate) struct Plan<'a> {
     pub(crate) template: Option<&'a Template>,
     /// The path of the pod's network namespace; without one a new one is made.
     pub(crate) network: Option<&'a Path>,
+    pub(crate) labels: Labels,
 }
 
 impl Vm {
@@ -170,6 +172,7 @@ impl Vm {
         let life = Arc::new(Life::default());
         let (born, birth) = sync_channel(1);
         make_private(&plan.place.vm()).map_err(Error::Record)?;
+        plan.labels.give(&plan.place.vm());
         let patience = plan.config.agent_timeout() / 2;
         let way = plan.template.map_or(Way::Boot, |it| it.way(patience));
         let jail = jail(plan, &way);
@@ -454,6 +457,9 @@ fn jail(plan: &Plan<'_>, way: &Way) -> Vec<OsString> {
     let mut arguments = vec![OsString::from("--jail"), word.into()];
     if let Some(user) = config.user() {
         arguments.extend(["--jail-user".into(), user.to_string().into()]);
+    }
+    for label in plan.labels.for_podvmm() {
+        arguments.extend(["--jail-label".into(), label.into()]);
     }
     let mut path = |access: &str, path: &Path| {
         let mut value = OsString::from(access);

@@ -2,8 +2,13 @@
 
 use std::fs;
 use std::path::Path;
+use std::process::Stdio;
+use std::time::Duration;
 
 use tests::ctr::Container;
+use tests::node::{eventually, within};
+
+use super::on_a_node;
 
 /// Capabilities by their bits (linux/capability.h): CHOWN, DAC_OVERRIDE, FOWNER, FSETID, SETFCAP.
 const OF_A_SHARE: u64 = 1 | 1 << 1 | 1 << 3 | 1 << 4 | 1 << 31;
@@ -85,4 +90,51 @@ pub(crate) fn a_podvmm_is_in_one(container: &Container) {
             assert_eq!(line.split_whitespace().nth(4), Some("0"), "{line}");
         }
     }
+}
+
+/// A namespace of AppArmor's with a profile of its own: one that needs no compiler of profiles.
+const NAMESPACE: &str = "podvmm-test";
+
+/// The profile that a pod names is podvmm's: the guest's kernel has no AppArmor.
+#[test]
+fn a_podvmm_has_the_profile_that_its_pod_names() {
+    let namespace = Path::new("/sys/kernel/security/apparmor/policy/namespaces").join(NAMESPACE);
+    if fs::create_dir(&namespace).is_err() {
+        eprintln!("SKIPPED: the host has no AppArmor, or this user no say in it");
+        return;
+    }
+    on_a_node(|node| {
+        if !node.is_podvmm() {
+            return;
+        }
+        let container = Container::new(node, "profile");
+        let profile = format!(":{NAMESPACE}://unconfined");
+        let options = ["--rm", "--apparmor-profile", &profile];
+        let mut command = container.run(&node.containerd, &options, &["cat"]);
+        let command = command.stdin(Stdio::piped()).stdout(Stdio::null());
+        let mut child = command.spawn().unwrap();
+        eventually("podvmm runs", || !container.vmms().is_empty());
+        let label = format!("/proc/{}/attr/apparmor/current", container.vmm());
+        eventually("it has the profile", || {
+            fs::read_to_string(&label).is_ok_and(|label| label.contains(NAMESPACE))
+        });
+        // What its threads do, too, they do by this profile.
+        let threads = format!("/proc/{}/task", container.vmm());
+        for thread in fs::read_dir(threads).unwrap() {
+            let label = thread.unwrap().path().join("attr/apparmor/current");
+            // It may have ended since.
+            if let Ok(label) = fs::read_to_string(label) {
+                assert!(label.contains(NAMESPACE), "{label}");
+            }
+        }
+        eventually("the container runs", || {
+            container.state(&node.containerd) == "RUNNING"
+        });
+        drop(child.stdin.take());
+        within(Duration::from_secs(20), "ctr ends", || {
+            child.try_wait().unwrap().is_some()
+        });
+        assert!(child.wait().unwrap().success());
+    });
+    fs::remove_dir(&namespace).unwrap();
 }

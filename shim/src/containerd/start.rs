@@ -22,6 +22,7 @@ use crate::containerd::arguments::Arguments;
 use crate::containerd::orders::{EVENTS, Orders};
 use crate::containerd::pool::{self, Pool};
 use crate::containerd::service::{config_path, is_options};
+use crate::host::labels::Labels;
 use crate::host::phases;
 use crate::host::place::{Place, make_private};
 use crate::pod::{guest, spec, teardown};
@@ -216,7 +217,8 @@ fn pool(spec: &Spec, asked: &Asked) -> Option<Pool> {
     // The options come here as they come with the first container later.
     let path = config_path(asked.options.as_ref());
     let config = Config::read(&path).ok()?;
-    if config.pool == 0 {
+    // A podvmm that runs has its labels.
+    if config.pool == 0 || !Labels::of(spec, config.labels).are_none() {
         return None;
     }
     let config = config.for_pod(&spec.annotations).ok()?;

@@ -14,6 +14,7 @@ use protocol::ttrpc::{CallError, Code};
 use crate::agent::{Abilities, Agent};
 use crate::config::{Config, Size};
 use crate::host::cpus;
+use crate::host::labels::Labels;
 use crate::host::network::{self, Settings};
 use crate::host::phases::Phases;
 use crate::host::place::Place;
@@ -417,6 +418,7 @@ fn attempt(
         size: size_of(config, spec),
         template,
         network: spec::network_namespace(spec),
+        labels: Labels::of(spec, config.labels),
     };
     birth.note("prepare");
     let snapshot = || template.and_then(Template::snapshot);

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use crate::agent::{self, Agent, ReachError};
 use crate::config::Config;
+use crate::host::labels::Labels;
 use crate::host::place::{Place, make_private};
 use crate::host::record::Record;
 use crate::host::turn::Turn;
@@ -39,6 +40,7 @@ impl Waiting {
             size: template.size,
             template: Some(&template),
             network: None,
+            labels: Labels::default(),
         };
         let _turn = Turn::wait();
         let snapshot = template.snapshot();

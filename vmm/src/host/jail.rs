@@ -5,6 +5,7 @@
 //! Most steps are such as a host may not be able to do. It is said then, and the next is done; unless the jail
 //! is required.
 
+mod label;
 mod process;
 mod rules;
 mod tree;
@@ -19,6 +20,7 @@ use rustix::process::{DumpableBehavior, Resource, Rlimit, set_dumpable_behavior,
 use rustix::thread::{CapabilitySet, CapabilitySets, UnshareFlags};
 use thiserror::Error;
 
+pub(crate) use self::label::Label;
 pub(crate) use self::user::User;
 
 /// Whether there is a jail.
@@ -59,6 +61,7 @@ enum Step {
     Namespaces,
     Process,
     Files,
+    Label,
     Rules,
     User,
     Capabilities,
@@ -72,6 +75,7 @@ impl fmt::Display for Step {
             Self::Process => "see no process of the host",
             Self::Files => "see no files of the host but the VM's",
             Self::Memory => "keep memory out of core dumps and from other processes",
+            Self::Label => "have the label that it is given",
             Self::User => "be another user than root",
             Self::Rules => "have Landlock hold it to the VM's files",
             Self::Capabilities => "drop capabilities",
@@ -80,17 +84,24 @@ impl fmt::Display for Step {
 }
 
 /// What podvmm is to give up, of the command line.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Jail {
     pub(crate) wanted: Wanted,
     /// Whom it is to be in it. It stays who it is without.
     pub(crate) user: Option<User>,
+    /// What security modules of the host's kernel are to know it by.
+    pub(crate) labels: Vec<Label>,
 }
 
 /// Enters the jail, in which there is nothing of the host but `paths`. To be called before there are other
 /// threads. What it returns in may be another process, the first of a pid namespace, whose outcome this one has
 /// then.
-pub(crate) fn enter(Jail { wanted, user }: Jail, paths: &[HostPath]) -> Result<(), JailError> {
+pub(crate) fn enter(jail: &Jail, paths: &[HostPath]) -> Result<(), JailError> {
+    let Jail {
+        wanted,
+        user,
+        ref labels,
+    } = *jail;
     if wanted == Wanted::Off {
         return Ok(());
     }
@@ -117,6 +128,9 @@ pub(crate) fn enter(Jail { wanted, user }: Jail, paths: &[HostPath]) -> Result<(
             step: Step::Files,
             source,
         })?;
+    }
+    for label in labels {
+        attempt(Step::Label, label.take_on(label::ATTRIBUTES.as_ref()))?;
     }
     attempt(Step::Rules, rules::apply(&paths))?;
     let mut is_other = false;

@@ -10,7 +10,7 @@ use lexopt::{Arg, Parser, ValueExt};
 use log::LevelFilter;
 use thiserror::Error;
 
-use crate::host::jail::{Jail, User, Wanted};
+use crate::host::jail::{Jail, Label, User, Wanted};
 use crate::host::thread::Enforcement;
 
 /// Parts of a VM that may be others than those of the snapshot it is restored from.
@@ -84,7 +84,7 @@ pub(crate) struct RunOptions {
     pub api_socket: Option<PathBuf>,
     /// `--seccomp`
     pub seccomp: Enforcement,
-    /// `--jail` and `--jail-user`
+    /// `--jail`, `--jail-user` and `--jail-label`
     pub jail: Jail,
     /// `--jail-path`
     pub jail_paths: Vec<HostPath>,
@@ -187,6 +187,7 @@ pub(crate) fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Act
             Arg::Long("seccomp") => options.seccomp = seccomp(&parser.value()?)?,
             Arg::Long("jail") => options.jail.wanted = jail(&parser.value()?)?,
             Arg::Long("jail-user") => options.jail.user = Some(jail_user(&parser.value()?)?),
+            Arg::Long("jail-label") => options.jail.labels.push(jail_label(&parser.value()?)?),
             Arg::Long("jail-path") => options.jail_paths.push(jail_path(&parser.value()?)?),
             Arg::Long("event-monitor") => options.event_monitor = Some(monitor(&mut parser)?),
             Arg::Long("log-file") => options.log_file = Some(parser.value()?.into()),
@@ -264,6 +265,13 @@ fn jail_user(value: &OsString) -> Result<User, CliError> {
     ))
 }
 
+fn jail_label(value: &OsString) -> Result<Label, CliError> {
+    let label = value.to_str().and_then(Label::parse);
+    label.ok_or(CliError::Contradiction(
+        "--jail-label: write apparmor=PROFILE or selinux=CONTEXT",
+    ))
+}
+
 fn jail_path(value: &OsString) -> Result<HostPath, CliError> {
     let path = match value.to_str().and_then(|value| value.split_once('=')) {
         Some(("read", path)) if !path.is_empty() => Some(HostPath::read(path.as_ref())),
@@ -297,6 +305,9 @@ fn check(options: &RunOptions) -> Result<(), CliError> {
         return Err(CliError::Contradiction(
             "--jail-path: it goes with --jail: without it podvmm sees all of the host's files",
         ));
+    }
+    if options.jail.wanted == Wanted::Off && !options.jail.labels.is_empty() {
+        return Err(CliError::Contradiction("--jail-label: it goes with --jail"));
     }
     if options.jail.wanted == Wanted::Off && options.jail.user.is_some() {
         return Err(CliError::Contradiction("--jail-user: it goes with --jail"));
@@ -426,6 +437,11 @@ mod tests {
         assert_eq!(run(&[]).jail, Jail::default());
         let options = run(&["--jail", "on", "--jail-user", "1000:7"]);
         assert_eq!(options.jail.user, User::parse("1000:7"));
+        let options = run(&["--jail", "on", "--jail-label", "apparmor=pods"]);
+        assert_eq!(options.jail.labels, [Label::AppArmor("pods".into())]);
+        assert!(refusal(&["--jail-label", "pods"]).starts_with("--jail-label: write apparmor="));
+        let refused = refusal(&["--jail-label", "apparmor=pods"]);
+        assert_eq!(refused, "--jail-label: it goes with --jail");
         assert!(refusal(&["--jail", "on", "--jail-user", "0"]).starts_with("--jail-user: write"));
         assert_eq!(
             refusal(&["--jail-user", "7"]),

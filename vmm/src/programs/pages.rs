@@ -161,7 +161,7 @@ pub(crate) fn serve(
     let source = Source::open(&folder).map_err(|source| PagesError::Snapshot { folder, source })?;
     let source = Arc::new(source);
     // All of the snapshot is open, and there is no other thread yet.
-    jail::enter(jail, &[HostPath::socket(&socket)])?;
+    jail::enter(&jail, &[HostPath::socket(&socket)])?;
     let listener = Listener::bind(&socket)?;
     let accepting = |source| PagesError::Wait("accept a VM", source);
     let vms = listener.socket().map_err(accepting)?;

@@ -93,7 +93,7 @@ pub(crate) fn run(options: &RunOptions, log: Option<&File>) -> Result<u8, RunErr
     }
     let subject = subject(options)?;
     KvmKind::of_this_host();
-    jail::enter(options.jail, &host_paths(options, &subject))?;
+    jail::enter(&options.jail, &host_paths(options, &subject))?;
     thread::filter(Kind::Control, options.seccomp, log)?;
     let handle = builder.handle();
     signals::watch(move |signal| handle.signal(signal)).map_err(RunError::Signals)?;

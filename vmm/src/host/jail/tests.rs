@@ -72,7 +72,7 @@ fn enter_as_told(user: Option<&str>) -> PathBuf {
         HostPath::write("/dev/stderr".as_ref()),
         HostPath::write("/dev/kvm".as_ref()),
     ];
-    enter(required(user), &paths).unwrap();
+    enter(&required(user), &paths).unwrap();
     folder
 }
 
@@ -80,6 +80,7 @@ fn required(user: Option<&str>) -> Jail {
     Jail {
         wanted: Wanted::Required,
         user: user.map(|user| User::parse(user).unwrap()),
+        labels: Vec::new(),
     }
 }
 
@@ -257,7 +258,7 @@ fn inside_with_files_alone() {
         HostPath::sockets(&folder.join("own")),
         HostPath::write("/dev/kvm".as_ref()),
     ];
-    enter(required(Some(USER)), &paths).unwrap();
+    enter(&required(Some(USER)), &paths).unwrap();
     assert_eq!(identity(), [7777, 7777, 7778, 7778, 7777, 7778]);
     let capabilities = rustix::thread::capabilities(None).unwrap();
     assert_eq!(capabilities.permitted, CapabilitySet::empty());
@@ -273,7 +274,7 @@ fn inside_with_files_alone() {
 fn inside_with_a_file_of_roots() {
     let folder = PathBuf::from(std::env::var_os(FOLDER).unwrap());
     let file = folder.join("own/secret");
-    enter(required(Some(USER)), &[HostPath::read(&file)]).unwrap();
+    enter(&required(Some(USER)), &[HostPath::read(&file)]).unwrap();
     assert_eq!(identity(), [7777, 7777, 7778, 7778, 0, 0]);
     let capabilities = rustix::thread::capabilities(None).unwrap();
     assert_eq!(capabilities.permitted, CapabilitySet::DAC_OVERRIDE);
@@ -396,6 +397,36 @@ fn the_process_outside_has_the_outcome_of_the_one_inside() {
     );
     let code = apart("ends_by_a_signal", folder.path()).status.code();
     assert!(matches!(code, Some(129..)), "{code:?}");
+}
+
+#[test]
+#[ignore = "another test runs it, in a process of its own"]
+fn inside_with_a_label() {
+    let folder = PathBuf::from(std::env::var_os(FOLDER).unwrap());
+    let jail = Jail {
+        labels: vec![Label::parse("apparmor=podvmm-test-no-such-profile").unwrap()],
+        ..required(None)
+    };
+    let refused = enter(&jail, &[HostPath::read(&folder.join("read"))]).unwrap_err();
+    assert_eq!(
+        refused.to_string(),
+        "--jail: have the label that it is given"
+    );
+    // The host has no such profile, or no AppArmor.
+    assert!(refused.source.raw_os_error().is_some(), "{refused:?}");
+    println!("all of it was tried");
+}
+
+#[test]
+fn a_label_that_cannot_be_had_is_said() {
+    if !is_root() {
+        return;
+    }
+    let folder = folder();
+    let output = apart("inside_with_a_label", folder.path());
+    let said = String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success(), "{output:?}");
+    assert!(said.contains("all of it was tried"), "{output:?}");
 }
 
 #[test]
