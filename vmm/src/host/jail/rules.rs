@@ -10,7 +10,7 @@ use std::path::Path;
 use api::{Access, HostPath};
 use landlock::{
     ABI, Access as _, AccessFs, BitFlags, CompatLevel, Compatible, PathBeneath, PathFd, Ruleset,
-    RulesetAttr, RulesetCreatedAttr, RulesetStatus,
+    RulesetAttr, RulesetCreated, RulesetCreatedAttr, RulesetStatus,
 };
 
 use super::stream;
@@ -30,55 +30,60 @@ pub(super) fn apply(paths: &[HostPath]) -> io::Result<()> {
         .handle_access(AccessFs::from_all(OLDEST))
         .and_then(Ruleset::create)
         .map_err(io::Error::other)?;
+    let proc = HostPath::read("/proc".as_ref());
+    let status = ruleset(paths.iter().chain([&proc]), allowed)?
+        .restrict_self()
+        .map_err(io::Error::other)?;
+    match status.ruleset {
+        RulesetStatus::NotEnforced => Err(io::Error::other("the kernel does not enforce it")),
+        RulesetStatus::PartiallyEnforced | RulesetStatus::FullyEnforced => Ok(()),
+    }?;
+    let sockets = paths.iter().filter(|path| path.access == Access::Sockets);
+    let is_folder = |path: &&HostPath| path.access != Access::Sockets && path.path.is_dir();
+    // By a descriptor's name in /proc a share's file is opened again.
+    let folders = paths.iter().filter(is_folder).chain([&proc]);
+    paths::hold(paths::Rules {
+        folders: descriptor(ruleset(folders, allowed)?)?,
+        sockets: descriptor(ruleset(sockets, |_| AccessFs::RemoveFile.into())?)?,
+        nothing: descriptor(ruleset([], allowed)?)?,
+    });
+    Ok(())
+}
+
+/// What is to be done with a path of the VM's.
+fn allowed(access: Access) -> BitFlags<AccessFs> {
+    let read = AccessFs::ReadFile | AccessFs::ReadDir;
+    match access {
+        Access::Read => read,
+        // A whiteout of an overlay's is a character device of no number; without CAP_MKNOD no other is made.
+        Access::Write => AccessFs::from_all(NEWEST) & !(AccessFs::Execute | AccessFs::MakeBlock),
+        Access::Sockets => read | AccessFs::MakeSock | AccessFs::RemoveFile,
+    }
+}
+
+/// Rules by which nothing is done but what is `allowed` with `paths`.
+fn ruleset<'a>(
+    paths: impl IntoIterator<Item = &'a HostPath>,
+    allowed: fn(Access) -> BitFlags<AccessFs>,
+) -> io::Result<RulesetCreated> {
     let ruleset = Ruleset::default().handle_access(AccessFs::from_all(NEWEST));
     let mut ruleset = ruleset
         .and_then(Ruleset::create)
         .map_err(io::Error::other)?
         .no_new_privs(true);
-    let never = AccessFs::Execute | AccessFs::MakeChar | AccessFs::MakeBlock;
-    let all = AccessFs::from_all(NEWEST) & !never;
-    let read = AccessFs::ReadFile | AccessFs::ReadDir;
-    let proc = HostPath {
-        path: "/proc".into(),
-        access: Access::Read,
-    };
-    for HostPath { path, access } in paths.iter().chain([&proc]) {
+    for HostPath { path, access } in paths {
         // Landlock has no rules for pipes and sockets without a name, and does not keep one from them.
         if stream(path).is_some() && !has_a_name(path) {
             continue;
         }
         let open = PathFd::new(path).map_err(io::Error::other)?;
-        let allowed: BitFlags<AccessFs> = match access {
-            Access::Read => read,
-            Access::Write => all,
-            Access::Sockets => read | AccessFs::MakeSock | AccessFs::RemoveFile,
-        };
-        let rule = PathBeneath::new(open, allowed);
+        let rule = PathBeneath::new(open, allowed(*access));
         ruleset = ruleset.add_rule(rule).map_err(io::Error::other)?;
     }
-    let status = ruleset.restrict_self().map_err(io::Error::other)?;
-    match status.ruleset {
-        RulesetStatus::NotEnforced => Err(io::Error::other("the kernel does not enforce it")),
-        RulesetStatus::PartiallyEnforced | RulesetStatus::FullyEnforced => Ok(()),
-    }?;
-    paths::hold(paths::Rules {
-        sockets: of_threads(paths.iter().filter(|path| path.access == Access::Sockets))?,
-        nothing: of_threads([])?,
-    });
-    Ok(())
+    Ok(ruleset)
 }
 
-/// Rules by which nothing is to be done but to remove what is in `places`.
-fn of_threads<'a>(places: impl IntoIterator<Item = &'a HostPath>) -> io::Result<OwnedFd> {
-    let ruleset = Ruleset::default().handle_access(AccessFs::from_all(NEWEST));
-    let mut ruleset = ruleset
-        .and_then(Ruleset::create)
-        .map_err(io::Error::other)?;
-    for HostPath { path, .. } in places {
-        let open = PathFd::new(path).map_err(io::Error::other)?;
-        let rule = PathBeneath::new(open, AccessFs::RemoveFile);
-        ruleset = ruleset.add_rule(rule).map_err(io::Error::other)?;
-    }
+fn descriptor(ruleset: RulesetCreated) -> io::Result<OwnedFd> {
     let descriptor: Option<OwnedFd> = ruleset.into();
     descriptor.ok_or_else(|| io::Error::other("the kernel has none"))
 }

@@ -147,6 +147,10 @@ fn inside() {
         device,
     );
     assert!(matches!(made, Err(Errno::PERM | Errno::ACCESS)), "{made:?}");
+    // But what an overlay in the guest puts where a file was.
+    let whiteout = folder.join("write/whiteout");
+    let kind = FileType::CharacterDevice;
+    assert_eq!(mknodat(CWD, whiteout, kind, Mode::RUSR, 0), Ok(()));
     // No mount, no way back.
     let mounted = mount(
         "none",
@@ -312,13 +316,15 @@ fn a_jail_may_be_of_another_user() {
 }
 
 /// What a thread is asked to do, and whether it could.
-fn attempts(folder: &Path) -> [Result<(), ErrorKind>; 4] {
+fn attempts(folder: &Path) -> [Result<(), ErrorKind>; 5] {
     let kind = |error: io::Error| error.kind();
     [
         File::open(folder.join("read/file")).map(drop),
         fs::remove_file(folder.join("sockets/socket")),
         fs::remove_file(folder.join("write/file")),
         fs::write(folder.join("write/new"), "x"),
+        // A file and not a folder of the VM's.
+        File::open("/dev/kvm").map(drop),
     ]
     .map(|result| result.map_err(kind))
 }
@@ -339,15 +345,17 @@ fn inside_a_thread() {
         thread.join().unwrap()
     };
     let no = Err(ErrorKind::PermissionDenied);
-    for kind in [Kind::Control, Kind::Snapshot, Kind::Files] {
-        assert_eq!(attempts(kind), [Ok(()); 4], "{kind:?}");
+    for kind in [Kind::Control, Kind::Snapshot] {
+        assert_eq!(attempts(kind), [Ok(()); 5], "{kind:?}");
     }
+    let of_a_share = [Ok(()), no, Ok(()), Ok(()), no];
+    assert_eq!(attempts(Kind::Files), of_a_share);
     use Kind::{Api, Console, Disk, Io, Memory, PageServer, Pages, Signals, Vcpu};
     for kind in [Api, Io, Console, Signals, PageServer] {
-        assert_eq!(attempts(kind), [no, Ok(()), no, no], "{kind:?}");
+        assert_eq!(attempts(kind), [no, Ok(()), no, no, no], "{kind:?}");
     }
     for kind in [Vcpu, Disk, Memory, Pages] {
-        assert_eq!(attempts(kind), [no; 4], "{kind:?}");
+        assert_eq!(attempts(kind), [no; 5], "{kind:?}");
     }
     println!("all of it was tried");
 }

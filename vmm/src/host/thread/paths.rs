@@ -1,5 +1,5 @@
 //! Which of the host's files each kind of thread may open, remove or make (landlock(7)): all that the VM needs,
-//! which the jail holds the process to; its sockets, to remove them; or none.
+//! which the jail holds the process to; its folders, such as shares; its sockets, to remove them; or none.
 //!
 //! Filters say which calls a thread may make, this what for. It holds where filters are off, too.
 
@@ -14,6 +14,8 @@ use super::Kind;
 enum Reach {
     /// What the process does.
     All,
+    /// Folders that are read or written.
+    Folders,
     /// Places of sockets, to remove those in them.
     Sockets,
     Nothing,
@@ -22,6 +24,8 @@ enum Reach {
 /// Rules that threads take on.
 #[derive(Debug)]
 pub(crate) struct Rules {
+    /// By which a thread may use folders, and no files outside them.
+    pub(crate) folders: OwnedFd,
     /// By which a thread may remove sockets.
     pub(crate) sockets: OwnedFd,
     /// By which it may do nothing.
@@ -40,7 +44,8 @@ pub(crate) fn hold(rules: Rules) {
 impl Kind {
     fn reach(self) -> Reach {
         match self {
-            Self::Control | Self::Snapshot | Self::Files => Reach::All,
+            Self::Control | Self::Snapshot => Reach::All,
+            Self::Files => Reach::Folders,
             Self::Api | Self::Io | Self::Console | Self::Signals | Self::PageServer => {
                 Reach::Sockets
             }
@@ -55,6 +60,7 @@ impl Kind {
         };
         let rules = match self.reach() {
             Reach::All => return Ok(()),
+            Reach::Folders => &rules.folders,
             Reach::Sockets => &rules.sockets,
             Reach::Nothing => &rules.nothing,
         };
