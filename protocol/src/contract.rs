@@ -23,6 +23,9 @@ pub const ARGV_PATH: &str = "/podvmm/argv";
 /// When present, the command gets a terminal of the size in it, `ROWS COLUMNS`, instead of pipes.
 pub const TTY_PATH: &str = "/podvmm/tty";
 
+/// What a pod's agent obeys, as [`Policy`](crate::policy::Policy) is printed. Absent: all that it is asked.
+pub const POLICY_PATH: &str = "/podvmm/policy";
+
 /// Names of the virtio-console ports. Each carries bytes one way only: a port whose host side is
 /// closed, which is how the guest learns the end of its input, takes no output either (Linux,
 /// `will_write_block()` in drivers/char/virtio_console.c).
