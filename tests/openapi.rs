@@ -12,7 +12,8 @@ fn all_of_a_vm() -> Value {
     let rate = json!({"size": 1, "one_time_burst": 1, "refill_time": 1});
     let rates = json!({"bandwidth": rate, "ops": rate});
     json!({
-        "payload": {"kernel": "/k", "initramfs": "/i", "cmdline": "quiet"},
+        "payload": {"kernel": "/k", "initramfs": "/i", "cmdline": "quiet",
+                    "agent_policy": "a line\n"},
         "cpus": {"boot_vcpus": 1, "max_vcpus": 2, "max_phys_bits": 40,
                  "topology": {"cores_per_die": 2}},
         "memory": {"size": 1 << 30, "hotplug_size": 1 << 30, "hotplugged_size": 1 << 27,

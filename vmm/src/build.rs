@@ -3,6 +3,7 @@
 //!
 //! [`boot()`] and [`restore()`] are the two ways; [`frame`] is what both have, [`parts`] its devices.
 
+mod archive;
 mod boot;
 mod frame;
 mod image;

@@ -118,9 +118,26 @@ pub struct PayloadConfig {
     pub initramfs: Option<PathBuf>,
     /// Command line; podvmm appends what its devices and this host's KVM need.
     pub cmdline: String,
+    /// What podvmm's agent is to obey in a pod, as docs/guest-contract.md has it: it finds the text in a file
+    /// that follows the initramfs.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub agent_policy: Option<String>,
     /// Fields that podvmm has no use for.
     #[serde(flatten)]
     pub others: Others,
+}
+
+impl PayloadConfig {
+    fn check(&self) -> Result<(), ConfigError> {
+        if self.kernel.as_os_str().is_empty() {
+            return Err(ConfigError::Missing("kernel"));
+        }
+        // It would be handed to no agent.
+        if self.agent_policy.is_some() && self.initramfs.is_none() {
+            return Err(ConfigError::Missing("initramfs"));
+        }
+        Ok(())
+    }
 }
 
 /// Where the guest's random numbers come from.
@@ -239,9 +256,7 @@ impl VmConfig {
 
     /// The VM itself, if each of its parts is in range.
     fn checked(self) -> Result<Self, JsonError> {
-        if self.payload.kernel.as_os_str().is_empty() {
-            return Err(at("payload")(ConfigError::Missing("kernel")));
-        }
+        self.payload.check().map_err(at("payload"))?;
         Ok(Self {
             cpus: checked(self.cpus)?,
             memory: checked(self.memory)?,
@@ -257,9 +272,7 @@ impl VmConfig {
     /// Whether each of its parts is in range, they go together, and all can be written. A program that
     /// fills the structs itself has not been through [`VmConfig::parse`].
     pub fn check(&self) -> Result<(), ConfigError> {
-        if self.payload.kernel.as_os_str().is_empty() {
-            return Err(ConfigError::Missing("kernel"));
-        }
+        self.payload.check()?;
         in_range(&self.cpus)?;
         in_range(&self.memory)?;
         self.disks.iter().try_for_each(in_range)?;

@@ -241,6 +241,7 @@ fn what_is_written_of_a_vm_is_the_same_vm() {
             kernel: "/k".into(),
             initramfs: Some("/i".into()),
             cmdline: "quiet".into(),
+            agent_policy: Some("a line\n".into()),
             ..PayloadConfig::default()
         },
         cpus: part("boot=2,max=4"),
@@ -273,6 +274,9 @@ fn what_a_program_fills_in_is_held_to_the_same_ranges() {
     let why = |vm: &VmConfig| printed(&vm.check().unwrap_err());
     assert_eq!(why(&vm), "'kernel' is missing");
     vm.payload.kernel = "/k".into();
+    vm.payload.agent_policy = Some(String::new());
+    assert_eq!(why(&vm), "'initramfs' is missing");
+    vm.payload.agent_policy = None;
     vm.check().unwrap();
     vm.disks.push(DiskConfig::default());
     assert_eq!(why(&vm), "'path' is missing");

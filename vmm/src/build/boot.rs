@@ -3,10 +3,12 @@
 use api::VmConfig;
 use arch::boot::{self, BootInfo, Entry, KernelImage};
 use arch::{cpuid, mptable, ram};
+use protocol::contract::POLICY_PATH;
 use vm_memory::GuestAddress;
 
 use super::frame::{Frame, Host};
 use super::{BuildError, Surroundings};
+use crate::build::archive::archive;
 use crate::build::image::{load_initramfs, load_kernel};
 use crate::console::command::Command;
 use crate::host::KvmKind;
@@ -41,12 +43,14 @@ fn load(config: &VmConfig, around: &Surroundings, ram: &mut Ram) -> Result<Kerne
     let initramfs = match &config.payload.initramfs {
         None => None,
         Some(path) => {
-            let appended = around
+            let mut files = around
                 .command
                 .as_ref()
-                .map(Command::archive)
+                .map(Command::files)
                 .unwrap_or_default();
-            Some(load_initramfs(ram, path, &appended, image.end)?)
+            let policy = config.payload.agent_policy.as_ref();
+            files.extend(policy.map(|text| (POLICY_PATH, text.clone().into_bytes())));
+            Some(load_initramfs(ram, path, &archive(&files), image.end)?)
         }
     };
     mptable::write(ram.memory(), config.cpus.max().get())?;

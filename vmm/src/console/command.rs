@@ -1,5 +1,5 @@
 //! Handing the guest a command to run, as docs/guest-contract.md says: its
-//! arguments as a file in the initramfs, its streams as ports of a console
+//! arguments as a file beside the initramfs, its streams as ports of a console
 //! device, its status as a line.
 
 use protocol::contract::{ARGV_PATH, Status, TTY_PATH};
@@ -14,66 +14,19 @@ pub(crate) struct Command {
 }
 
 impl Command {
-    /// A cpio archive (newc) that tells the agent, to follow the initramfs.
-    pub(crate) fn archive(&self) -> Vec<u8> {
-        const DIRECTORY: u32 = 0o040_755;
-        const FILE: u32 = 0o100_444;
-
+    /// The files that tell the agent, by their paths in the guest.
+    pub(crate) fn files(&self) -> Vec<(&'static str, Vec<u8>)> {
         let mut arguments = Vec::new();
         for argument in &self.argv {
             arguments.extend_from_slice(argument);
             arguments.push(0);
         }
-        let mut archive = Vec::new();
-        append_entry(&mut archive, "podvmm", DIRECTORY, &[]);
-        append_entry(&mut archive, name_of(ARGV_PATH), FILE, &arguments);
+        let mut files = vec![(ARGV_PATH, arguments)];
         if let Some((rows, columns)) = self.terminal {
-            append_entry(
-                &mut archive,
-                name_of(TTY_PATH),
-                FILE,
-                format!("{rows} {columns}").as_bytes(),
-            );
+            files.push((TTY_PATH, format!("{rows} {columns}").into_bytes()));
         }
-        append_entry(&mut archive, "TRAILER!!!", 0, &[]);
-        archive
+        files
     }
-}
-
-/// What the archive calls a file of the guest's root.
-fn name_of(path: &str) -> &str {
-    path.strip_prefix('/').unwrap_or(path)
-}
-
-/// One entry: a header of 13 numbers in hexadecimal, name and content, both
-/// padded to 4 bytes (Linux, buffer-format.rst of early user space).
-fn append_entry(archive: &mut Vec<u8>, name: &str, mode: u32, content: &[u8]) {
-    let links = 1;
-    let name_bytes = name.len() + 1;
-    let numbers = [
-        0, // inode
-        mode as usize,
-        0, // user
-        0, // group
-        links,
-        0, // time
-        content.len(),
-        0, // device, major and minor
-        0,
-        0, // device node, major and minor
-        0,
-        name_bytes,
-        0, // checksum
-    ];
-    archive.extend_from_slice(b"070701");
-    for number in numbers {
-        archive.extend_from_slice(format!("{number:08x}").as_bytes());
-    }
-    archive.extend_from_slice(name.as_bytes());
-    archive.push(0);
-    archive.resize(archive.len().next_multiple_of(4), 0);
-    archive.extend_from_slice(content);
-    archive.resize(archive.len().next_multiple_of(4), 0);
 }
 
 /// Turns bytes of the status port into lines and lines into [`Status`]: that the command starts, once,
@@ -176,37 +129,17 @@ mod tests {
         );
     }
 
-    /// Name and content of every entry, as a reader of the format finds them.
-    fn entries(mut archive: &[u8]) -> Vec<(String, Vec<u8>)> {
-        let number =
-            |bytes: &[u8]| usize::from_str_radix(std::str::from_utf8(bytes).unwrap(), 16).unwrap();
-        let mut entries = Vec::new();
-        while !archive.is_empty() {
-            assert_eq!(&archive[..6], b"070701");
-            let (content_bytes, name_bytes) = (number(&archive[54..62]), number(&archive[94..102]));
-            let name = String::from_utf8(archive[110..110 + name_bytes - 1].to_vec()).unwrap();
-            let content_at = (110 + name_bytes).next_multiple_of(4);
-            let end = content_at + content_bytes;
-            entries.push((name, archive[content_at..end].to_vec()));
-            archive = &archive[end.next_multiple_of(4)..];
-        }
-        entries
-    }
-
     #[test]
-    fn the_archive_holds_arguments_and_terminal() {
+    fn the_files_hold_arguments_and_terminal() {
         let argv = vec![b"a".to_vec(), b"b c".to_vec()];
         let command = Command {
             argv,
             terminal: Some((24, 80)),
         };
-        let expected: [(&str, &[u8]); 4] = [
-            ("podvmm", b""),
-            ("podvmm/argv", b"a\0b c\0"),
-            ("podvmm/tty", b"24 80"),
-            ("TRAILER!!!", b""),
+        let expected = [
+            (ARGV_PATH, b"a\0b c\0".to_vec()),
+            (TTY_PATH, b"24 80".to_vec()),
         ];
-        let expected = expected.map(|(name, content)| (name.to_owned(), content.to_vec()));
-        assert_eq!(entries(&command.archive()), expected);
+        assert_eq!(command.files(), expected);
     }
 }
