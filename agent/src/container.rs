@@ -23,6 +23,7 @@ use cgroup::Cgroup;
 use launch::{Launch, Word};
 pub(crate) use process::Process;
 use process::Streams;
+pub(crate) use rootfs::mount_kind;
 use seccomp::Filter;
 
 /// Why a container or process could not be made.
@@ -64,15 +65,23 @@ pub(crate) struct Container {
     pub(crate) oom_kills: Mutex<u64>,
 }
 
+/// What a container is made of.
+pub(crate) struct Plan<'a> {
+    pub(crate) spec: oci::Spec,
+    /// The pid namespace that it shares; without one it has its own.
+    pub(crate) shared: Option<&'a OwnedFd>,
+    /// Whether what is mounted for it is found without following a link.
+    pub(crate) follows_no_links: bool,
+}
+
 impl Container {
-    /// Makes a container whose first process waits; in the pid namespace `shared`, or else in one of
-    /// its own.
-    pub(crate) fn create(
-        id: &str,
-        mut spec: oci::Spec,
-        shared: Option<&OwnedFd>,
-        reaper: &Reaper,
-    ) -> Result<Self, Error> {
+    /// Makes a container whose first process waits.
+    pub(crate) fn create(id: &str, plan: Plan<'_>, reaper: &Reaper) -> Result<Self, Error> {
+        let Plan {
+            mut spec,
+            shared,
+            follows_no_links,
+        } = plan;
         refuse_hooks(spec.hooks.as_ref())?;
         let linux = spec.linux.as_mut().ok_or(Error::Missing("linux"))?;
         spec.process.as_ref().ok_or(Error::Missing("process"))?;
@@ -96,6 +105,7 @@ impl Container {
             seccomp: seccomp.clone(),
             shares_pids: shared.is_some(),
             keyring: keyring.clone(),
+            follows_no_links,
             ..Launch::default()
         };
         let namespaces = match shared {
@@ -135,8 +145,8 @@ impl Container {
             spec: None,
             process: Some(process),
             seccomp: self.seccomp.clone(),
-            shares_pids: false,
             keyring: self.keyring.clone(),
+            ..Launch::default()
         };
         let first = self.first.handle().as_fd();
         let confine = |pid| self.cgroup.join(pid, &self.first);

@@ -24,6 +24,7 @@ mod fuzz;
 mod limits;
 mod mounts;
 mod network;
+mod policy;
 mod poll;
 mod ports;
 mod reaper;
@@ -151,11 +152,12 @@ fn run_shell() -> Result<(), Box<dyn Error>> {
 fn run_pod() -> Result<(), Box<dyn Error>> {
     // Of what a container's process is given none may lie where it is to be put.
     sys::fill_descriptors(NAMESPACES);
+    let rules = policy::Rules::read()?;
     enter_root()?;
     for (act, result) in limits::raise() {
         complain(act, result);
     }
-    serve::run()?;
+    serve::run(rules)?;
     settle_disks();
     Ok(())
 }

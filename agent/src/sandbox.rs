@@ -17,7 +17,8 @@ use protocol::agent::messages::{
 use protocol::ttrpc::{Call, Code, Status};
 use rustix::fs::inotify;
 
-use crate::container::{Container, Process};
+use crate::container::{Container, Plan, Process};
+use crate::policy::Rules;
 use crate::reaper::Reaper;
 use crate::storage::Storages;
 use crate::{describe, devices, dns, sys};
@@ -27,6 +28,8 @@ const LAST_BREATH: Duration = Duration::from_millis(500);
 
 /// The pod in this guest.
 pub(crate) struct Sandbox {
+    /// What the host may ask for.
+    pub(crate) rules: Rules,
     containers: Mutex<HashMap<String, Held>>,
     /// Identifiers of containers that are being made.
     making: Mutex<HashSet<String>>,
@@ -50,13 +53,14 @@ struct Held {
 
 impl Sandbox {
     /// One without containers, and who hears when it is destroyed.
-    pub(crate) fn start() -> io::Result<(Arc<Self>, Receiver<()>)> {
+    pub(crate) fn start(rules: Rules) -> io::Result<(Arc<Self>, Receiver<()>)> {
         let (oom, ooms) = channel();
         let (ended, end) = channel();
         let sandbox = Arc::new(Self {
             containers: Mutex::default(),
             making: Mutex::default(),
-            storages: Storages::default(),
+            storages: Storages::new(rules.follows_no_links()),
+            rules,
             reaper: Reaper::start()?,
             pid_namespace: Mutex::default(),
             kills: inotify::init(inotify::CreateFlags::CLOEXEC)?,
@@ -95,6 +99,7 @@ impl Sandbox {
     }
 
     pub(crate) fn prepare(&self, request: &CreateSandboxRequest) -> Result<(), Status> {
+        self.rules.allow_storages(&request.storages)?;
         if let Some(module) = request.kernel_modules.first() {
             let why = format!("kernel module {}: the guest's kernel has none", module.name);
             return Err(Status::new(Code::InvalidArgument, why));
@@ -151,8 +156,10 @@ impl Sandbox {
         let mut spec = request.oci.ok_or_else(|| missing("OCI"))?;
         let linux = spec.linux.as_mut().ok_or_else(|| missing("linux"))?;
         devices::add(linux, &request.devices)?;
+        self.rules.allow_container(&spec)?;
+        self.rules.allow_storages(&request.storages)?;
         // The container whose processes it is to see, as an ephemeral one for debugging.
-        let mut namespaces = linux.namespaces.iter();
+        let mut namespaces = spec.linux.iter().flat_map(|linux| &linux.namespaces);
         let target = namespaces.find(|it| it.r#type == "pid" && !it.path.is_empty());
         let target = target.map(|namespace| namespace.path.clone());
         let mut storages = Vec::new();
@@ -167,7 +174,12 @@ impl Sandbox {
                 None if request.sandbox_pidns => self.pid_namespace().clone(),
                 None => None,
             };
-            Container::create(&id, spec, shared.as_deref(), &self.reaper).map_err(internal)
+            let plan = Plan {
+                spec,
+                shared: shared.as_deref(),
+                follows_no_links: self.rules.follows_no_links(),
+            };
+            Container::create(&id, plan, &self.reaper).map_err(internal)
         });
         let container = made.inspect_err(|_| {
             storages
@@ -242,6 +254,7 @@ impl Sandbox {
         &self,
         request: &UpdateEphemeralMountsRequest,
     ) -> Result<(), Status> {
+        self.rules.allow_storages(&request.storages)?;
         let mut storages = request.storages.iter();
         storages.try_for_each(|storage| self.storages.update(storage))
     }

@@ -23,6 +23,7 @@ use protocol::agent::{AGENT_SERVICE, FOLLOWS_THE_CLOCK, HEALTH_SERVICE, PIDS_OF_
 use protocol::ttrpc::{self, Call, Code, Service, Status};
 use vsock::{VMADDR_CID_ANY, VMADDR_CID_HOST, VsockListener};
 
+use crate::policy::Rules;
 use crate::sandbox::{Sandbox, internal, missing};
 use crate::{clock, copy, cpus, devices, figures, network, storage, sys};
 
@@ -33,9 +34,9 @@ const GRPC_VERSION: &str = "0.0.1";
 /// time.
 const ANSWER_GRACE: Duration = Duration::from_millis(50);
 
-/// Serves until the sandbox is destroyed.
-pub(crate) fn run() -> Result<(), Box<dyn Error>> {
-    let (sandbox, end) = Sandbox::start()?;
+/// Serves until the sandbox is destroyed, as far as `rules` allow.
+pub(crate) fn run(rules: Rules) -> Result<(), Box<dyn Error>> {
+    let (sandbox, end) = Sandbox::start(rules)?;
     let listener = VsockListener::bind_with_cid_port(VMADDR_CID_ANY, PORT)?;
     ttrpc::receive(
         move || from_the_host(&listener),
@@ -75,7 +76,10 @@ impl Service for Sandbox {
     fn call(&self, call: &Call<'_>) -> Result<Vec<u8>, Status> {
         match call.service {
             HEALTH_SERVICE => health(call),
-            AGENT_SERVICE => self.agent(call),
+            AGENT_SERVICE => {
+                self.rules.allow(call)?;
+                self.agent(call)
+            }
             _ => Err(call.unimplemented()),
         }
     }
@@ -143,7 +147,7 @@ impl Sandbox {
                 self.destroy();
                 Ok(Empty {})
             }),
-            "GetGuestDetails" => call.answer(|request| Ok(details(request))),
+            "GetGuestDetails" => call.answer(|request| Ok(details(request, &self.rules))),
             "CreateContainer" => call.answer(|request| done(self.create(request))),
             "StartContainer" => call.answer(|request: StartContainerRequest| {
                 let container = self.container(&request.container_id)?;
@@ -286,7 +290,7 @@ fn done(result: Result<(), Status>) -> Result<Empty, Status> {
     result.map(|()| Empty {})
 }
 
-fn details(request: GuestDetailsRequest) -> GuestDetailsResponse {
+fn details(request: GuestDetailsRequest, rules: &Rules) -> GuestDetailsResponse {
     let block_size = request.mem_block_size.then(memory_block_size);
     GuestDetailsResponse {
         // 0 says that the kernel takes no more memory.
@@ -299,7 +303,9 @@ fn details(request: GuestDetailsRequest) -> GuestDetailsResponse {
             supports_seccomp: true,
             extra_features: [PIDS_OF_ANOTHER, FOLLOWS_THE_CLOCK]
                 .map(String::from)
-                .to_vec(),
+                .into_iter()
+                .chain(rules.feature())
+                .collect(),
         }),
         // Memory comes and goes by virtio-mem, which needs no help from the agent.
         support_mem_hotplug_probe: false,
@@ -311,4 +317,30 @@ fn details(request: GuestDetailsRequest) -> GuestDetailsResponse {
 fn memory_block_size() -> Option<u64> {
     let text = std::fs::read_to_string("/sys/devices/system/memory/block_size_bytes").ok()?;
     u64::from_str_radix(text.trim(), 16).ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use protocol::policy::CALLS;
+
+    /// A policy names each call that is answered, and none else.
+    #[test]
+    fn the_calls_of_policies_are_those_answered() {
+        let code = include_str!("serve.rs")
+            .split("#[cfg(test)]")
+            .next()
+            .unwrap();
+        // Those of the agent's service.
+        let arms = code
+            .split("fn of_network")
+            .nth(1)
+            .unwrap()
+            .split("\" => call")
+            .filter_map(|before| before.rsplit('"').next());
+        let mut answered: Vec<_> = arms.collect();
+        // What follows the last of them.
+        answered.pop();
+        answered.sort_unstable();
+        assert_eq!(answered, CALLS);
+    }
 }

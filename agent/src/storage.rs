@@ -10,8 +10,9 @@ use std::path::{Component, Path};
 use std::sync::{Mutex, MutexGuard};
 
 use protocol::agent::messages::Storage;
+use protocol::contract::{SANDBOX, SHARED};
 use protocol::ttrpc::{Code, Status};
-use rustix::fs::{Mode, OFlags, ResolveFlags};
+use rustix::fs::{CWD, Mode, OFlags, ResolveFlags};
 use rustix::io::Errno;
 use rustix::mount::{MountFlags, UnmountFlags};
 
@@ -25,7 +26,12 @@ const GROUP_MODE: u32 = 0o2775;
 
 /// Mounted storage by place.
 #[derive(Debug, Default)]
-pub(crate) struct Storages(Mutex<HashMap<String, Held>>);
+pub(crate) struct Storages {
+    places: Mutex<HashMap<String, Held>>,
+    /// Whether the host is held to a policy for mounts: to sources without links, and to places that no share
+    /// and no container can have put a link at.
+    is_strict: bool,
+}
 
 /// Who needs what is mounted at a place.
 #[derive(Debug)]
@@ -36,9 +42,26 @@ struct Held {
     stays: bool,
 }
 
+/// The type of what is to be mounted.
+pub(crate) fn kind(storage: &Storage) -> &str {
+    match (storage.fstype.as_str(), storage.driver.as_str()) {
+        ("bind", _) => "bind",
+        // A folder is made, whatever type it says.
+        (_, "local") => "local",
+        (fstype, _) => fstype,
+    }
+}
+
 impl Storages {
+    pub(crate) fn new(is_strict: bool) -> Self {
+        Self {
+            places: Mutex::default(),
+            is_strict,
+        }
+    }
+
     fn places(&self) -> MutexGuard<'_, HashMap<String, Held>> {
-        self.0.lock().expect("a panic ends the process")
+        self.places.lock().expect("a panic ends the process")
     }
 
     /// Mounts the storage, unless it is mounted.
@@ -50,6 +73,13 @@ impl Storages {
         if storage.driver == "mmioblk" {
             devices::wait_for(&storage.source)?;
         }
+        if self.is_strict && !is_plain(Path::new(&storage.mount_point)) {
+            let why = format!(
+                "{} is no place for storage by the node's policy",
+                storage.mount_point
+            );
+            return Err(Status::new(Code::PermissionDenied, why));
+        }
         let mut places = self.places();
         if let Some(held) = places.get_mut(&storage.mount_point) {
             held.users += 1;
@@ -57,7 +87,7 @@ impl Storages {
         }
         let prepared = match (storage.fstype.as_str(), storage.driver.as_str()) {
             ("bind", "ephemeral") => bind_part(storage, &places),
-            ("bind", _) => bind_whole(storage),
+            ("bind", _) => bind_whole(storage, self.is_strict),
             _ => prepare(storage),
         };
         prepared.map_err(|error| failed("mount", storage, &error))?;
@@ -97,6 +127,17 @@ impl Storages {
         }
         remount(storage).map_err(|error| failed("mount again", storage, &error))
     }
+}
+
+/// Whether a place is the share's or one of the pod's own folders, of a plain name each: no other process can
+/// have put a link on the way there.
+fn is_plain(place: &Path) -> bool {
+    let Ok(below) = place.strip_prefix(SANDBOX) else {
+        return place == Path::new(SHARED);
+    };
+    below
+        .components()
+        .all(|part| matches!(part, Component::Normal(_)))
 }
 
 fn failed(act: &str, storage: &Storage, error: &io::Error) -> Status {
@@ -176,9 +217,13 @@ fn prepare(storage: &Storage) -> io::Result<()> {
 /// Mounts a folder of the host's for all containers at once. The kernel mounts it by itself where
 /// the shared files are looked at, but once for each mount namespace, and each is another file
 /// system to it: a socket or a lock in one is none in the other.
-fn bind_whole(storage: &Storage) -> io::Result<()> {
+fn bind_whole(storage: &Storage, is_strict: bool) -> io::Result<()> {
     let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-    let folder = rustix::fs::open(&*storage.source, flags, Mode::empty())?;
+    let resolve = match is_strict {
+        true => ResolveFlags::NO_SYMLINKS,
+        false => ResolveFlags::empty(),
+    };
+    let folder = rustix::fs::openat2(CWD, &*storage.source, flags, Mode::empty(), resolve)?;
     let place = Path::new(&storage.mount_point);
     fs::create_dir_all(place)?;
     rustix::mount::mount_bind(by_number(&folder), place)?;
@@ -399,6 +444,37 @@ mod tests {
         let after_both = place.exists();
         fs::remove_dir_all(&folder).unwrap();
         assert_eq!((after_one, after_both), (true, false));
+    }
+
+    #[test]
+    fn a_policy_keeps_storage_to_plain_places() {
+        let folder = std::env::temp_dir().join(format!("podvmm-strict-{}", std::process::id()));
+        fs::create_dir_all(folder.join("real")).unwrap();
+        std::os::unix::fs::symlink("real", folder.join("link")).unwrap();
+        let strict = Storages::new(true);
+        for place in [
+            "/etc",
+            "/run/kata-containers/sandbox/../x",
+            "/run/kata-containers/shared/containers/x",
+        ] {
+            let refused = strict.add(&storage("virtio-fs", &folder, "bind", Path::new(place)));
+            assert_eq!(refused.unwrap_err().code, Code::PermissionDenied, "{place}");
+        }
+        let place = folder.join("place");
+        let linked = storage("virtio-fs", &folder.join("link"), "bind", &place);
+        let followed = bind_whole(&linked, false);
+        let unmounted = rustix::mount::unmount(&place, UnmountFlags::DETACH);
+        let refused = bind_whole(&linked, true);
+        fs::remove_dir_all(&folder).unwrap();
+        followed.expect("this test needs root");
+        unmounted.unwrap();
+        assert_eq!(refused.unwrap_err().raw_os_error(), Some(libc::ELOOP));
+        assert!(is_plain(Path::new(
+            "/run/kata-containers/shared/containers/"
+        )));
+        assert!(is_plain(Path::new(
+            "/run/kata-containers/sandbox/volumes/0-data"
+        )));
     }
 
     #[test]

@@ -376,6 +376,17 @@ pub(crate) fn load_seccomp(filter: &[libc::sock_filter], flags: u32) -> io::Resu
     }
 }
 
+/// Has the next program that this process becomes have no descriptor from `first` on (close_range(2)).
+pub(crate) fn close_on_exec_from(first: c_int) -> io::Result<()> {
+    let flags = libc::CLOSE_RANGE_CLOEXEC;
+    // SAFETY: takes plain integers, and closes nothing as long as this program runs.
+    let result = unsafe { libc::syscall(libc::SYS_close_range, first, c_int::MAX, flags) };
+    match result {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
 /// Has a program (bpf(2)) say which devices the processes of a cgroup may use. It goes with the cgroup.
 pub(crate) fn attach_device_filter(cgroup: &Path, program: &[u64]) -> io::Result<()> {
     /// A `bpf_attr` as BPF_PROG_LOAD has it.

@@ -16,6 +16,7 @@ use rustix::fs::{AtFlags, CWD, Dir, FileType, Mode, OFlags};
 use super::Process;
 use crate::poll;
 use crate::sys::pid_t;
+pub(crate) use devices::used;
 
 const ROOT: &str = "/sys/fs/cgroup";
 

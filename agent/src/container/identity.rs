@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::io;
 
-use protocol::agent::oci::{LinuxCapabilities, PosixRlimit, Process};
+use protocol::agent::oci::{LinuxCapabilities, PosixRlimit, Process, User};
 use rustix::process::{Resource, Rlimit};
 use rustix::thread::{self as threads, CapabilitySet, CapabilitySets};
 
@@ -18,19 +18,8 @@ pub(crate) fn set_oom_score(process: &Process) -> io::Result<()> {
     }
 }
 
-/// Takes on what `process` is to be. The last thing before its program.
-pub(crate) fn assume(process: &Process) -> Result<(), Error> {
-    for limit in &process.rlimits {
-        set_limit(limit)?;
-    }
-    let capabilities = process.capabilities.clone().unwrap_or_default();
-    let sets = Sets::parse(&capabilities)?;
-    let bounds = sets.bounding.complement();
-    for capability in bounds.iter() {
-        // Those the kernel does not know cannot be had either.
-        let _ = threads::remove_capability_from_bounding_set(capability);
-    }
-    let user = process.user.clone().unwrap_or_default();
+/// Becomes this user, with its groups. Capabilities are kept.
+pub(crate) fn become_user(user: &User) -> Result<(), Error> {
     let groups: Vec<_> = user
         .additional_gids
         .iter()
@@ -44,25 +33,12 @@ pub(crate) fn assume(process: &Process) -> Result<(), Error> {
     let uid = rustix::fs::Uid::from_raw(user.uid);
     threads::set_thread_res_uid(uid, uid, uid)?;
     threads::set_keep_capabilities(false)?;
-    threads::set_capabilities(
-        None,
-        CapabilitySets {
-            effective: sets.effective,
-            permitted: sets.permitted,
-            inheritable: sets.inheritable,
-        },
-    )?;
-    threads::clear_ambient_capability_set()?;
-    for capability in sets.raised().iter() {
-        threads::configure_capability_in_ambient_set(capability, true)?;
-    }
-    if process.no_new_privileges {
-        threads::set_no_new_privs(true)?;
-    }
     Ok(())
 }
 
-struct Sets {
+/// The capabilities of a process.
+#[derive(Debug)]
+pub(crate) struct Rights {
     bounding: CapabilitySet,
     effective: CapabilitySet,
     inheritable: CapabilitySet,
@@ -70,8 +46,8 @@ struct Sets {
     ambient: CapabilitySet,
 }
 
-impl Sets {
-    fn parse(named: &LinuxCapabilities) -> Result<Self, Error> {
+impl Rights {
+    pub(crate) fn parse(named: &LinuxCapabilities) -> Result<Self, Error> {
         let known: HashMap<_, _> = CapabilitySet::all().iter_names().collect();
         let set = |names: &[String]| -> Result<CapabilitySet, Error> {
             let mut set = CapabilitySet::empty();
@@ -93,6 +69,31 @@ impl Sets {
         })
     }
 
+    /// Has no program of this process gain more than the bounding set.
+    pub(crate) fn bound(&self) {
+        for capability in self.bounding.complement().iter() {
+            // Those the kernel does not know cannot be had either.
+            let _ = threads::remove_capability_from_bounding_set(capability);
+        }
+    }
+
+    /// Has these, and no others any more.
+    pub(crate) fn set(&self) -> Result<(), Error> {
+        threads::set_capabilities(
+            None,
+            CapabilitySets {
+                effective: self.effective,
+                permitted: self.permitted,
+                inheritable: self.inheritable,
+            },
+        )?;
+        threads::clear_ambient_capability_set()?;
+        for capability in self.raised().iter() {
+            threads::configure_capability_in_ambient_set(capability, true)?;
+        }
+        Ok(())
+    }
+
     /// The ambient capabilities, as far as the kernel allows them (capabilities(7)). The others are
     /// left out, as runc does it: what `runc spec` writes has some.
     fn raised(&self) -> CapabilitySet {
@@ -100,7 +101,8 @@ impl Sets {
     }
 }
 
-fn set_limit(limit: &PosixRlimit) -> Result<(), Error> {
+/// Sets a limit by its name.
+pub(crate) fn set_limit(limit: &PosixRlimit) -> Result<(), Error> {
     let resource = match limit.r#type.as_str() {
         "RLIMIT_AS" => Resource::As,
         "RLIMIT_CORE" => Resource::Core,
@@ -139,7 +141,7 @@ mod tests {
             bounding: vec!["CAP_CHOWN".into(), "cap_sys_admin".into()],
             ..LinuxCapabilities::default()
         };
-        let sets = Sets::parse(&named).unwrap();
+        let sets = Rights::parse(&named).unwrap();
         assert_eq!(
             sets.bounding,
             CapabilitySet::CHOWN | CapabilitySet::SYS_ADMIN
@@ -148,14 +150,14 @@ mod tests {
             ambient: vec!["CAP_FLY".into()],
             ..LinuxCapabilities::default()
         };
-        let refused = Sets::parse(&named).err().unwrap();
+        let refused = Rights::parse(&named).err().unwrap();
         assert_eq!(refused.to_string(), "there is no capability CAP_FLY");
     }
 
     #[test]
     fn ambient_capabilities_are_permitted_and_inheritable_ones() {
         let named = |names: &[&str]| names.iter().map(ToString::to_string).collect();
-        let sets = Sets::parse(&LinuxCapabilities {
+        let sets = Rights::parse(&LinuxCapabilities {
             permitted: named(&["CAP_CHOWN", "CAP_KILL"]),
             inheritable: named(&["CAP_KILL", "CAP_FOWNER"]),
             ambient: named(&["CAP_CHOWN", "CAP_KILL", "CAP_FOWNER"]),

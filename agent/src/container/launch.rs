@@ -43,6 +43,9 @@ pub(crate) struct Launch {
     /// The name of the container's session keyring.
     #[prost(string, tag = "5")]
     pub(crate) keyring: String,
+    /// Whether what is mounted for the container is found without following a link.
+    #[prost(bool, tag = "6")]
+    pub(crate) follows_no_links: bool,
 }
 
 impl Launch {

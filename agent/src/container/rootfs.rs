@@ -1,14 +1,15 @@
-//! A container's view of files, made in its own mount namespace. Paths are of the image's making: each
-//! is looked up as if the container's root were the only one.
+//! A container's view of files, made in its own mount namespace. In which order its parts are made is said in
+//! [`stage`](super::stage).
 
-use std::ffi::{CString, OsStr, OsString};
+mod places;
+
+use std::ffi::CString;
 use std::fs;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
-use std::os::unix::ffi::OsStrExt;
-use std::path::{Component, Path};
+use std::path::Path;
 
-use protocol::agent::oci::{LinuxDevice, Mount, Spec};
+use protocol::agent::oci::{Linux, LinuxDevice, Mount, Spec};
 use rustix::fs::{CWD, FileType, Mode, OFlags, ResolveFlags};
 use rustix::io::Errno;
 use rustix::mount::{
@@ -16,6 +17,7 @@ use rustix::mount::{
 };
 
 use crate::sys;
+use places::find;
 
 type Error = Box<dyn std::error::Error>;
 
@@ -37,10 +39,8 @@ const LINKS: [(&str, &str); 5] = [
     ("pts/ptmx", "ptmx"),
 ];
 
-/// Makes the container's root this process's, with all that is to be mounted there.
-pub(crate) fn enter(spec: &Spec) -> Result<(), Error> {
-    let linux = spec.linux.clone().unwrap_or_default();
-    let root = spec.root.clone().unwrap_or_default();
+/// Has no mount that is made here from now on seen by the agent and other containers.
+pub(crate) fn part_from_others(linux: &Linux) -> Result<(), Error> {
     let propagation = match linux.rootfs_propagation.as_str() {
         // The guest shares its mounts with no other mount namespace, so a container has none to
         // share with.
@@ -49,41 +49,118 @@ pub(crate) fn enter(spec: &Spec) -> Result<(), Error> {
         other => return Err(format!("there is no propagation {other}").into()),
     };
     rustix::mount::mount_change("/", propagation | MountPropagationFlags::REC)?;
-    let at = |what: &str, source: io::Error| -> Error { format!("{what}: {source}").into() };
-    rustix::mount::mount_bind_recursive(&root.path, &root.path)
-        .map_err(|errno| at(&root.path, errno.into()))?;
-    let fd = rustix::fs::open(
-        &root.path,
-        OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC,
-        Mode::empty(),
-    )?;
+    Ok(())
+}
+
+/// Makes the container's root a mount, with all that is to be mounted and made there.
+pub(crate) fn fill(spec: &Spec, links: Links) -> Result<OwnedFd, Error> {
+    let path = spec.root.as_ref().map_or("", |root| root.path.as_str());
+    let fill = || {
+        let source = find_source(path, links)?;
+        // Where it is found, whatever is at its path by then.
+        rustix::mount::mount_bind_recursive(by_number(&source), by_number(&source))?;
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        Ok(rustix::fs::openat2(
+            CWD,
+            path,
+            flags,
+            Mode::empty(),
+            links.resolve(),
+        )?)
+    };
+    let root = fill().map_err(|error: io::Error| at(path, error))?;
     for mount in &spec.mounts {
-        apply(fd.as_fd(), mount).map_err(|error| -> Error {
+        apply(root.as_fd(), mount, links).map_err(|error| -> Error {
             format!("mount {} on {}: {error}", mount.source, mount.destination).into()
         })?;
     }
-    make_devices(fd.as_fd(), &linux.devices)?;
-    rustix::process::fchdir(&fd)?;
+    let devices = spec.linux.as_ref().map_or(&[][..], |linux| &linux.devices);
+    make_devices(root.as_fd(), devices)?;
+    Ok(root)
+}
+
+/// Makes `root` this process's, and leaves the guest's behind.
+pub(crate) fn enter(root: &OwnedFd) -> Result<(), Error> {
+    rustix::process::fchdir(root)?;
     rustix::process::pivot_root(".", ".").map_err(|errno| at("enter the root", errno.into()))?;
     rustix::mount::unmount(".", UnmountFlags::DETACH)?;
     rustix::process::chdir("/")?;
-    if !linux.masked_paths.is_empty() {
-        let null = null_device().map_err(|error| at("/dev/null", error))?;
-        for path in &linux.masked_paths {
-            mask(path, null.as_fd()).map_err(|error| at(path, error))?;
-        }
+    Ok(())
+}
+
+/// Hides what the container is not to see.
+pub(crate) fn mask_paths(linux: &Linux) -> Result<(), Error> {
+    if linux.masked_paths.is_empty() {
+        return Ok(());
     }
+    let null = null_device().map_err(|error| at("/dev/null", error))?;
+    for path in &linux.masked_paths {
+        mask(path, null.as_fd()).map_err(|error| at(path, error))?;
+    }
+    Ok(())
+}
+
+/// Makes read-only what the container is not to change.
+pub(crate) fn protect_paths(linux: &Linux) -> Result<(), Error> {
     for path in &linux.readonly_paths {
         make_readonly(path).map_err(|error| at(path, error))?;
     }
-    if let Some(process) = &spec.process {
-        // Later it is too late, for the root may be read-only.
-        make_folder(&process.cwd).map_err(|error| at(&process.cwd, error))?;
-    }
-    if root.readonly {
+    Ok(())
+}
+
+/// Makes the root read-only, if it is to be.
+pub(crate) fn protect_root(spec: &Spec) -> Result<(), Error> {
+    if spec.root.as_ref().is_some_and(|root| root.readonly) {
         rustix::mount::mount_remount("/", MountFlags::BIND | MountFlags::RDONLY, c"")?;
     }
     Ok(())
+}
+
+fn at(what: &str, source: io::Error) -> Error {
+    format!("{what}: {source}").into()
+}
+
+/// What becomes of symbolic links on the way to what is mounted for a container.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Links {
+    Followed,
+    /// By a policy for mounts a link is refused: the host could have put one into its share that leads out of it.
+    Refused,
+}
+
+impl Links {
+    fn resolve(self) -> ResolveFlags {
+        match self {
+            Self::Followed => ResolveFlags::empty(),
+            Self::Refused => ResolveFlags::NO_SYMLINKS,
+        }
+    }
+}
+
+/// Opens what is to be mounted.
+fn find_source(path: &str, links: Links) -> io::Result<OwnedFd> {
+    let open = |flags| {
+        let flags = OFlags::PATH | OFlags::CLOEXEC | flags;
+        rustix::fs::openat2(CWD, path, flags, Mode::empty(), links.resolve())
+    };
+    // Asked for as a folder, the kernel mounts there what the host has mounted.
+    match open(OFlags::DIRECTORY) {
+        Err(Errno::NOTDIR) => Ok(open(OFlags::empty())?),
+        found => Ok(found?),
+    }
+}
+
+/// The path of an open file for calls that take none.
+fn by_number(file: &OwnedFd) -> String {
+    format!("/proc/self/fd/{}", file.as_raw_fd())
+}
+
+/// The type of a mount by its options and what it says.
+pub(crate) fn mount_kind(mount: &Mount) -> &str {
+    match options(&mount.options).bind {
+        Some(_) => "bind",
+        None => &mount.r#type,
+    }
 }
 
 /// The options of a mount, told apart.
@@ -167,21 +244,28 @@ fn propagation(word: &str) -> Option<MountPropagationFlags> {
     Some(flags | deep)
 }
 
-fn apply(root: BorrowedFd<'_>, mount: &Mount) -> Result<(), Error> {
+fn apply(root: BorrowedFd<'_>, mount: &Mount, links: Links) -> Result<(), Error> {
     let options = options(&mount.options);
     let bind = match (mount.r#type.as_str(), options.bind) {
         (_, Some(deep)) => Some(deep),
         ("bind", None) => Some(true),
         _ => None,
     };
-    let is_file = bind.is_some() && !fs::metadata(&mount.source)?.is_dir();
+    let source = bind
+        .map(|_| find_source(&mount.source, links))
+        .transpose()?;
+    let is_file = match &source {
+        Some(source) => !is_folder(source)?,
+        None => false,
+    };
     let target = find(root, Path::new(&mount.destination), is_file)?;
-    let place = format!("/proc/self/fd/{}", target.as_raw_fd());
-    if let Some(deep) = bind {
-        if deep {
-            rustix::mount::mount_bind_recursive(&mount.source, &place)?;
+    let place = by_number(&target);
+    if let Some(source) = &source {
+        let source = by_number(source);
+        if bind == Some(true) {
+            rustix::mount::mount_bind_recursive(&source, &place)?;
         } else {
-            rustix::mount::mount_bind(&mount.source, &place)?;
+            rustix::mount::mount_bind(&source, &place)?;
         }
     } else {
         // The guest has cgroups of version 2 alone.
@@ -198,7 +282,7 @@ fn apply(root: BorrowedFd<'_>, mount: &Mount) -> Result<(), Error> {
     }
     // What is mounted hides the place, so it is looked up once more.
     let mounted = find(root, Path::new(&mount.destination), is_file)?;
-    let place = format!("/proc/self/fd/{}", mounted.as_raw_fd());
+    let place = by_number(&mounted);
     if bind.is_some() && !options.flags.is_empty() {
         rustix::mount::mount_remount(&place, MountFlags::BIND | options.flags, c"")?;
     }
@@ -211,87 +295,8 @@ fn apply(root: BorrowedFd<'_>, mount: &Mount) -> Result<(), Error> {
     Ok(())
 }
 
-/// The file or folder at `path` below `root`, made if it is not there. Links are followed as if `root`
-/// were the root of all files, and what they point to is made too.
-fn find(root: BorrowedFd<'_>, path: &Path, is_file: bool) -> io::Result<OwnedFd> {
-    let resolve = ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS;
-    let flags = OFlags::PATH | OFlags::CLOEXEC;
-    match rustix::fs::openat2(root, path, flags, Mode::empty(), resolve) {
-        Err(Errno::NOENT) => make(root, path, is_file),
-        found => Ok(found?),
-    }
-}
-
-/// Finds the place step by step, so that it can make what is missing. No step follows a link or leaves
-/// the folder it is taken from, whatever another container does there meanwhile.
-fn make(root: BorrowedFd<'_>, path: &Path, is_file: bool) -> io::Result<OwnedFd> {
-    /// How many links are followed in one path: as many as the kernel follows.
-    const MAX_LINKS: usize = 40;
-    let step = |from: BorrowedFd<'_>, name: &OsStr| {
-        let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_MAGICLINKS;
-        rustix::fs::openat2(from, name, flags, Mode::empty(), resolve)
-    };
-    // The names still to be taken, the next one last.
-    let mut names = backwards(path);
-    // The folders on the way from the root.
-    let mut way: Vec<OwnedFd> = Vec::new();
-    let mut links = 0;
-    while let Some(name) = names.pop() {
-        if name == ".." {
-            way.pop();
-            continue;
-        }
-        let here = way.last().map_or(root, AsFd::as_fd);
-        let next = match step(here, &name) {
-            Err(Errno::NOENT) => {
-                let made = if is_file && names.is_empty() {
-                    let flags = OFlags::CREATE | OFlags::EXCL | OFlags::WRONLY | OFlags::CLOEXEC;
-                    rustix::fs::openat(here, &name, flags, Mode::from_raw_mode(0o644)).map(drop)
-                } else {
-                    rustix::fs::mkdirat(here, &name, Mode::from_raw_mode(0o755))
-                };
-                match made {
-                    // Another container with the same volume was faster.
-                    Err(Errno::EXIST) => {}
-                    made => made?,
-                }
-                step(here, &name)?
-            }
-            found => found?,
-        };
-        if FileType::from_raw_mode(rustix::fs::fstat(&next)?.st_mode) != FileType::Symlink {
-            way.push(next);
-            continue;
-        }
-        links += 1;
-        if links > MAX_LINKS {
-            return Err(Errno::LOOP.into());
-        }
-        let target = rustix::fs::readlinkat(&next, "", Vec::new())?;
-        let target = Path::new(OsStr::from_bytes(target.as_bytes()));
-        if target.is_absolute() {
-            way.clear();
-        }
-        names.extend(backwards(target));
-    }
-    match way.pop() {
-        Some(found) => Ok(found),
-        None => Ok(root.try_clone_to_owned()?),
-    }
-}
-
-/// A path's names from the last to the first, with `..` where it goes up.
-fn backwards(path: &Path) -> Vec<OsString> {
-    let names = path.components().rev().filter_map(|part| match part {
-        Component::Normal(_) | Component::ParentDir => Some(part.as_os_str().to_owned()),
-        _ => None,
-    });
-    names.collect()
-}
-
 /// Makes a folder of the container's if there is nothing at `path`.
-fn make_folder(path: &str) -> io::Result<()> {
+pub(crate) fn make_folder(path: &str) -> io::Result<()> {
     match fs::metadata(path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
             find(open_root()?.as_fd(), Path::new(path), false).map(drop)
@@ -299,6 +304,11 @@ fn make_folder(path: &str) -> io::Result<()> {
         // Whether it can be entered is seen when it is.
         _ => Ok(()),
     }
+}
+
+fn is_folder(file: &OwnedFd) -> io::Result<bool> {
+    let mode = rustix::fs::fstat(file)?.st_mode;
+    Ok(FileType::from_raw_mode(mode) == FileType::Directory)
 }
 
 /// The root that this process has.
@@ -394,7 +404,7 @@ fn make_node(
         return Err(io::Error::other(format!("{name} is not the device made")));
     }
     // What the mask took away.
-    let path = format!("/proc/self/fd/{}", node.as_raw_fd());
+    let path = by_number(&node);
     rustix::fs::chmodat(CWD, path, Mode::from_raw_mode(mode), AtFlags::empty())?;
     let (uid, gid) = (Uid::from_raw(uid), Gid::from_raw(gid));
     rustix::fs::chownat(&node, "", Some(uid), Some(gid), AtFlags::EMPTY_PATH)?;
@@ -428,8 +438,7 @@ fn mask(path: &str, null: BorrowedFd<'_>) -> io::Result<()> {
         Err(Errno::NOENT | Errno::NOTDIR) => return Ok(()),
         found => found?,
     };
-    let mode = rustix::fs::fstat(&hidden)?.st_mode;
-    if FileType::from_raw_mode(mode) == FileType::Directory {
+    if is_folder(&hidden)? {
         rustix::mount::mount("tmpfs", path, "tmpfs", MountFlags::RDONLY, c"size=0k")?;
         return Ok(());
     }
@@ -502,69 +511,5 @@ mod tests {
         };
         assert_eq!(read_only("ro"), (MountFlags::RDONLY, false));
         assert_eq!(read_only("rro"), (MountFlags::RDONLY, true));
-    }
-
-    #[test]
-    fn places_are_made_below_the_root_whatever_links_say() {
-        let folder = std::env::temp_dir().join(format!("podvmm-agent-root-{}", std::process::id()));
-        fs::create_dir_all(folder.join("inside")).unwrap();
-        std::os::unix::fs::symlink("/inside", folder.join("link")).unwrap();
-        std::os::unix::fs::symlink("../../../../etc", folder.join("out")).unwrap();
-        let root =
-            rustix::fs::open(&folder, OFlags::PATH | OFlags::CLOEXEC, Mode::empty()).unwrap();
-        find(root.as_fd(), Path::new("/link/a/b"), false).unwrap();
-        find(root.as_fd(), Path::new("/link/file"), true).unwrap();
-        find(root.as_fd(), Path::new("/../up"), false).unwrap();
-        find(root.as_fd(), Path::new("/out/made-by-test/passwd"), true).unwrap();
-        let made = [
-            folder.join("inside/a/b").is_dir(),
-            folder.join("inside/file").is_file(),
-            folder.join("up").is_dir(),
-            folder.join("etc/made-by-test/passwd").is_file(),
-        ];
-        let leaked = Path::new("/etc/made-by-test").exists();
-        fs::remove_dir_all(&folder).unwrap();
-        assert_eq!((made, leaked), ([true; 4], false));
-    }
-
-    #[test]
-    fn links_to_nowhere_are_followed_and_their_targets_made() {
-        let folder = std::env::temp_dir().join(format!("podvmm-agent-link-{}", std::process::id()));
-        fs::create_dir_all(folder.join("etc")).unwrap();
-        let link = |target: &str, name: &str| {
-            std::os::unix::fs::symlink(target, folder.join(name)).unwrap();
-        };
-        link("../run/resolver/resolv.conf", "etc/resolv.conf");
-        link("/late/../later/./run", "run-link");
-        link("run-link/inner/", "chain");
-        link("../../..", "top");
-        link("b", "etc/a");
-        link("a", "etc/b");
-        link("/proc/self/fd/0", "magic");
-        let root =
-            rustix::fs::open(&folder, OFlags::PATH | OFlags::CLOEXEC, Mode::empty()).unwrap();
-        let find = |path: &str, is_file| find(root.as_fd(), Path::new(path), is_file);
-        find("etc/resolv.conf", true).unwrap();
-        find("/chain/file", true).unwrap();
-        find("top/reached/../beside", false).unwrap();
-        find("magic", true).unwrap();
-        let endless = find("etc/a/x", true).unwrap_err();
-        let below_a_file = find("etc/resolv.conf/x", true).unwrap_err();
-        let whole = find("/", false).unwrap();
-        let is_same = |a: &OwnedFd, b: &OwnedFd| {
-            let [a, b] = [a, b].map(|fd| rustix::fs::fstat(fd).unwrap());
-            (a.st_dev, a.st_ino) == (b.st_dev, b.st_ino)
-        };
-        let is_root = is_same(&whole, &root);
-        let made = [
-            folder.join("run/resolver/resolv.conf").is_file(),
-            folder.join("later/run/inner/file").is_file(),
-            folder.join("beside").is_dir(),
-            folder.join("proc/self/fd/0").is_file(),
-        ];
-        fs::remove_dir_all(&folder).unwrap();
-        assert_eq!((made, is_root), ([true; 4], true));
-        assert_eq!(endless.raw_os_error(), Some(libc::ELOOP));
-        assert_eq!(below_a_file.raw_os_error(), Some(libc::ENOTDIR));
     }
 }

@@ -2,12 +2,14 @@
 //! the kernel runs at each attempt (kernel: cgroup-v2.rst, Device controller; bpf(2)).
 
 use protocol::agent::oci::{LinuxDevice, LinuxDeviceCgroup, LinuxResources};
+use protocol::policy::Kind;
 
 use super::{Cgroup, Error};
 use crate::sys;
 
 /// What may be asked for, as the program sees it (linux/bpf.h: BPF_DEVCG_ACC_*).
 const ACCESSES: [(char, i32); 3] = [('m', 1), ('r', 2), ('w', 4)];
+const MAKE: i32 = 1;
 const ALL: i32 = 7;
 
 /// Kinds of devices, as the program sees them (linux/bpf.h: BPF_DEVCG_DEV_*).
@@ -17,8 +19,8 @@ const CHARACTER: i32 = 2;
 /// What every container may do, whatever its specification says, as by runc: make nodes of all devices,
 /// and use those of memory and terminals. Kind, major and minor number, access.
 const ALWAYS: [(i32, Option<i32>, Option<i32>, i32); 11] = [
-    (CHARACTER, None, None, 1),
-    (BLOCK, None, None, 1),
+    (CHARACTER, None, None, MAKE),
+    (BLOCK, None, None, MAKE),
     (CHARACTER, Some(1), Some(3), ALL),
     (CHARACTER, Some(1), Some(5), ALL),
     (CHARACTER, Some(1), Some(7), ALL),
@@ -68,9 +70,73 @@ impl Rule {
         })
     }
 
+    /// The rule by which a container uses a device of its own.
+    fn of(device: &LinuxDevice) -> Result<Self, Error> {
+        Self::parse(&LinuxDeviceCgroup {
+            allow: true,
+            r#type: device.r#type.clone(),
+            major: device.major,
+            minor: device.minor,
+            access: String::new(),
+        })
+    }
+
     fn is_of_all(&self) -> bool {
         (self.kind, self.major, self.minor, self.access) == (None, None, None, ALL)
     }
+
+    /// Whether it allows no more than every container may.
+    fn is_of_every_container(&self) -> bool {
+        let within = |all: Option<i32>, own: Option<i32>| all.is_none() || all == own;
+        ALWAYS.iter().any(|(kind, major, minor, access)| {
+            self.kind == Some(*kind)
+                && within(*major, self.major)
+                && within(*minor, self.minor)
+                && self.access & !access == 0
+        }) || self.access == MAKE
+    }
+}
+
+/// Devices of a kind and of numbers, major and minor; of any, where there is none.
+pub(crate) type Devices = (Option<Kind>, [Option<u32>; 2]);
+
+/// The devices that a container may use by its specification, besides those that all may. Exceptions that the
+/// rules make are passed over: what is told is not less than what may be used.
+pub(crate) fn used(
+    resources: Option<&LinuxResources>,
+    own: &[LinuxDevice],
+) -> Result<Vec<Devices>, Error> {
+    let rules = resources.map_or(&[][..], |resources| &resources.devices);
+    let mut rules = rules
+        .iter()
+        .map(Rule::parse)
+        .collect::<Result<Vec<_>, _>>()?;
+    if are_open(&rules) {
+        return Ok(vec![(None, [None; 2])]);
+    }
+    let closed = rules
+        .iter()
+        .rposition(|rule| !rule.allow && rule.is_of_all());
+    rules.drain(..closed.map_or(0, |at| at + 1));
+    for device in own.iter().filter(|device| device.r#type != "p") {
+        rules.push(Rule::of(device)?);
+    }
+    rules.retain(|rule| rule.allow && !rule.is_of_every_container());
+    let number = |number: Option<i32>| number.map(i32::cast_unsigned);
+    let devices = rules.into_iter().map(|rule| {
+        let kind = rule.kind.map(|kind| match kind {
+            BLOCK => Kind::Block,
+            _ => Kind::Character,
+        });
+        (kind, [rule.major, rule.minor].map(number))
+    });
+    Ok(devices.collect())
+}
+
+/// Whether a container with these rules may use all devices. Of several that match the last one counts.
+fn are_open(rules: &[Rule]) -> bool {
+    let last = rules.last();
+    last.is_none_or(|last| last.allow && last.is_of_all())
 }
 
 impl Cgroup {
@@ -83,11 +149,7 @@ impl Cgroup {
     ) -> Result<(), Error> {
         let rules = resources.devices.iter().map(Rule::parse);
         let mut rules = rules.collect::<Result<Vec<_>, _>>()?;
-        // Of several that match the last one counts.
-        if rules
-            .last()
-            .is_none_or(|last| last.allow && last.is_of_all())
-        {
+        if are_open(&rules) {
             return Ok(());
         }
         rules.extend(ALWAYS.map(|(kind, major, minor, access)| Rule {
@@ -98,13 +160,7 @@ impl Cgroup {
             access,
         }));
         for device in own.iter().filter(|device| device.r#type != "p") {
-            rules.push(Rule::parse(&LinuxDeviceCgroup {
-                allow: true,
-                r#type: device.r#type.clone(),
-                major: device.major,
-                minor: device.minor,
-                access: String::new(),
-            })?);
+            rules.push(Rule::of(device)?);
         }
         let attached = sys::attach_device_filter(&self.path, &program(&rules));
         attached.map_err(|source| Error::File {
@@ -298,6 +354,48 @@ mod tests {
             let refused = Rule::parse(&wrong).unwrap_err().to_string();
             assert!(refused.starts_with("a rule for devices: "), "{refused}");
         }
+    }
+
+    #[test]
+    fn what_a_container_may_use_is_told_and_no_less() {
+        let told = |rules: &[LinuxDeviceCgroup], own: &[LinuxDevice]| {
+            let resources = LinuxResources {
+                devices: rules.to_vec(),
+                ..LinuxResources::default()
+            };
+            used(Some(&resources), own).unwrap()
+        };
+        let all = vec![(None, [None; 2])];
+        let closed = rule(false, "a", -1, -1, "rwm");
+        let open = rule(true, "a", -1, -1, "rwm");
+        assert_eq!(used(None, &[]).unwrap(), all);
+        assert_eq!(told(&[], &[]), all);
+        assert_eq!(told(&[closed.clone(), open.clone()], &[]), all);
+        let disk = (Some(Kind::Block), [Some(254), None]);
+        let usual = [
+            open,
+            rule(true, "c", 10, 229, "rw"),
+            closed,
+            rule(true, "c", -1, -1, "m"),
+            rule(true, "", -1, -1, "m"),
+            rule(true, "c", 136, 7, "rwm"),
+            rule(true, "c", 1, 3, "r"),
+            rule(true, "b", 254, -1, "r"),
+            rule(false, "b", 254, 1, "r"),
+        ];
+        assert_eq!(told(&usual, &[]), [disk]);
+        // Of a part of all devices it is not all, and the last rule that matches counts.
+        let readable = rule(true, "a", -1, -1, "r");
+        assert_eq!(told(&[usual[2].clone(), readable], &[]), all);
+        let device = |kind: &str, major, minor| LinuxDevice {
+            r#type: kind.into(),
+            major,
+            minor,
+            ..LinuxDevice::default()
+        };
+        let own = [device("c", 1, 1), device("p", 0, 0), device("u", 1, 5)];
+        let memory = (Some(Kind::Character), [Some(1), Some(1)]);
+        assert_eq!(told(&usual[2..4], &own), [memory]);
     }
 
     fn a_rule() -> impl Strategy<Value = Rule> {
