@@ -16,6 +16,7 @@ use protocol::agent::messages;
 use protocol::agent::messages::Empty;
 use protocol::agent::oci;
 use protocol::agent::{AGENT_SERVICE, FOLLOWS_THE_CLOCK, HEALTH_SERVICE, PIDS_OF_ANOTHER, PORT};
+use protocol::policy::Policy;
 use protocol::ttrpc::{CallError, Client, Code, Status};
 
 use crate::host::logging::MAX_TEXT_CHARS;
@@ -230,12 +231,17 @@ impl Agent {
         self.tell("CreateSandbox", request)
     }
 
-    /// What the agent can do.
-    pub(crate) fn abilities(&self) -> Result<Abilities, CallError> {
+    /// What the agent can do. An agent that does not obey `policy`, if there is one, is refused: it may be older
+    /// than policies, or podvmm may be, which then has handed it none.
+    pub(crate) fn abilities(&self, policy: Option<&Policy>) -> Result<Abilities, CallError> {
         let request = messages::GuestDetailsRequest::default();
         let details: messages::GuestDetailsResponse = self.ask("GetGuestDetails", &request)?;
         let details = details.agent_details.unwrap_or_default();
         let has = |name: &str| details.extra_features.iter().any(|feature| feature == name);
+        if policy.is_some_and(|policy| !has(&policy.feature())) {
+            let why = "it does not obey the policy of this node";
+            return Err(Status::new(Code::FailedPrecondition, why).into());
+        }
         Ok(Abilities {
             seccomp: details.supports_seccomp,
             pids_of_another: has(PIDS_OF_ANOTHER),

@@ -1,6 +1,7 @@
 //! The configuration file: TOML, `/etc/podvmm/config.toml` unless containerd's runtime options name
 //! another. What may be asked for by a pod's annotations is listed there too.
 
+mod policy;
 mod size;
 
 use std::collections::BTreeMap;
@@ -10,6 +11,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use api::{RateLimit, RateLimits};
+use protocol::policy::Policy;
 use serde::Deserialize;
 
 pub(crate) use self::size::Size;
@@ -79,6 +81,11 @@ pub(crate) struct Config {
     /// Whether podvmm has the labels of AppArmor and SELinux that a pod's description names, if it is in a jail.
     #[serde(default = "labels")]
     pub(crate) labels: bool,
+    /// The file with the policy that the agents of pods obey ([`policy`]); without it they obey all.
+    agent_policy: Option<PathBuf>,
+    /// What that file says.
+    #[serde(skip)]
+    pub(crate) policy: Option<Policy>,
     /// How long a guest may take to come up, in seconds.
     #[serde(default = "agent_timeout_s")]
     agent_timeout_s: u32,
@@ -155,6 +162,8 @@ pub(crate) enum Error {
     },
     #[error("{}: {what}", .path.display())]
     Unfit { path: PathBuf, what: String },
+    #[error("agent_policy")]
+    Policy(#[from] policy::Error),
     #[error("annotation {name}: {what}")]
     Annotation { name: String, what: String },
 }
@@ -166,17 +175,19 @@ impl Config {
             path: path.into(),
             source,
         })?;
-        let config: Self = toml::from_str(&text).map_err(|source| Error::Parse {
+        let mut config: Self = toml::from_str(&text).map_err(|source| Error::Parse {
             path: path.into(),
             source,
         })?;
-        match config.fault() {
-            None => Ok(config),
-            Some(what) => Err(Error::Unfit {
+        if let Some(what) = config.fault() {
+            return Err(Error::Unfit {
                 path: path.into(),
                 what,
-            }),
+            });
         }
+        let policy = config.agent_policy.as_deref().map(policy::read);
+        config.policy = policy.transpose()?;
+        Ok(config)
     }
 
     fn fault(&self) -> Option<String> {
@@ -222,6 +233,17 @@ impl Config {
         }
         if self.first_user > MAX_FIRST_USER {
             return Some(format!("first_user is at most {MAX_FIRST_USER}"));
+        }
+        if let Some(policy) = self.agent_policy.as_ref().filter(|it| it.is_relative()) {
+            return Some(format!(
+                "agent_policy: {}: no absolute path",
+                policy.display()
+            ));
+        }
+        if self.agent_policy.is_some() && self.initramfs.is_none() {
+            return Some(
+                "agent_policy needs initramfs; an image has a policy of its own or none".into(),
+            );
         }
         if self.agent_timeout_s == 0 {
             return Some("agent_timeout_s is 1 or more".into());
@@ -327,6 +349,9 @@ mod tests {
         let user = |more: &str| read(more).unwrap().user();
         assert_eq!(user(""), Some(0x7000_0000 + std::process::id()));
         assert_eq!(user("first_user = 0"), None);
+        assert_eq!(config.policy, None);
+        let policy = read("agent_policy = '/dev/null'").unwrap().policy;
+        assert_eq!(policy, Some(Policy::default()));
     }
 
     #[test]
@@ -354,6 +379,11 @@ mod tests {
         assert!(refused("fs_requests_per_s = 0").contains("fs_requests_per_s is 1 or more"));
         assert!(refused("first_user = 4294967295").contains("first_user is at most"));
         assert!(refused("jail = 'open'").contains("jail"));
+        assert!(refused("agent_policy = 'here'").contains("agent_policy: here: no absolute path"));
+        assert_eq!(
+            refused("agent_policy = '/nowhere'"),
+            "agent_policy: read /nowhere: No such file or directory (os error 2)"
+        );
         assert!(refused("log_level = 'loud'").contains("log_level"));
         let missing = Config::read(Path::new("/nowhere")).unwrap_err();
         assert_eq!(missing.to_string(), "read /nowhere");

@@ -427,6 +427,7 @@ pub(crate) fn definition(config: &Config, size: Size) -> Result<VmConfig, Config
             kernel: config.kernel.clone(),
             initramfs: config.initramfs.clone(),
             cmdline,
+            agent_policy: config.policy.as_ref().map(ToString::to_string),
             ..PayloadConfig::default()
         },
         cpus: CpusConfig::new(vcpus(size.vcpus)?, vcpus(most.vcpus.max(size.vcpus))?)?,

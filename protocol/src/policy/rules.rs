@@ -4,7 +4,8 @@ use std::fmt;
 use std::path::{Component, Path};
 use std::str::FromStr;
 
-use serde::Deserialize;
+use serde::de::Error;
+use serde::{Deserialize, Deserializer};
 
 use super::CALLS;
 
@@ -26,8 +27,7 @@ pub enum RuleError {
 }
 
 /// A call that is allowed: one of [`CALLS`].
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
-#[serde(try_from = "String")]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct CallRule(&'static str);
 
 impl CallRule {
@@ -39,6 +39,14 @@ impl CallRule {
     pub fn all_but(others: &[Self]) -> Vec<Self> {
         let all = CALLS.into_iter().map(Self);
         all.filter(|rule| !others.contains(rule)).collect()
+    }
+}
+
+// Derived, it would borrow its name from what is read.
+impl<'de> Deserialize<'de> for CallRule {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let text = String::deserialize(deserializer)?;
+        text.parse().map_err(D::Error::custom)
     }
 }
 
@@ -171,14 +179,6 @@ impl fmt::Display for MountRule {
         f.write_str(&self.kind)?;
         let mut source = self.source.iter();
         source.try_for_each(|source| write!(f, " {source}"))
-    }
-}
-
-impl TryFrom<String> for CallRule {
-    type Error = RuleError;
-
-    fn try_from(text: String) -> Result<Self, RuleError> {
-        text.parse()
     }
 }
 

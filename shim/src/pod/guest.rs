@@ -121,7 +121,8 @@ impl Guest {
             agent
                 .create_sandbox(&request)
                 .map_err(asked("create the sandbox"))?;
-            let abilities = agent.abilities().map_err(asked("tell its details"))?;
+            let abilities = agent.abilities(config.policy.as_ref());
+            let abilities = abilities.map_err(asked("tell its details"))?;
             birth.note("sandbox");
             Ok(abilities)
         };

@@ -240,3 +240,24 @@ fn it_is_another_when_what_it_is_made_of_changes_and_stale_ones_go() {
     assert!(!before.folder().exists());
     assert!(after.is_ready());
 }
+
+/// A guest keeps the policy that it booted with, and so does each of its clones.
+#[test]
+fn a_template_is_of_one_policy() {
+    let (_folder, config) = node();
+    let with = |policy: &str| {
+        let mut config = config.clone();
+        config.policy = Some(policy.parse().unwrap());
+        for_pod(&config).unwrap()
+    };
+    let open = for_pod(&config).unwrap();
+    let empty = with("podvmm policy 1\n");
+    let closed = with("podvmm policy 1\ndevices:\n");
+    made(&closed);
+    assert!(closed.is_ready());
+    for other in [&open, &empty] {
+        assert_ne!(other.folder(), closed.folder());
+        assert!(!other.is_ready());
+    }
+    assert_eq!(with("podvmm policy 1\ndevices:\n"), closed);
+}
