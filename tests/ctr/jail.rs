@@ -74,6 +74,11 @@ pub(crate) fn a_podvmm_is_in_one(container: &Container) {
         wanted.extend((fields[4] != "/dev/kvm").then_some("nodev"));
         let options: Vec<_> = fields[5].split(',').collect();
         assert!(wanted.iter().all(|it| options.contains(it)), "{line}");
+        // What the host mounts below it later is seen if the shim shows it.
+        assert!(
+            !line.contains(" shared:") && (!line.contains(" master:") || fields[4] == "/"),
+            "{line}"
+        );
     }
     // Of the pod's folder it sees neither containerd's socket nor what the shim writes down.
     let mut seen = Vec::new();

@@ -8,7 +8,9 @@ use std::process::{Command, Output};
 
 use rustix::fs::{CWD, FileType, Mode, StatVfsMountFlags, mknodat};
 use rustix::io::Errno;
-use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
+use rustix::mount::{
+    MountFlags, MountPropagationFlags, UnmountFlags, mount, mount_change, unmount,
+};
 use rustix::process::{
     Pid, Signal, dumpable_behavior, parent_process_death_signal, set_parent_process_death_signal,
     test_kill_process,
@@ -109,6 +111,14 @@ fn inside() {
     // Also what is mounted below it, whatever Landlock says.
     let below = rustix::fs::statvfs(folder.join("read/inner")).unwrap();
     assert!(below.f_flag.contains(StatVfsMountFlags::RDONLY));
+    // And what the host mounts later is not seen.
+    let mounts = read("/proc/self/mountinfo".as_ref()).unwrap();
+    let of_tree = mounts
+        .lines()
+        .filter(|line| line.contains(folder.to_str().unwrap()));
+    let hears = |line: &str| line.contains(" master:") || line.contains(" shared:");
+    assert!(of_tree.clone().count() >= 4, "{mounts}");
+    of_tree.for_each(|line| assert!(!hears(line), "{line}"));
     File::options().append(true).open("/dev/stderr").unwrap();
     // Nothing else is there.
     for path in [
@@ -192,6 +202,7 @@ fn a_jail_has_what_it_was_given_and_nothing_else() {
     let inner = folder.path().join("read/inner");
     fs::create_dir(&inner).unwrap();
     mount("podvmm-test", &inner, "tmpfs", MountFlags::empty(), None).unwrap();
+    mount_change(&inner, MountPropagationFlags::SHARED).unwrap();
     let output = apart("inside", folder.path());
     unmount(&inner, UnmountFlags::DETACH).unwrap();
     let said = String::from_utf8_lossy(&output.stdout);

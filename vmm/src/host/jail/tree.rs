@@ -53,7 +53,8 @@ fn bind(HostPath { path, access }: &HostPath) -> io::Result<()> {
         fs::create_dir_all(place.parent().unwrap_or_else(|| Path::new(PLACE)))?;
         return std::os::unix::fs::symlink(target, place);
     }
-    if path.is_dir() {
+    let kind = fs::metadata(path)?.file_type();
+    if kind.is_dir() {
         fs::create_dir_all(&place)?;
     } else {
         fs::create_dir_all(place.parent().unwrap_or_else(|| Path::new(PLACE)))?;
@@ -62,13 +63,10 @@ fn bind(HostPath { path, access }: &HostPath) -> io::Result<()> {
         }
     }
     mount_bind_recursive(path, &place)?;
-    // What the host mounts below it later is the shim's to show here.
-    mount_change(
-        &place,
-        MountPropagationFlags::PRIVATE | MountPropagationFlags::REC,
-    )?;
     let mut attributes = libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NOEXEC;
-    if !has_devices(path) {
+    // Devices are opened at the path of one, such as a disk's, and below /dev.
+    let is_device = kind.is_block_device() || kind.is_char_device();
+    if !is_device && !path.starts_with("/dev") {
         attributes |= libc::MOUNT_ATTR_NODEV;
     }
     if *access == Access::Read {
@@ -77,22 +75,14 @@ fn bind(HostPath { path, access }: &HostPath) -> io::Result<()> {
     restrict(&place, attributes)
 }
 
-/// Whether devices are to be opened there: at the path of one, such as a disk's, and below /dev.
-fn has_devices(path: &Path) -> bool {
-    let is_device = |metadata: fs::Metadata| {
-        let kind = metadata.file_type();
-        kind.is_block_device() || kind.is_char_device()
-    };
-    path.starts_with("/dev") || fs::metadata(path).is_ok_and(is_device)
-}
-
-/// Gives a mount attributes, and all that is mounted below it (mount_setattr(2)).
+/// Gives a mount attributes, and all that is mounted below it (mount_setattr(2)). What the host mounts there later
+/// is not seen: it is the shim's to show.
 fn restrict(place: &Path, attributes: u64) -> io::Result<()> {
     let path = CString::new(place.as_os_str().as_bytes())?;
     let attributes = libc::mount_attr {
         attr_set: attributes,
         attr_clr: 0,
-        propagation: 0,
+        propagation: libc::MS_PRIVATE,
         userns_fd: 0,
     };
     // SAFETY: path and attributes outlive the call, and the size is that of what is pointed to.
