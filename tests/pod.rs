@@ -9,6 +9,8 @@
 
 #[path = "pod/agent.rs"]
 mod agent;
+#[path = "pod/apart.rs"]
+mod apart;
 #[path = "pod/cgroups.rs"]
 mod cgroups;
 #[path = "pod/contents.rs"]
@@ -89,6 +91,13 @@ fn in_the_sandbox(agent: &Agent, host: &Path) {
     check(agent, rights::a_user_has_the_rights_it_is_given);
     check(agent, seccomp::a_process_may_call_what_its_filter_allows);
     check(agent, rights::the_agent_does_not_hear_a_container);
+    check(agent, apart::a_container_reaches_nothing_but_itself);
+    check(agent, apart::a_process_on_its_way_is_out_of_reach);
+    check(agent, apart::the_agents_program_is_not_written_to);
+    check(
+        agent,
+        apart::a_program_has_its_streams_and_no_other_descriptor,
+    );
     check(agent, streams::a_user_opens_its_streams_by_their_names);
     check(agent, limits::a_container_without_limits_has_containerds);
     check(agent, rights::ambient_capabilities_must_be_inheritable);
@@ -136,7 +145,7 @@ fn check_on<C: FnOnce(&Agent, &Path)>(host: &Path, agent: &Agent, check: C) {
 fn share(host: &Path) {
     let applets = [
         "sh", "cat", "ls", "hostname", "id", "sleep", "grep", "stty", "dd", "tail", "touch",
-        "kill", "cut", "readlink", "wc", "mkdir", "chmod", "ping", "tr", "mknod",
+        "kill", "cut", "readlink", "wc", "mkdir", "chmod", "ping", "tr", "mknod", "rm",
     ];
     fs::create_dir(host.join("one")).unwrap();
     let root = guest::root(&applets);

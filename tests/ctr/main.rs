@@ -4,8 +4,10 @@
 
 #![expect(clippy::unwrap_used, reason = "its steps are functions of their own")]
 
+mod apart;
 mod clock;
 mod jail;
+mod policy;
 mod programs;
 mod templates;
 

@@ -23,6 +23,10 @@ pub(crate) fn what_cannot_be_done_is_refused(agent: &Agent) {
         refusal(agent.ask("Dance", &Empty {})).0,
         Code::Unimplemented
     );
+    // As by a Kata agent that knows no policies.
+    let (code, why) = refusal(agent.ask("SetPolicy", &Empty {}));
+    assert_eq!(code, Code::NotFound);
+    assert_eq!(why, "/grpc.AgentService/SetPolicy is not supported");
     let mut apart = spec("true");
     apart
         .linux

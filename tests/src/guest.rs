@@ -54,7 +54,7 @@ pub fn root(applets: &[&str]) -> TempDir {
 }
 
 /// The static program with the guest's ends of transfers: `PODVMM_GUEST_LOAD`, or the one cargo builds.
-fn guest_load() -> &'static Path {
+pub fn guest_load() -> &'static Path {
     static TOOL: OnceLock<PathBuf> = OnceLock::new();
     TOOL.get_or_init(|| {
         if let Some(path) = std::env::var_os("PODVMM_GUEST_LOAD") {

@@ -22,6 +22,7 @@ pub mod payload;
 pub mod pod;
 pub mod podvmm;
 pub mod probe;
+pub mod reach;
 pub mod service;
 pub mod template;
 pub mod transfer;

@@ -24,6 +24,12 @@ fn main() -> ExitCode {
         ["tcp-serve", port, count] => tcp_serve(number(port), number(count)),
         ["vsock-call", port] => vsock_call(number(port)),
         ["vsock-knock", cid, port] => vsock_knock(number(cid), number(port)),
+        ["reach", port] => {
+            let got = tests::reach::attempts(number(port));
+            got.iter().for_each(|line| println!("{line}"));
+            Ok(())
+        }
+        ["watch", own, stop] => tests::reach::watch(own.as_ref(), stop.as_ref()),
         ["vsock-shell", port] => vsock_shell(number(port)),
         ["loads", port] => loads(number(port)),
         ["identity", host] => identity(host),
