@@ -17,9 +17,10 @@ use tests::node::{Node, eventually, step};
 /// What one request is made of, and their sum.
 const PARTS: [&str; 4] = ["program", "file", "loopback", "all"];
 /// Requests in each round.
-const REQUESTS: &str = "300";
-/// Shares of both pods.
-const CPUS: &str = "0.9";
+const REQUESTS: &str = "60";
+/// Processors that each pod may have.
+const CPUS: [(&str, &str); 2] = [("quiet", "0.9"), ("noisy", "0.4")];
+/// Memory that each may have.
 const MEMORY: &str = "268435456";
 /// What of it the neighbour fills, in MiB: the rest are its program and the pages of files.
 const FILLED_MIB: &str = "200";
@@ -42,6 +43,11 @@ fn a_pod_at_its_limits_leaves_the_other_its_share() {
     let quiet = Pod::new(&node, "quiet", &tools.path().join("bin"));
     step("the quiet pod", || quiet.start(&[], &["sleep", "100000"]));
     let alone = quiet.measure();
+    let [(_, much), (_, little)] = CPUS;
+    eprintln!(
+        "neighbours: {much} CPUs and {MEMORY} bytes; the other {little} CPUs, as much memory, \
+         {BYTES_PER_S} bytes and {REQUESTS_PER_S} requests about files in a second"
+    );
     report("alone", &alone);
     let mut rows = Vec::new();
     for what in ["cpu", "memory", "files", "network", "all"] {
@@ -83,6 +89,7 @@ fn a_pod_at_its_limits_leaves_the_other_its_share() {
 struct Pod<'a> {
     node: &'a Node,
     container: Container,
+    cpus: &'static str,
     mounts: [String; 2],
 }
 
@@ -94,20 +101,23 @@ impl<'a> Pod<'a> {
             let source = source.display();
             format!("type=bind,src={source},dst={place},options=rbind:rw")
         };
-        let mut container = Container::new(node, name);
-        if name != "quiet" {
-            container = container.with_config(&with_rates(node));
-        }
+        let container = Container::new(node, name);
+        let [(quiet, much), (_, little)] = CPUS;
+        let (container, cpus) = match name == quiet {
+            true => (container, much),
+            false => (container.with_config(&with_rates(node)), little),
+        };
         Self {
             node,
             container,
+            cpus,
             mounts: [mount(tools, "/tools"), mount(&data, "/data")],
         }
     }
 
     fn start(&self, options: &[&str], words: &[&str]) {
         let [tools, data] = &self.mounts;
-        let limits = ["--cpus", CPUS, "--memory-limit", MEMORY];
+        let limits = ["--cpus", self.cpus, "--memory-limit", MEMORY];
         let mounts = ["--mount", tools, "--mount", data];
         let options = [&limits, &mounts[..], options].concat();
         self.container.start(&self.node.containerd, &options, words);
@@ -167,6 +177,6 @@ fn percentile(sorted: &[u64], percent: usize) -> u64 {
 fn report(what: &str, times: &[Vec<u64>; 4]) {
     for (part, times) in PARTS.iter().zip(times) {
         let [half, nine, most] = [50, 90, 99].map(|percent| percentile(times, percent));
-        println!("neighbours: {what}: {part}: {half} us, 90 %: {nine}, 99 %: {most}");
+        eprintln!("neighbours: {what}: {part}: {half} us, 90 %: {nine}, 99 %: {most}");
     }
 }
