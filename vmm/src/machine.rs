@@ -17,7 +17,7 @@ use std::time::{Duration, Instant};
 use api::chain;
 use arch::state::CpuFeatures;
 use devices::legacy::{Serial, SerialState};
-use devices::virtio::{Busy, Counters, MmioTransport, TransportState};
+use devices::virtio::{Busy, Counters, Transport, TransportState};
 use kvm_ioctls::VmFd;
 use thiserror::Error;
 
@@ -30,6 +30,9 @@ use crate::console::socket::SocketConsole;
 use crate::console::streams::PowerButton;
 use crate::memory::Ram;
 use crate::memory::remote_ram::{Patience, RemoteRam};
+
+/// A virtio device that the guest has.
+pub(crate) type Plugged = Arc<Mutex<dyn Transport>>;
 
 /// A device could not be put back on its loop.
 #[derive(Debug, Error)]
@@ -62,7 +65,7 @@ pub(crate) struct Machine {
     pub(crate) running: u8,
     /// vCPUs beyond `running` that the guest has not given up yet.
     pub(crate) shrinking: Option<Shrinking>,
-    pub(crate) transports: Vec<(String, Arc<Mutex<MmioTransport>>)>,
+    pub(crate) transports: Vec<(String, Plugged)>,
     pub(crate) memory: MemoryHandles,
     pub(crate) _io: Arc<IoThreads>,
     pub(crate) _sockets: Vec<SocketConsole>,
@@ -144,7 +147,7 @@ impl Machine {
     /// What a snapshot keeps of each device, which is paused.
     pub(crate) fn device_states(&self) -> Vec<(String, TransportState)> {
         let transports = self.transports.iter();
-        let state = |(id, it): &(String, Arc<Mutex<MmioTransport>>)| (id.clone(), lock(it).state());
+        let state = |(id, it): &(String, Plugged)| (id.clone(), lock(it).state());
         transports.map(state).collect()
     }
 
@@ -291,7 +294,7 @@ impl Machine {
     const PERIOD: Duration = Duration::from_millis(100);
 }
 
-fn lock(transport: &Mutex<MmioTransport>) -> MutexGuard<'_, MmioTransport> {
+fn lock(transport: &Mutex<dyn Transport>) -> MutexGuard<'_, dyn Transport + 'static> {
     transport
         .lock()
         .expect("no thread panics while it holds a device")

@@ -1,13 +1,13 @@
 //! Virtio devices (virtio 1.3): two traits, and what every device shares.
 //!
 //! A [`VirtioDevice`] is what the driver configures: it lives behind its transport
-//! ([`mmio::MmioTransport`]) on the bus. When the driver is ready the device turns its queues and
+//! ([`transport::Transport`]) on the bus. When the driver is ready the device turns its queues and
 //! host resources into [`Handler`]s, which *own* them and run on an event loop: nothing on the
 //! data path takes a lock. To pause a device its handlers are taken off their loops and kept; to
 //! go on they are put back; at a reset they are dropped.
 //!
 //! ```text
-//!  vCPU: register access ─▶ MmioTransport ─▶ Session ─▶ VirtioDevice::activate
+//!  vCPU: register access ─▶ Transport ──▶ Session ─▶ VirtioDevice::activate
 //!                                               │  ▲            │ Handlers
 //!                             Runner::run ◀─────┘  └─ recall ◀──┘
 //!  io:   kick (ioeventfd) ─▶ Handler ─▶ Ring ─▶ Interrupt (irqfd)
@@ -27,7 +27,6 @@ mod interrupt;
 mod lent;
 mod limiter;
 pub mod mem;
-pub mod mmio;
 mod negotiation;
 pub mod net;
 mod queue;
@@ -38,6 +37,7 @@ mod setup;
 mod state;
 #[cfg(any(test, feature = "test-utils"))]
 pub mod testing;
+pub mod transport;
 pub mod vectored;
 pub mod vsock;
 
@@ -54,10 +54,10 @@ pub use self::counters::Counters;
 pub use self::interrupt::Interrupt;
 pub use self::lent::{Lender, Lent};
 pub use self::limiter::{Limits, Rate};
-pub use self::mmio::MmioTransport;
 pub use self::queue::{Ring, RingState};
 pub use self::segments::{AccessError, Segments};
 pub use self::state::{DeviceState, StateError, TransportState};
+pub use self::transport::{MmioTransport, Transport};
 
 /// Guest RAM as one reader sees it.
 pub type GuestRam = GuestMemoryMmap<()>;

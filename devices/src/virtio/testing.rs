@@ -5,6 +5,7 @@
 //! RAM directly.
 
 mod lifecycle;
+mod plug;
 mod steps;
 
 use std::collections::{HashMap, VecDeque};
@@ -28,9 +29,9 @@ use vmm_sys_util::eventfd::EventFd;
 use super::{
     Counters, GuestRam, Handler, Memory, MmioTransport, Recall, Runner, Ticket, VirtioDevice,
 };
-use crate::bus::BusDevice;
 
 pub use self::lifecycle::lifecycle;
+pub use self::plug::Plug;
 pub use self::steps::{NUMBERS, QUEUES, Step, survive};
 
 /// RAM from 0, in two regions that touch.
@@ -173,7 +174,7 @@ struct DriverQueue {
 /// A device, its driver, and the RAM between them.
 #[derive(Debug)]
 pub struct Guest {
-    pub transport: MmioTransport,
+    pub transport: Plug,
     pub memory: Memory,
     pub irq: EventFd,
     pub runner: Arc<InlineRunner>,
@@ -202,7 +203,7 @@ impl Guest {
             runner.clone(),
         );
         Self {
-            transport: transport.expect("create the transport"),
+            transport: Plug::Mmio(transport.expect("create the transport")),
             memory,
             irq,
             runner,

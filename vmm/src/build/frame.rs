@@ -7,7 +7,7 @@ use arch::state::CpuFeatures;
 use arch::{irqchip, pmu};
 use devices::bus::Bus;
 use devices::legacy::Serial;
-use devices::virtio::{Memory, MmioTransport};
+use devices::virtio::Memory;
 use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES};
 use kvm_ioctls::{Kvm, VmFd};
 
@@ -20,7 +20,7 @@ use crate::machine::io_threads::IoThreads;
 use crate::machine::resize::MemoryHandles;
 use crate::machine::vcpu::Buses;
 use crate::machine::vcpus::{Common, Vcpus};
-use crate::machine::{Machine, Timeline};
+use crate::machine::{Machine, Plugged, Timeline};
 use crate::memory::Ram;
 use crate::snapshot::Loaded;
 
@@ -64,7 +64,7 @@ pub(super) struct Devices {
     /// The devices behind ports and addresses.
     buses: Buses,
     /// The virtio devices by id, in the order the guest finds them.
-    pub(super) transports: Vec<(String, Arc<Mutex<MmioTransport>>)>,
+    pub(super) transports: Vec<(String, Plugged)>,
     /// The kernel's parameters by which the guest finds the devices.
     pub(super) parameters: Vec<String>,
     io: Arc<IoThreads>,

@@ -1,15 +1,12 @@
 //! A machine that goes on where another one was, of which a snapshot was taken.
 
-use std::sync::{Arc, Mutex};
-
 use api::VmConfig;
 use arch::state::VcpuState;
-use devices::virtio::MmioTransport;
 
 use super::frame::{Frame, Host};
 use super::{BuildError, Surroundings};
-use crate::machine::Machine;
 use crate::machine::vcpus::Vcpus;
+use crate::machine::{Machine, Plugged};
 use crate::memory::Ram;
 use crate::memory::remote_ram::{RemoteRam, RemoteRamError};
 use crate::snapshot::{Loaded, Pages};
@@ -55,7 +52,7 @@ fn refill(
     config: &VmConfig,
     loaded: &mut Loaded,
     around: &Surroundings,
-    transports: &[(String, Arc<Mutex<MmioTransport>>)],
+    transports: &[(String, Plugged)],
     ram: &mut Ram,
 ) -> Result<Option<RemoteRam>, BuildError> {
     let allowed = loaded.memory(&config.memory)?;

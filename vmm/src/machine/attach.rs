@@ -7,12 +7,14 @@ use std::sync::{Arc, Mutex};
 
 use arch::layout::{DEVICE_GSIS, MMIO_WINDOW_BYTES, MMIO_WINDOWS_START};
 use devices::bus::{Bus, BusError};
-use devices::virtio::mmio::{MmioTransport, QUEUE_NOTIFY};
-use devices::virtio::{Memory, Runner, VirtioDevice};
+use devices::virtio::transport::mmio::{MmioTransport, QUEUE_NOTIFY};
+use devices::virtio::{Memory, Runner, Transport, VirtioDevice};
 use kvm_ioctls::{IoEventAddress, VmFd};
 use thiserror::Error;
 use vm_memory::Address;
 use vmm_sys_util::eventfd::EventFd;
+
+use super::Plugged;
 
 /// Why a device could not be attached.
 #[derive(Debug, Error)]
@@ -62,7 +64,7 @@ pub(crate) struct Attacher<'a> {
     /// The bus being filled.
     pub(crate) mmio: Bus,
     /// What was attached so far, by id.
-    pub(crate) transports: Vec<(String, Arc<Mutex<MmioTransport>>)>,
+    pub(crate) transports: Vec<(String, Plugged)>,
     /// Kernel parameters that name it.
     pub(crate) parameters: Vec<String>,
 }

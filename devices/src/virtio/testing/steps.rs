@@ -11,7 +11,6 @@ use virtio_bindings::virtio_ring::{
 use vm_memory::{Bytes, GuestAddress};
 
 use super::{Buffer, Guest, LIVE};
-use crate::bus::BusDevice;
 use crate::virtio::VirtioDevice;
 
 /// Events a device may handle after each step. Rings laid over one another can make it find work

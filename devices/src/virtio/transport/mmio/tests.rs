@@ -9,10 +9,10 @@ use vm_memory::{Bytes, GuestAddress};
 
 use super::*;
 use crate::virtio::rng::Rng;
-use crate::virtio::testing::{Buffer, Guest, InlineRunner, LIVE, Table};
+use crate::virtio::testing::{Buffer, Guest, InlineRunner, LIVE, Plug, Table};
 use crate::virtio::{
-    ActivateError, Activation, DeviceState, Handler, Recall, RingState, StateError, Thread, Ticket,
-    read_config_bytes,
+    ActivateError, Activation, Counters, DeviceState, Handler, Recall, RingState, StateError,
+    Thread, Ticket, read_config_bytes,
 };
 
 const ACKNOWLEDGE: u32 = 1;
@@ -167,7 +167,7 @@ fn stuck() -> (Guest, Arc<Stuck>) {
     });
     let irqfd = EventFd::new(libc::EFD_NONBLOCK).unwrap();
     let transport = MmioTransport::new(guest.memory.clone(), device, irqfd, runner.clone());
-    guest.transport = transport.unwrap();
+    guest.transport = Plug::Mmio(transport.unwrap());
     guest.start(u64::MAX, 8);
     runner.stuck.store(true, Ordering::SeqCst);
     (guest, runner)
@@ -384,7 +384,7 @@ fn if_one_handler_cannot_run_none_does() {
     });
     let irqfd = EventFd::new(libc::EFD_NONBLOCK).unwrap();
     let transport = MmioTransport::new(guest.memory.clone(), device, irqfd, runner.clone());
-    guest.transport = transport.unwrap();
+    guest.transport = Plug::Mmio(transport.unwrap());
     guest.start(u64::MAX, 8);
     assert_eq!(guest.status(), LIVE | NEEDS_RESET);
     assert_eq!(runner.inner.running(), 0);
