@@ -1,11 +1,12 @@
 //! Where in an address space which device answers.
 //!
-//! One [`Bus`] serves the ports and another the MMIO holes. Built once before the vCPUs run and
-//! then only read, so the bus itself has no lock; each device has its own, held for one access.
+//! One [`Bus`] serves the ports and another the MMIO holes. It changes only when a guest moves a PCI
+//! device's memory, so its lock, held while a device is looked up, is one of readers; each device
+//! has its own, held for one access.
 
 use std::collections::BTreeMap;
 use std::fmt::{self, Debug};
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard};
 
 /// What a read finds where no device answers: an undriven bus floats high.
 const FLOATING: u8 = 0xff;
@@ -42,7 +43,7 @@ struct Entry {
 #[derive(Default)]
 pub struct Bus {
     /// The ranges and devices, by first address.
-    entries: BTreeMap<u64, Entry>,
+    entries: RwLock<BTreeMap<u64, Entry>>,
 }
 
 impl Bus {
@@ -52,7 +53,7 @@ impl Bus {
 
     /// Lets `device` answer at `base` and the `len - 1` addresses after it.
     pub fn insert(
-        &mut self,
+        &self,
         base: u64,
         len: u64,
         device: Arc<Mutex<dyn BusDevice>>,
@@ -63,7 +64,8 @@ impl Bus {
             .ok_or(BusError::BadRange { base, len })?;
         // Ranges do not overlap, so of those starting at or before `last` the closest one is the
         // only one that could reach into the new range.
-        if let Some((&other_base, other)) = self.entries.range(..=last).next_back()
+        let mut entries = self.entries.write().unwrap_or_else(PoisonError::into_inner);
+        if let Some((&other_base, other)) = entries.range(..=last).next_back()
             && base - other_base.min(base) < other.len
         {
             return Err(BusError::Overlap {
@@ -73,17 +75,27 @@ impl Bus {
                 other_len: other.len,
             });
         }
-        self.entries.insert(base, Entry { len, device });
+        entries.insert(base, Entry { len, device });
         Ok(())
+    }
+
+    /// No device answers any more in the range that begins at `base`.
+    pub fn remove(&self, base: u64) {
+        let mut entries = self.entries.write().unwrap_or_else(PoisonError::into_inner);
+        entries.remove(&base);
+    }
+
+    fn entries(&self) -> RwLockReadGuard<'_, BTreeMap<u64, Entry>> {
+        self.entries.read().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Reads from whichever device covers the whole access. Says whether there was one; if not,
     /// `data` is all ones.
     pub fn read(&self, address: u64, data: &mut [u8]) -> bool {
         match self.find(address, data.len()) {
-            Some((offset, mut device)) => {
+            Some((offset, device)) => {
                 data.fill(0);
-                device.read(offset, data);
+                device.lock().expect(UNPOISONED).read(offset, data);
                 true
             }
             None => {
@@ -96,36 +108,29 @@ impl Bus {
     /// Writes to whichever device covers the whole access. Says whether there was one.
     pub fn write(&self, address: u64, data: &[u8]) -> bool {
         match self.find(address, data.len()) {
-            Some((offset, mut device)) => {
-                device.write(offset, data);
+            Some((offset, device)) => {
+                device.lock().expect(UNPOISONED).write(offset, data);
                 true
             }
             None => false,
         }
     }
 
-    fn find(
-        &self,
-        address: u64,
-        len: usize,
-    ) -> Option<(u64, MutexGuard<'_, dyn BusDevice + 'static>)> {
-        let (&base, entry) = self.entries.range(..=address).next_back()?;
+    fn find(&self, address: u64, len: usize) -> Option<(u64, Arc<Mutex<dyn BusDevice>>)> {
+        let entries = self.entries();
+        let (&base, entry) = entries.range(..=address).next_back()?;
         let offset = address - base;
         let end = offset.checked_add(len as u64)?;
-        if end > entry.len {
-            return None;
-        }
-        let device = entry
-            .device
-            .lock()
-            .expect("a panic ends the process, so no lock is poisoned");
-        Some((offset, device))
+        (end <= entry.len).then(|| (offset, entry.device.clone()))
     }
 }
 
+const UNPOISONED: &str = "a panic ends the process, so no lock is poisoned";
+
 impl Debug for Bus {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let ranges = self.entries.iter().map(|(base, entry)| (base, entry.len));
+        let entries = self.entries();
+        let ranges = entries.iter().map(|(base, entry)| (base, entry.len));
         f.debug_map().entries(ranges).finish()
     }
 }
@@ -154,7 +159,7 @@ mod tests {
     }
 
     fn bus_with(base: u64, len: u64) -> (Bus, Arc<Mutex<Recorder>>) {
-        let mut bus = Bus::new();
+        let bus = Bus::new();
         let device = device();
         bus.insert(base, len, device.clone()).unwrap();
         (bus, device)
@@ -181,6 +186,17 @@ mod tests {
     }
 
     #[test]
+    fn a_range_that_is_removed_can_be_anothers() {
+        let (bus, _) = bus_with(0x1000, 0x1000);
+        bus.remove(0x1800);
+        assert!(bus.write(0x1000, &[1]), "no range begins there");
+        bus.remove(0x1000);
+        assert!(!bus.write(0x1000, &[1]));
+        bus.insert(0x1800, 0x1000, device()).unwrap();
+        assert!(bus.write(0x27ff, &[1]));
+    }
+
+    #[test]
     fn an_access_across_a_devices_end_is_refused() {
         let (bus, device) = bus_with(0x1000, 0x1000);
         assert!(!bus.write(0x1ffe, &[0; 4]));
@@ -198,7 +214,7 @@ mod tests {
 
     #[test]
     fn ranges_never_overlap_and_the_error_names_both() {
-        let (mut bus, _) = bus_with(0x1000, 0x1000);
+        let (bus, _) = bus_with(0x1000, 0x1000);
         let overlap = |base, len| {
             Err(BusError::Overlap {
                 base,
@@ -221,7 +237,7 @@ mod tests {
 
     #[test]
     fn a_range_that_is_empty_or_wraps_is_refused() {
-        let mut bus = Bus::new();
+        let bus = Bus::new();
         assert_eq!(
             bus.insert(5, 0, device()),
             Err(BusError::BadRange { base: 5, len: 0 })

@@ -15,4 +15,5 @@ pub mod bus;
 pub mod counter;
 pub mod host;
 pub mod legacy;
+pub mod pci;
 pub mod virtio;
