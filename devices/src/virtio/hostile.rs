@@ -17,7 +17,7 @@ use super::console::{Console, Port};
 use super::mem::Mem;
 use super::net::{Net, NetConfig, Offloads, Tap};
 use super::rng::Rng;
-use super::testing::{NUMBERS, QUEUES, RAM_LEN, Step, survive};
+use super::testing::{NUMBERS, QUEUES, RAM_LEN, Step, Wiring, survive, survive_on};
 use super::vsock::{Vsock, VsockConfig};
 use super::{GuestRam, Limits, Memory};
 use crate::host::{Input, Output};
@@ -129,10 +129,19 @@ proptest! {
     }
 
     #[test]
-    fn a_disk_survives_any_guest_and_keeps_its_size(steps in steps(), readonly in any::<bool>()) {
+    fn the_entropy_device_survives_any_guest_over_pci(steps in steps()) {
+        survive_on(Wiring::Pci, Rng::new(), &[0], steps);
+    }
+
+    #[test]
+    fn a_disk_survives_any_guest_and_keeps_its_size(
+        steps in steps(),
+        readonly in any::<bool>(),
+        wiring in prop::sample::select(&Wiring::ALL[..]),
+    ) {
         let image = TempFile::new().unwrap();
         image.as_file().set_len(1 << 16).unwrap();
-        survive(disk(&image, readonly), &[0, 1], steps);
+        survive_on(wiring, disk(&image, readonly), &[0, 1], steps);
         prop_assert_eq!(image.as_file().metadata().unwrap().len(), 1 << 16);
     }
 

@@ -57,7 +57,7 @@ pub use self::limiter::{Limits, Rate};
 pub use self::queue::{Ring, RingState};
 pub use self::segments::{AccessError, Segments};
 pub use self::state::{DeviceState, StateError, TransportState};
-pub use self::transport::{MmioTransport, Transport};
+pub use self::transport::{MmioTransport, PciTransport, Transport};
 
 /// Guest RAM as one reader sees it.
 pub type GuestRam = GuestMemoryMmap<()>;

@@ -75,6 +75,11 @@ impl Negotiation {
         page_of(self.offered, page)
     }
 
+    /// 32 of the bits that the driver has accepted so far.
+    pub(super) fn accepted_page(&self, page: u32) -> u32 {
+        page_of(self.accepted, page)
+    }
+
     /// The driver accepts features, which it may between DRIVER and FEATURES_OK. False if not.
     pub(super) fn accept_page(&mut self, page: u32, bits: u32) -> bool {
         let open = self.has(VIRTIO_CONFIG_S_DRIVER)

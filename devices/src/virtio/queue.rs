@@ -304,7 +304,7 @@ impl Ring {
     /// the device cannot take more: it comes back by itself, and the driver need not kick.
     pub fn signal(&mut self, ram: &GuestRam) {
         if self.untold.take().is_some() && self.driver_listens(ram) {
-            self.interrupt.notify_queue();
+            self.interrupt.notify_queue(self.index);
         }
     }
 

@@ -22,7 +22,7 @@ use super::{
     Ring, RingState, Runner, StateError, Ticket, VirtioDevice,
 };
 
-/// Offered for every device: by this transport, and by [`Ring`].
+/// Offered for every device: by each transport, and by [`Ring`].
 const COMMON_FEATURES: u64 =
     1 << VIRTIO_F_VERSION_1 | 1 << VIRTIO_RING_F_INDIRECT_DESC | 1 << VIRTIO_RING_F_EVENT_IDX;
 
@@ -54,7 +54,7 @@ impl Session {
     pub(super) fn new(
         memory: Memory,
         device: Box<dyn VirtioDevice>,
-        irqfd: EventFd,
+        interrupt: Interrupt,
         runner: Arc<dyn Runner>,
     ) -> io::Result<Self> {
         for thread in device.threads() {
@@ -74,7 +74,7 @@ impl Session {
         Ok(Self {
             negotiation: Negotiation::new(device.features() | COMMON_FEATURES),
             queues,
-            interrupt: Interrupt::new(irqfd, counters.clone()),
+            interrupt,
             counters,
             kicks,
             memory,

@@ -48,6 +48,23 @@ impl QueueSetup {
         self.size = size;
     }
 
+    pub(super) fn size(&self) -> u32 {
+        self.size
+    }
+
+    pub(super) fn address(&self, area: Area, half: Half) -> u32 {
+        let address = match area {
+            Area::Descriptors => self.descriptors,
+            Area::Driver => self.driver,
+            Area::Device => self.device,
+        };
+        let [a, b, c, d, e, f, g, h] = address.to_le_bytes();
+        u32::from_le_bytes(match half {
+            Half::Low => [a, b, c, d],
+            Half::High => [e, f, g, h],
+        })
+    }
+
     pub(super) fn set_address(&mut self, area: Area, half: Half, value: u32) {
         let address = match area {
             Area::Descriptors => &mut self.descriptors,

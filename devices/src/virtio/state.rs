@@ -17,6 +17,7 @@ use super::net::NetState;
 use super::queue::RingState;
 use super::setup::QueueSetup;
 use super::vsock::VsockState;
+use crate::pci::EntryState;
 
 /// A device behind its transport.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -30,6 +31,19 @@ pub struct TransportState {
     /// How far the queues are. None unless handlers serve them.
     pub(super) rings: Option<Vec<RingState>>,
     pub(super) device: DeviceState,
+    /// What virtio-pci has besides. None of virtio-mmio.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) pci: Option<PciState>,
+}
+
+/// What a device on a PCI bus has besides.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct PciState {
+    /// Configuration space.
+    pub(super) registers: Vec<u32>,
+    /// The vectors for the configuration and for each queue.
+    pub(super) vectors: (u16, Vec<u16>),
+    pub(super) table: Vec<EntryState>,
 }
 
 impl TransportState {
@@ -57,6 +71,10 @@ pub enum DeviceState {
 pub enum StateError {
     #[error("it is of another kind of device")]
     Kind,
+    #[error("it is of a device on another transport")]
+    Transport,
+    #[error("no driver gets a PCI function of this kind to its configuration space or vectors")]
+    Pci,
     #[error("it has {found} queues, the device has {expected}")]
     Queues { expected: usize, found: usize },
     #[error("the largest size of queue {index} is {found}, the device's is {expected}")]

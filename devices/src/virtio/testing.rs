@@ -26,13 +26,11 @@ use virtio_bindings::virtio_ring::{
 use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
 use vmm_sys_util::eventfd::EventFd;
 
-use super::{
-    Counters, GuestRam, Handler, Memory, MmioTransport, Recall, Runner, Ticket, VirtioDevice,
-};
+use super::{Counters, GuestRam, Handler, Memory, Recall, Runner, Ticket, VirtioDevice};
 
 pub use self::lifecycle::lifecycle;
-pub use self::plug::Plug;
-pub use self::steps::{NUMBERS, QUEUES, Step, survive};
+pub use self::plug::{Plug, Wiring};
+pub use self::steps::{NUMBERS, QUEUES, Step, survive, survive_on};
 
 /// RAM from 0, in two regions that touch.
 pub const RAM_LEN: u64 = 16 << 20;
@@ -186,24 +184,34 @@ pub struct Guest {
 impl Guest {
     /// Plugs the device in. The driver has not seen it yet.
     pub fn new(device: impl VirtioDevice + 'static) -> Self {
+        Self::new_on(Wiring::Mmio, device)
+    }
+
+    /// Plugs the device into a bus of choice.
+    pub fn new_on(wiring: Wiring, device: impl VirtioDevice + 'static) -> Self {
         let half = usize::try_from(RAM_LEN / 2).expect("fits");
         let ranges = [(GuestAddress(0), half), (GuestAddress(RAM_LEN / 2), half)];
         let memory = Memory::new(GuestRam::from_ranges(&ranges).expect("map RAM"));
-        Self::on(memory, device)
+        Self::wire(wiring, memory, device)
     }
 
     /// Plugs the device into a board with this RAM, which must begin at 0 and be [`RAM_LEN`] long.
     pub fn on(memory: Memory, device: impl VirtioDevice + 'static) -> Self {
+        Self::wire(Wiring::Mmio, memory, device)
+    }
+
+    fn wire(wiring: Wiring, memory: Memory, device: impl VirtioDevice + 'static) -> Self {
         let irq = EventFd::new(libc::EFD_NONBLOCK).expect("create an event fd");
         let runner = Arc::new(InlineRunner::default());
-        let transport = MmioTransport::new(
+        let transport = Plug::new(
+            wiring,
             memory.clone(),
             Box::new(device),
             irq.try_clone().expect("duplicate an event fd"),
             runner.clone(),
         );
         Self {
-            transport: Plug::Mmio(transport.expect("create the transport")),
+            transport: transport.expect("create the transport"),
             memory,
             irq,
             runner,
@@ -232,9 +240,9 @@ impl Guest {
             next_buffer,
             ..
         } = self;
-        let state = transport.state();
+        let (state, wiring) = (transport.state(), transport.wiring());
         drop(transport);
-        let mut guest = Self::on(memory, make());
+        let mut guest = Self::wire(wiring, memory, make());
         guest.transport.restore(state).expect("restore");
         Self {
             queues,
@@ -503,7 +511,7 @@ impl Guest {
 
     /// How often the device interrupted since the last time.
     pub fn interrupts(&self) -> u64 {
-        self.irq.read().unwrap_or(0)
+        self.irq.read().unwrap_or(0) + self.transport.messages()
     }
 
     pub fn ram(&self) -> impl std::ops::Deref<Target = GuestRam> + use<> {

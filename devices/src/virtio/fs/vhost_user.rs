@@ -329,7 +329,8 @@ impl MutEventSubscriber for VhostUserHandler {
         if events.data() == CALL {
             if let Ok(calls) = self.call.read() {
                 self.counters.requests.add(calls);
-                self.interrupt.notify_queue();
+                self.interrupt
+                    .notify_queues(self.rings.iter().map(Ring::index));
             }
         } else {
             let socket = Events::with_data(&self.socket(), SOCKET, EventSet::empty());

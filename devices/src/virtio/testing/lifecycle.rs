@@ -3,18 +3,28 @@
 use virtio_bindings::virtio_mmio::VIRTIO_MMIO_STATUS;
 use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 
-use super::{Guest, LIVE};
+use super::{Guest, LIVE, Wiring};
 use crate::virtio::VirtioDevice;
 
-/// Takes a device through its life: activate, work, pause, resume, state, restore into another
+/// Takes a device through its life, over each transport: activate, work, pause, resume, state, restore into another
 /// one that `make` makes, reset, activate again. `work` must leave no buffers behind, and works
 /// each time.
 pub fn lifecycle<D: VirtioDevice + 'static>(
     make: impl Fn() -> D,
     mut work: impl FnMut(&mut Guest),
 ) {
-    let guest = Guest::new(make());
-    let mut guest = guest.move_to(&make);
+    for wiring in Wiring::ALL {
+        life(wiring, &make, &mut work);
+    }
+}
+
+fn life<D: VirtioDevice + 'static>(
+    wiring: Wiring,
+    make: &impl Fn() -> D,
+    work: &mut impl FnMut(&mut Guest),
+) {
+    let guest = Guest::new_on(wiring, make());
+    let mut guest = guest.move_to(make);
     assert_eq!(guest.status(), 0, "a device without a driver has a state");
     guest.settle();
     assert_eq!(
@@ -45,7 +55,7 @@ pub fn lifecycle<D: VirtioDevice + 'static>(
     guest.settle();
     work(&mut guest);
 
-    let mut guest = guest.move_to(&make);
+    let mut guest = guest.move_to(make);
     assert_eq!(guest.status(), LIVE, "a restored device forgot its driver");
     assert_eq!(
         guest.runner.running(),
@@ -55,7 +65,7 @@ pub fn lifecycle<D: VirtioDevice + 'static>(
     guest.transport.resume().expect("resume a restored device");
     guest.settle();
     work(&mut guest);
-    let mut guest = guest.move_to(&make);
+    let mut guest = guest.move_to(make);
     guest.transport.resume().expect("resume it once more");
     guest.settle();
     work(&mut guest);

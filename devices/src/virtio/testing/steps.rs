@@ -10,7 +10,7 @@ use virtio_bindings::virtio_ring::{
 };
 use vm_memory::{Bytes, GuestAddress};
 
-use super::{Buffer, Guest, LIVE};
+use super::{Buffer, Guest, LIVE, Wiring};
 use crate::virtio::VirtioDevice;
 
 /// Events a device may handle after each step. Rings laid over one another can make it find work
@@ -194,7 +194,18 @@ pub fn survive(
     served: &[usize],
     steps: impl IntoIterator<Item = Step>,
 ) {
-    let mut guest = Guest::live(device);
+    survive_on(Wiring::Mmio, device, served, steps);
+}
+
+/// Like [`survive`], over a transport of choice.
+pub fn survive_on(
+    wiring: Wiring,
+    device: impl VirtioDevice + 'static,
+    served: &[usize],
+    steps: impl IntoIterator<Item = Step>,
+) {
+    let mut guest = Guest::new_on(wiring, device);
+    guest.start(u64::MAX, 16);
     // Pages of RAM, no two of them in a row, so that each is work.
     let page = |n: u32| (2048 + n * 2 % 1024).to_le_bytes();
     let numbers: Vec<u8> = (0..1 << 18).flat_map(page).collect();

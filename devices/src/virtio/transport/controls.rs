@@ -35,9 +35,11 @@ impl Controls {
             queues: self.session.queues.clone(),
             rings,
             device,
+            pci: None,
         }
     }
 
+    /// Takes over all of it but what a transport has added.
     pub(super) fn restore(&mut self, state: TransportState) -> Result<(), StateError> {
         let TransportState {
             device_features_page,
@@ -48,7 +50,11 @@ impl Controls {
             queues,
             rings,
             device,
+            pci,
         } = state;
+        if pci.is_some() {
+            return Err(StateError::Transport);
+        }
         self.device_features_page = device_features_page;
         self.driver_features_page = driver_features_page;
         self.selected_queue = selected_queue;

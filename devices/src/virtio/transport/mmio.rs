@@ -15,7 +15,7 @@ use super::controls::Controls;
 use crate::bus::BusDevice;
 use crate::virtio::session::Session;
 use crate::virtio::setup::{Area, Half};
-use crate::virtio::{Memory, Runner, VirtioDevice};
+use crate::virtio::{Interrupt, Memory, Runner, VirtioDevice};
 
 /// Size of a device's window: its registers and its configuration space.
 pub const WINDOW_LEN: u64 = 0x1000;
@@ -44,7 +44,8 @@ impl MmioTransport {
         irqfd: EventFd,
         runner: Arc<dyn Runner>,
     ) -> io::Result<Self> {
-        let session = Session::new(memory, device, irqfd, runner)?;
+        let interrupt = Interrupt::new(irqfd, device.counters().clone());
+        let session = Session::new(memory, device, interrupt, runner)?;
         Ok(Self(Controls::new(session)))
     }
 

@@ -1,10 +1,12 @@
-//! How a driver reaches a device: [`mmio`] has windows of registers and one interrupt line each.
+//! How a driver reaches a device: [`mmio`] has a window of registers and an interrupt line for each, [`pci`]
+//! functions on a bus, which send messages.
 //!
 //! A transport knows registers; devices do not. What they do is the [`Session`](super::session::Session)'s
 //! business, which a transport has by way of its [`controls`].
 
 mod controls;
 pub mod mmio;
+pub mod pci;
 
 use std::fmt::Debug;
 use std::io;
@@ -16,6 +18,7 @@ use self::controls::Controls;
 use super::{Busy, Counters, StateError, TransportState};
 
 pub use self::mmio::MmioTransport;
+pub use self::pci::PciTransport;
 
 /// A device behind its registers, as the machine sees it.
 pub trait Transport: Send + Debug {
