@@ -27,6 +27,8 @@ mod lifecycle;
 mod mem;
 #[path = "hostile/net.rs"]
 mod net;
+#[path = "hostile/pci.rs"]
+mod pci;
 #[path = "hostile/puppet.rs"]
 mod puppet;
 #[path = "hostile/registers.rs"]

@@ -34,6 +34,7 @@ fn all_of_a_vm() -> Value {
         "vsock": {"cid": 3, "socket": "/v", "id": "_vsock0"},
         "serial": {"mode": "File", "file": "/log"},
         "console": {"mode": "Socket", "socket": "/c"},
+        "transport": "pci",
     })
 }
 

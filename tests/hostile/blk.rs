@@ -6,7 +6,7 @@ use std::path::Path;
 use tests::podvmm::kvm_is_here;
 
 use crate::driver::{Buffer, Driver, LARGE, Subject, Verdict};
-use crate::rig::{Rig, plain};
+use crate::rig::{Rig, Transport, plain};
 use crate::suite;
 
 use Buffer::{In, InAt, Out, OutAt};
@@ -132,7 +132,13 @@ fn a_disk() {
     if !kvm_is_here() {
         return;
     }
-    let rig = Rig::boot(|folder| boot(folder, ""));
+    for transport in [Transport::Mmio, Transport::Pci] {
+        write_to_a_disk(transport);
+    }
+}
+
+fn write_to_a_disk(transport: Transport) {
+    let rig = Rig::boot_on(transport, |folder| boot(folder, ""));
     let disk = rig.folder.path().join("disk");
     let neighbour = rig.folder.path().join("neighbour");
     suite::run_in(rig.keeps(&neighbour), &Disk { readonly: false }, |driver| {

@@ -1,11 +1,12 @@
-//! A driver that keeps to the rules, by way of the puppet: what each case begins with, and what answers
+//! A driver that keeps to the rules, over either transport, by way of the puppet: what each case begins with, and what answers
 //! or not when it is over.
 
 use std::cell::Cell;
 use std::fmt::Debug;
 
+use crate::pci;
 use crate::puppet::{Op, Puppet, Step};
-use crate::rig::Rig;
+use crate::rig::{Rig, Transport};
 
 // Registers (virtio 1.3 §4.2.2, MMIO Device Register Layout).
 pub(crate) const DRIVER_FEATURES: u64 = 0x20;
@@ -145,8 +146,19 @@ impl<'a> Driver<'a> {
         &self.rig.puppet
     }
 
+    /// The step that writes a register, which is named by its offset in virtio-mmio's window.
     pub(crate) fn register(&self, register: u64, value: u64) -> Step {
-        Step::write(self.window + register, 4, value)
+        let (address, width) = self.place(register, value);
+        Step::write(address, width, value)
+    }
+
+    /// Where a register is, with its width, for a driver that writes `value` there.
+    fn place(&self, register: u64, value: u64) -> (u64, u32) {
+        let (offset, width) = match self.rig.transport {
+            Transport::Mmio => (register, 4),
+            Transport::Pci => pci::place(register, value),
+        };
+        (self.window + offset, width)
     }
 
     pub(crate) fn set(&self, register: u64, value: u64) {
@@ -154,9 +166,8 @@ impl<'a> Driver<'a> {
     }
 
     pub(crate) fn get(&self, register: u64) -> u64 {
-        self.puppet()
-            .run_one(Step::read(self.window + register, 4))
-            .value
+        let (address, width) = self.place(register, 0);
+        self.puppet().run_one(Step::read(address, width)).value
     }
 
     pub(crate) fn status(&self) -> u64 {
@@ -215,7 +226,8 @@ impl<'a> Driver<'a> {
             steps.extend(self.queue_setup(queue, size));
         }
         steps.push(self.register(STATUS, LIVE));
-        steps.push(Step::read(self.window + STATUS, 4));
+        let (status, width) = self.place(STATUS, 0);
+        steps.push(Step::read(status, width));
         let came = self.puppet().run(&steps);
         let status = came[steps.len() - 1].value;
         assert_eq!(status, LIVE, "{} does not start", self.subject.name());
@@ -296,7 +308,8 @@ impl<'a> Driver<'a> {
         let expected = place.used.get().wrapping_add(chains);
         let mut steps = steps.to_vec();
         let wait = Step::new(Op::AwaitUsed, device + 2).value(expected.into());
-        steps.push(wait.extra(self.window));
+        let (status, width) = self.place(STATUS, 0);
+        steps.push(wait.extra(status).width(width));
         self.puppet().begin(0, &steps);
         let came = self.puppet().finish(0, steps.len());
         let name = self.subject.name();

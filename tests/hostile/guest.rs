@@ -186,7 +186,7 @@ code!(
     "mov [rbx + 56], rcx",
     "jmp 15b",
     // 8: wait until the 16 bits at the address are the value; now and then look whether the device, whose
-    // window is in the result's second half, asks for a reset.
+    // status is at the address in the result's second half, asks for a reset.
     "28: mov r8, [rbx + 56]",
     "mov qword ptr [rbx + 56], 0",
     "1: mov ecx, 32",
@@ -198,8 +198,12 @@ code!(
     "pause",
     "dec ecx",
     "jnz 2b",
-    "mov ecx, [r8 + 0x70]",
-    "test cl, 0x40",
+    "cmp edi, 1",
+    "je 3f",
+    "mov ecx, [r8]",
+    "jmp 4f",
+    "3: movzx ecx, byte ptr [r8]",
+    "4: test cl, 0x40",
     "jz 1b",
     "mov byte ptr [rbx + 56], 1",
     "jmp 15b",

@@ -46,7 +46,8 @@ pub(crate) enum Op {
     ReadMsr,
     WriteMsr,
     Cpuid,
-    /// Until 16 bits at the address are the value, or the device whose window is `extra` asks for a reset.
+    /// Until 16 bits at the address are the value, or the device whose status is at `extra`, and of this width,
+    /// asks for a reset.
     AwaitUsed,
     AwaitInterrupts,
     Call,

@@ -7,13 +7,15 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use api::http::Client;
+use serde_json::json;
 use tempfile::TempDir;
 use tests::payload::Protocol;
 use tests::podvmm::Running;
-use tests::service::get;
+use tests::service::{get, put};
 use tests::{Outcome as Ended, Payload, Podvmm};
 
 use crate::guest;
+use crate::pci;
 use crate::puppet::{Op, Puppet, Step};
 
 /// As long as anything may take that is not a fault, on a busy host.
@@ -35,11 +37,19 @@ struct Held {
     threads: usize,
 }
 
+/// By what the guest reaches its devices.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Transport {
+    Mmio,
+    Pci,
+}
+
 /// A podvmm whose guest is a puppet.
 #[derive(Debug)]
 pub(crate) struct Rig {
     pub(crate) folder: TempDir,
     pub(crate) puppet: Puppet,
+    pub(crate) transport: Transport,
     /// None once it is waited for.
     running: Option<Running>,
     _payload: Payload,
@@ -51,6 +61,14 @@ pub(crate) struct Rig {
 impl Rig {
     /// Boots a puppet with the devices that `options` asks for, given the folder for what they need.
     pub(crate) fn boot(options: impl FnOnce(&Path) -> Vec<String>) -> Self {
+        Self::boot_on(Transport::Mmio, options)
+    }
+
+    /// Likewise, with the devices on a bus of choice.
+    pub(crate) fn boot_on(
+        transport: Transport,
+        options: impl FnOnce(&Path) -> Vec<String>,
+    ) -> Self {
         // In memory: a guest that has files made stable does not wait for the host's disk.
         let folder = TempDir::new_in("/dev/shm").expect("there is a folder for temporary files");
         let mut arguments = options(folder.path());
@@ -62,6 +80,9 @@ impl Rig {
         if !has("--serial") {
             let serial = format!("file={}", plain(&folder.path().join("serial")));
             arguments.extend(["--serial".into(), serial]);
+        }
+        if transport == Transport::Pci {
+            arguments.extend(["--transport".into(), "pci".into()]);
         }
         let api = plain(&folder.path().join("api")).to_owned();
         arguments.extend(["--api-socket".into(), api, "--cpus".into(), "boot=2".into()]);
@@ -81,6 +102,7 @@ impl Rig {
         let mut rig = Self {
             folder,
             puppet,
+            transport,
             running: Some(running),
             _payload: payload,
             held: Held {
@@ -119,8 +141,12 @@ impl Rig {
         self.running.as_ref().expect("it runs").pid()
     }
 
-    /// The window of the first virtio device of this kind.
+    /// The window of the first virtio device of this kind, or its BAR.
     pub(crate) fn window(&self, id: u32) -> u64 {
+        if self.transport == Transport::Pci {
+            let device = pci::find(&self.puppet, id);
+            return pci::switch_on(&self.puppet, device);
+        }
         let windows = (0..16).map(|index| 0xc000_0000 + index * 0x1000);
         let found = windows.into_iter().find(|window| {
             let ids = self
@@ -204,6 +230,28 @@ impl Rig {
             let now = fs::read(path).expect("it is still there");
             assert!(now == *content, "{after}: {} has changed", path.display());
         }
+    }
+
+    /// Has another podvmm go on with a snapshot of the guest.
+    pub(crate) fn restored(self) -> Self {
+        let mut client = self.client();
+        let snapshot = self.folder.path().join("snapshot");
+        let to = json!({"destination_url": format!("file://{}", plain(&snapshot))});
+        put(&mut client, "vm.pause", None).expect("it is paused");
+        put(&mut client, "vm.snapshot", Some(to)).expect("it is saved");
+        let api = plain(&self.folder.path().join("api-of-restored")).to_owned();
+        let arguments = ["--restore", plain(&snapshot), "--api-socket", &api];
+        let running = Podvmm::new(arguments).spawn();
+        let Some(puppet) = Puppet::attach(running.pid()) else {
+            panic!("{:?}", running.wait());
+        };
+        let mut rig = self;
+        rig.puppet = puppet;
+        // Dropping the first one ends it.
+        rig.running = Some(running);
+        fs::rename(&api, rig.folder.path().join("api"))
+            .expect("the first one's is not used any more");
+        rig
     }
 
     /// Takes stock, ends the guest in an orderly way, and sees podvmm end likewise.

@@ -4,7 +4,7 @@ use crate::driver::{Buffer, Driver, LARGE};
 use crate::suite;
 
 #[derive(Debug)]
-struct Rng;
+pub(crate) struct Rng;
 
 impl crate::driver::Subject for Rng {
     fn name(&self) -> &'static str {
@@ -32,6 +32,11 @@ impl crate::driver::Subject for Rng {
 #[test]
 fn the_entropy_device() {
     suite::run(|_| Vec::new(), &Rng, requests);
+}
+
+#[test]
+fn the_entropy_device_over_pci() {
+    suite::run_on_pci(|_| Vec::new(), &Rng, requests);
 }
 
 /// Requests that are well-formed chains, and how many bytes may be said to be written.

@@ -6,7 +6,7 @@ use std::time::Instant;
 use tests::podvmm::kvm_is_here;
 
 use crate::driver::{Driver, Subject};
-use crate::rig::Rig;
+use crate::rig::{Rig, Transport};
 use crate::{lifecycle, registers, rings};
 
 /// Runs cases, and returns how many there were.
@@ -21,6 +21,17 @@ pub(crate) fn run(
 ) {
     if kvm_is_here() {
         run_in(Rig::boot(options), subject, requests);
+    }
+}
+
+/// The same with the devices on a PCI bus.
+pub(crate) fn run_on_pci(
+    options: impl FnOnce(&Path) -> Vec<String>,
+    subject: &dyn Subject,
+    requests: Cases,
+) {
+    if kvm_is_here() {
+        run_in(Rig::boot_on(Transport::Pci, options), subject, requests);
     }
 }
 
@@ -40,7 +51,9 @@ pub(crate) fn run_in(rig: Rig, subject: &dyn Subject, requests: Cases) {
         ("lifecycle", lifecycle::run),
         ("requests", requests),
     ];
-    for (part, cases) in parts {
+    // Registers of a PCI bus are other ones.
+    let first = usize::from(rig.transport == Transport::Pci);
+    for (part, cases) in parts.into_iter().skip(first) {
         warm_up(&driver);
         let start = Instant::now();
         let count = cases(&driver);

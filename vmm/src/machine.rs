@@ -3,6 +3,7 @@
 
 pub(crate) mod attach;
 pub(crate) mod io_threads;
+pub(crate) mod messages;
 pub(crate) mod resize;
 mod timeline;
 pub(crate) mod vcpu;
@@ -17,6 +18,7 @@ use std::time::{Duration, Instant};
 use api::chain;
 use arch::state::CpuFeatures;
 use devices::legacy::{Serial, SerialState};
+use devices::pci::{Bridge, BridgeState};
 use devices::virtio::{Busy, Counters, Transport, TransportState};
 use kvm_ioctls::VmFd;
 use thiserror::Error;
@@ -74,13 +76,15 @@ pub(crate) struct Machine {
     /// How long the phases of the machine's start took.
     pub(crate) timeline: Timeline,
     pub(crate) serial: Option<Arc<Mutex<Serial>>>,
+    /// The host bridge, if the devices are on a PCI bus.
+    pub(crate) bridge: Option<Arc<Mutex<Bridge>>>,
     /// What KVM could do for the vCPUs when the guest started.
     pub(crate) features: CpuFeatures,
     /// Who gives RAM, page by page.
     pub(crate) remote: Option<RemoteRam>,
     /// Which snapshot RAM is of, if it is of one.
     pub(crate) source: Option<Source>,
-    pub(crate) vm: VmFd,
+    pub(crate) vm: Arc<VmFd>,
     pub(crate) ram: Ram,
 }
 
@@ -149,6 +153,12 @@ impl Machine {
         let transports = self.transports.iter();
         let state = |(id, it): &(String, Plugged)| (id.clone(), lock(it).state());
         transports.map(state).collect()
+    }
+
+    /// What a snapshot keeps of the PCI bus, if there is one.
+    pub(crate) fn bridge_state(&self) -> Option<BridgeState> {
+        let bridge = self.bridge.as_ref()?.lock();
+        Some(bridge.expect("no thread panics while it holds it").state())
     }
 
     /// What a snapshot keeps of the serial port.

@@ -27,6 +27,7 @@ use std::ops::Range;
 
 use arch::state::{BoardState, CpuFeatures, VcpuState};
 use devices::legacy::SerialState;
+use devices::pci::BridgeState;
 use devices::virtio::{DeviceState, TransportState};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -63,6 +64,8 @@ struct State {
     serial: Option<SerialState>,
     /// State of each device, by the id that the metrics have, too.
     devices: Vec<(String, TransportState)>,
+    /// State of the host bridge, if there is a PCI bus.
+    bridge: Option<BridgeState>,
     memory: Memory,
     /// What config.json was at first.
     config: Value,
@@ -70,7 +73,7 @@ struct State {
 
 impl Document for State {
     const MAGIC: &'static str = "podvmm snapshot";
-    const VERSION: u32 = 3;
+    const VERSION: u32 = 4;
 }
 
 /// The files that are RAM, each over those before it.

@@ -18,6 +18,7 @@ mod net;
 mod output;
 mod rate;
 mod resize;
+mod transport;
 mod unsupported;
 mod vsock;
 
@@ -43,6 +44,7 @@ pub use self::net::{MacAddr, NetConfig, TapSource};
 pub use self::output::Output;
 pub use self::rate::{RateLimit, RateLimits};
 pub use self::resize::Resize;
+pub use self::transport::TransportConfig;
 pub use self::vsock::VsockConfig;
 
 use self::rate::RATES;
@@ -82,6 +84,8 @@ pub struct VmConfig {
     pub serial: Output,
     /// The virtio console, `hvc0`.
     pub console: Output,
+    /// How the guest reaches its virtio devices.
+    pub transport: TransportConfig,
     /// Fields that podvmm has no use for.
     #[serde(flatten)]
     pub others: Others,
@@ -102,6 +106,7 @@ impl Default for VmConfig {
             rng: RngConfig::default(),
             serial: Output::Null,
             console: Output::Off,
+            transport: TransportConfig::default(),
             others: Others::new(),
         }
     }
@@ -518,6 +523,9 @@ pub enum ConfigError {
     /// A path that JSON cannot say, so no client and no snapshot could.
     #[error("write it as JSON")]
     Unwritable(#[source] serde_json::Error),
+    /// A text that names no transport.
+    #[error("'{0}' is none of mmio, pci")]
+    Transport(String),
     /// A text that names no kind of output.
     #[error("'{0}' is none of off, null, tty, file=PATH, socket=PATH")]
     Output(String),

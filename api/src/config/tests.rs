@@ -121,7 +121,7 @@ fn what_cannot_be_honoured_is_named() {
     };
     assert_eq!(
         with("devices", json!([{"path": "/sys/x"}])),
-        "devices: there is no PCI, and so no VFIO"
+        "devices: there is no VFIO"
     );
     assert_eq!(
         with(

@@ -8,7 +8,9 @@
 //! 0x0009_fc00  end of conventional RAM
 //! 0x000f_0000  MP table, reserved
 //! 0x0010_0000  RAM: kernel, initramfs at its upper end
-//! 0xc000_0000  MMIO hole: virtio-mmio windows, IOAPIC, local APIC, KVM's pages
+//! 0xc000_0000  MMIO hole: virtio-mmio windows
+//! 0xe000_0000  BARs of PCI devices
+//! 0xfec0_0000  IOAPIC, local APIC, KVM's pages
 //! 0x1_0000_0000  RAM again
 //! ```
 
@@ -49,6 +51,9 @@ pub const HIGH_RAM_START: GuestAddress = GuestAddress(0x1_0000_0000);
 pub const MMIO_WINDOWS_START: GuestAddress = GuestAddress(0xc000_0000);
 /// Size of one virtio-mmio window in bytes.
 pub const MMIO_WINDOW_BYTES: u64 = 0x1000;
+
+/// Where BARs of PCI devices may be.
+pub const PCI_WINDOW: std::ops::Range<u64> = 0xe000_0000..0xfec0_0000;
 
 /// IOAPIC registers (82093AA default).
 pub const IOAPIC_START: u32 = 0xfec0_0000;

@@ -1,5 +1,5 @@
 //! x86-64: a board with an MP table, an in-kernel PIC, IOAPIC, PIT and local
-//! APICs, no ACPI and no PCI.
+//! APICs, and no ACPI.
 
 pub mod boot;
 pub mod cpuid;

@@ -1,6 +1,6 @@
 //! A machine that boots: a kernel is loaded, told what there is, and entered.
 
-use api::VmConfig;
+use api::{TransportConfig, VmConfig};
 use arch::boot::{self, BootInfo, Entry, KernelImage};
 use arch::{cpuid, mptable, ram};
 use protocol::contract::POLICY_PATH;
@@ -84,6 +84,11 @@ fn cmdline(config: &VmConfig, devices: &[String]) -> String {
         .kernel_parameters()
         .map(String::from)
         .collect();
+    words.push(match config.transport {
+        TransportConfig::Mmio => "pci=off".into(),
+        // By configuration mechanism 1, and nothing else looked for.
+        TransportConfig::Pci => "pci=conf1".into(),
+    });
     let (boot, max) = (config.cpus.boot(), config.cpus.max());
     if boot < max {
         words.push(format!("maxcpus={boot}"));

@@ -2,11 +2,13 @@
 
 use std::sync::{Arc, Mutex};
 
-use api::VmConfig;
+use api::{TransportConfig, VmConfig};
+use arch::layout::PCI_WINDOW;
 use arch::state::CpuFeatures;
 use arch::{irqchip, pmu};
 use devices::bus::Bus;
 use devices::legacy::Serial;
+use devices::pci::{Bridge, CONFIG_PORTS, CONFIG_PORTS_LEN};
 use devices::virtio::Memory;
 use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES};
 use kvm_ioctls::{Kvm, VmFd};
@@ -17,6 +19,7 @@ use crate::console::socket::SocketConsole;
 use crate::console::streams::PowerButton;
 use crate::machine::attach::Attacher;
 use crate::machine::io_threads::IoThreads;
+use crate::machine::messages::Routes;
 use crate::machine::resize::MemoryHandles;
 use crate::machine::vcpu::Buses;
 use crate::machine::vcpus::{Common, Vcpus};
@@ -55,7 +58,7 @@ impl Host {
 pub(super) struct Frame {
     pub(super) timeline: Timeline,
     pub(super) ram: Ram,
-    pub(super) vm: VmFd,
+    pub(super) vm: Arc<VmFd>,
     cpuid: CpuId,
 }
 
@@ -65,6 +68,8 @@ pub(super) struct Devices {
     buses: Buses,
     /// The virtio devices by id, in the order the guest finds them.
     pub(super) transports: Vec<(String, Plugged)>,
+    /// The way to them on a PCI bus.
+    pub(super) bridge: Option<Arc<Mutex<Bridge>>>,
     /// The kernel's parameters by which the guest finds the devices.
     pub(super) parameters: Vec<String>,
     io: Arc<IoThreads>,
@@ -96,7 +101,7 @@ impl Frame {
         Ok(Self {
             timeline,
             ram,
-            vm,
+            vm: Arc::new(vm),
             cpuid,
         })
     }
@@ -111,18 +116,29 @@ impl Frame {
         let mut sockets = Vec::new();
         let Ports { bus, serial } = port_devices(config, around, &self.vm, loaded, &mut sockets)?;
         let io = Arc::new(IoThreads::default());
+        let mmio = Arc::new(Bus::new());
+        let bridge = match config.transport {
+            TransportConfig::Mmio => None,
+            TransportConfig::Pci => {
+                let bridge = Bridge::new(mmio.clone(), PCI_WINDOW);
+                let bridge = Arc::new(Mutex::new(bridge));
+                bus.insert(CONFIG_PORTS, CONFIG_PORTS_LEN, bridge.clone())?;
+                Some(bridge)
+            }
+        };
         let mut attacher = Attacher {
             vm: &self.vm,
             memory: Memory::new(self.ram.memory().clone()),
             runner: io.clone(),
-            mmio: Bus::new(),
+            mmio: mmio.clone(),
+            bridge: bridge.clone(),
+            routes: Routes::new(&self.vm),
             transports: Vec::new(),
             parameters: Vec::new(),
         };
         let button = attach_devices(config, around, &mut attacher, &mut sockets)?;
         let memory = attach_memory(config, &mut attacher)?;
         let Attacher {
-            mmio,
             transports,
             parameters,
             ..
@@ -131,9 +147,10 @@ impl Frame {
         Ok(Devices {
             buses: Buses {
                 ports: Arc::new(bus),
-                mmio: Arc::new(mmio),
+                mmio,
             },
             transports,
+            bridge,
             parameters,
             io,
             sockets,
@@ -170,6 +187,7 @@ impl Frame {
             running: config.cpus.boot().get(),
             shrinking: None,
             transports: devices.transports,
+            bridge: devices.bridge,
             memory: devices.memory,
             _io: devices.io,
             _sockets: devices.sockets,

@@ -44,7 +44,7 @@ pub(super) fn port_devices(
     loaded: Option<&Loaded>,
     sockets: &mut Vec<SocketConsole>,
 ) -> Result<Ports, BuildError> {
-    let mut bus = Bus::new();
+    let bus = Bus::new();
     let inbox = around.inbox.clone();
     let reset = Box::new(move || {
         let _ = inbox.send(Event::Ended(Ending::Reset));

@@ -3,10 +3,10 @@
 use api::VmConfig;
 use arch::state::VcpuState;
 
-use super::frame::{Frame, Host};
+use super::frame::{Devices, Frame, Host};
 use super::{BuildError, Surroundings};
+use crate::machine::Machine;
 use crate::machine::vcpus::Vcpus;
-use crate::machine::{Machine, Plugged};
 use crate::memory::Ram;
 use crate::memory::remote_ram::{RemoteRam, RemoteRamError};
 use crate::snapshot::{Loaded, Pages};
@@ -22,13 +22,7 @@ pub(crate) fn restore(
     let cpuid = loaded.cpuid(&host.kvm, &host.cpuid)?;
     let mut frame = Frame::new(host, config, cpuid)?;
     let devices = frame.devices(config, around, Some(&loaded))?;
-    let remote = refill(
-        config,
-        &mut loaded,
-        around,
-        &devices.transports,
-        &mut frame.ram,
-    )?;
+    let remote = refill(config, &mut loaded, around, &devices, &mut frame.ram)?;
     // KVM may look into RAM when it is given a vCPU's state.
     let patience = remote.as_ref().map(RemoteRam::patience);
     frame.timeline.mark("memory");
@@ -52,10 +46,11 @@ fn refill(
     config: &VmConfig,
     loaded: &mut Loaded,
     around: &Surroundings,
-    transports: &[(String, Plugged)],
+    devices: &Devices,
     ram: &mut Ram,
 ) -> Result<Option<RemoteRam>, BuildError> {
     let allowed = loaded.memory(&config.memory)?;
+    let transports = &devices.transports;
     let states = loaded.take_devices(transports.iter().map(|(id, _)| id.as_str()))?;
     for ((id, transport), state) in transports.iter().zip(states) {
         let mut transport = transport.lock().expect("no other thread has it yet");
@@ -65,6 +60,10 @@ fn refill(
                 device: id.clone(),
                 source,
             })?;
+    }
+    if let Some(bridge) = &devices.bridge {
+        let mut bridge = bridge.lock().expect("no other thread has it yet");
+        bridge.restore(loaded.bridge()?);
     }
     match loaded.pages() {
         Pages::Files { layers, prefetch } => {

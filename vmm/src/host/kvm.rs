@@ -28,7 +28,7 @@ const MODULES: [(&str, KvmKind); 3] = [
     ("kvm_amd", KvmKind::Amd),
 ];
 
-/// Parameters for every guest: what a VM without ACPI, PCI and a keyboard
+/// Parameters for every guest: what a VM without ACPI and a keyboard
 /// controller would otherwise spend time to find out, and an end that podvmm
 /// sees.
 const ALWAYS: &[&str] = &[
@@ -36,7 +36,6 @@ const ALWAYS: &[&str] = &[
     "panic=1",            // a panicked guest ends instead of waiting for an operator
     "no_timer_check",     // KVM's timers work; do not measure it
     "noreplace-smp",      // keep lock prefixes: CPUs come and go
-    "pci=off",            // there is none
     "dummy.numdummies=0", // no dummy0 that the user did not ask for
     "ifb.numifbs=0",      // nor ifb0 and ifb1
     "fb_tunnels=none",    // nor tunl0, gre0 and the like, in any network namespace

@@ -5,7 +5,7 @@ use std::fmt;
 use std::os::unix::ffi::OsStringExt;
 use std::path::PathBuf;
 
-use api::{ConfigError, HostPath, Output, PARTS, VmConfig};
+use api::{ConfigError, HostPath, Output, PARTS, TransportConfig, VmConfig};
 use lexopt::{Arg, Parser, ValueExt};
 use log::LevelFilter;
 use thiserror::Error;
@@ -76,6 +76,8 @@ pub(crate) struct RunOptions {
     pub serial: Option<Output>,
     /// `--console`
     pub console: Option<Output>,
+    /// `--transport`
+    pub transport: Option<TransportConfig>,
     /// `--restore`
     pub restore: Option<PathBuf>,
     /// `--prefetch`
@@ -121,6 +123,7 @@ impl RunOptions {
     fn describes_a_guest(&self) -> bool {
         self.initramfs.is_some()
             || !self.cmdline.is_empty()
+            || self.transport.is_some()
             || self.parts.iter().any(|part| !REPLACEABLE.contains(part))
     }
 
@@ -181,6 +184,7 @@ pub(crate) fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Act
             Arg::Long("cmdline") => options.cmdline = parser.value()?.string()?,
             Arg::Long("serial") => options.serial = Some(output(&mut parser, "serial")?),
             Arg::Long("console") => options.console = Some(output(&mut parser, "console")?),
+            Arg::Long("transport") => options.transport = Some(transport(&mut parser)?),
             Arg::Long("restore") => options.restore = Some(parser.value()?.into()),
             Arg::Long("prefetch") => options.prefetch = true,
             Arg::Long("api-socket") => options.api_socket = Some(parser.value()?.into()),
@@ -232,6 +236,14 @@ fn output(parser: &mut Parser, option: &'static str) -> Result<Output, CliError>
     let text = parser.value()?.string()?;
     text.parse()
         .map_err(|source| CliError::Value { option, source })
+}
+
+fn transport(parser: &mut Parser) -> Result<TransportConfig, CliError> {
+    let text = parser.value()?.string()?;
+    text.parse().map_err(|source| CliError::Value {
+        option: "transport",
+        source,
+    })
 }
 
 fn monitor(parser: &mut Parser) -> Result<EventMonitor, CliError> {
@@ -394,7 +406,13 @@ mod tests {
             "/a",
         ]);
         assert!(!options.only_serves());
-        for more in [["--kernel", "k"], ["--cpus", "boot=2"], ["--", "true"]] {
+        let others = [
+            ["--kernel", "k"],
+            ["--cpus", "boot=2"],
+            ["--transport", "pci"],
+            ["--", "true"],
+        ];
+        for more in others {
             let refused = refusal(&["--restore", "/s", more[0], more[1]]);
             assert!(
                 refused.starts_with("--restore: the snapshot says"),
@@ -463,6 +481,10 @@ mod tests {
         assert_eq!(
             refusal(&["--memory", "size=x"]),
             "--memory: size: 'x' is not a size: write bytes, or a number with K, M, G or T"
+        );
+        assert_eq!(
+            refusal(&["--transport", "isa"]),
+            "--transport: 'isa' is none of mmio, pci"
         );
         assert_eq!(refusal(&["--kernle", "x"]), "invalid option '--kernle'");
         assert_eq!(

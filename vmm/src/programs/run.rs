@@ -239,6 +239,7 @@ fn config(options: &RunOptions) -> Result<VmConfig, RunError> {
             cmdline,
             ..PayloadConfig::default()
         },
+        transport: options.transport.unwrap_or_default(),
         serial: serial(options),
         console: options.console.clone().unwrap_or(Output::Off),
         ..vm

@@ -128,7 +128,7 @@ mod tests {
             (
                 "version",
                 json!(1),
-                "its format is version 1, this podvmm reads 3",
+                "its format is version 1, this podvmm reads 4",
             ),
             (
                 "length",

@@ -11,6 +11,7 @@ use api::{JsonError, MemoryConfig, Restore, VmConfig};
 use arch::cpuid;
 use arch::state::{BoardState, VcpuState};
 use devices::legacy::SerialState;
+use devices::pci::BridgeState;
 use devices::virtio::TransportState;
 use kvm_bindings::CpuId;
 use kvm_ioctls::Kvm;
@@ -173,6 +174,12 @@ impl Loaded {
     pub(crate) fn serial(&self) -> Result<&SerialState, RestoreError> {
         let none = || differs("no serial port".into(), "one".into());
         self.state.serial.as_ref().ok_or_else(none)
+    }
+
+    /// The host bridge, if there is to be one. What the devices are on is theirs to say.
+    pub(crate) fn bridge(&self) -> Result<BridgeState, RestoreError> {
+        let none = || differs("no PCI bus".into(), "one".into());
+        self.state.bridge.ok_or_else(none)
     }
 
     /// Takes the devices' states, which are to be those of `ids`, in that order.

@@ -89,6 +89,7 @@ pub(crate) fn save(
         vcpus: vcpus(machine)?,
         serial: machine.serial_state(),
         devices,
+        bridge: machine.bridge_state(),
         memory: Memory {
             len: machine.ram.len(),
             layers: layers.iter().map(layer_state).collect(),
