@@ -233,7 +233,7 @@ fn entry_of(word: u64) -> usize {
 /// Whether an access is one of those that drivers are to make (§6.8.2: "software must use aligned DWORD or
 /// aligned QWORD transactions").
 fn is_words(offset: u64, len: usize) -> bool {
-    matches!(len, 4 | 8) && offset % len as u64 == 0
+    matches!(len, 4 | 8) && offset.is_multiple_of(len as u64)
 }
 
 fn read_words(offset: u64, data: &mut [u8], word: impl Fn(u64) -> Option<u32>) -> bool {

@@ -31,7 +31,7 @@ impl Wiring {
 #[derive(Debug)]
 pub enum Plug {
     Mmio(MmioTransport),
-    Pci(PciTransport, Arc<Recorder>),
+    Pci(Box<PciTransport>, Arc<Recorder>),
 }
 
 /// What a register of virtio-mmio is over PCI: an offset behind the BAR, and a width.
@@ -79,7 +79,7 @@ impl Plug {
             Wiring::Pci => {
                 let host = Arc::new(Recorder::default());
                 let transport = PciTransport::new(memory, device, host.clone(), runner)?;
-                Self::Pci(transport, host)
+                Self::Pci(Box::new(transport), host)
             }
         })
     }
@@ -94,14 +94,14 @@ impl Plug {
     fn transport(&self) -> &dyn Transport {
         match self {
             Self::Mmio(transport) => transport,
-            Self::Pci(transport, _) => transport,
+            Self::Pci(transport, _) => &**transport,
         }
     }
 
     fn transport_mut(&mut self) -> &mut dyn Transport {
         match self {
             Self::Mmio(transport) => transport,
-            Self::Pci(transport, _) => transport,
+            Self::Pci(transport, _) => &mut **transport,
         }
     }
 
