@@ -79,8 +79,9 @@ fn a_pod_at_its_limits_leaves_the_other_its_share() {
     drop(network);
     node.end();
     for (what, times) in rows {
-        let [now, before] = [&times, &alone].map(|times| percentile(&times[3], 50));
-        let ratio = now as f64 / before as f64;
+        let [now, before, after] = [&times, &alone, &again].map(|times| percentile(&times[3], 50));
+        // The node has other work, too, and not always as much.
+        let ratio = now as f64 / before.max(after) as f64;
         assert!(ratio < MOST_RATIO, "{what}: {ratio:.1} times as long");
     }
 }
