@@ -40,11 +40,12 @@ enum Image<'a> {
     },
     BzImage {
         setup_sects: u8,
-        syssize: u32,
-        version: u16,
-        xloadflags: u16,
+        syssize: u8,
+        is_old: bool,
+        is_32: bool,
         pref_address: Number,
-        init_size: u32,
+        /// In pages.
+        init_size: u8,
     },
 }
 
@@ -63,7 +64,7 @@ enum Number {
     Any(u64),
     Small(u16),
     Mib(u16),
-    FromEnd(u16),
+    FromEnd(u8),
 }
 
 impl Number {
@@ -120,8 +121,8 @@ impl Image<'_> {
             Self::BzImage {
                 setup_sects,
                 syssize,
-                version,
-                xloadflags,
+                is_old,
+                is_32,
                 pref_address,
                 init_size,
             } => {
@@ -130,12 +131,12 @@ impl Image<'_> {
                     bytes[at..at + field.len()].copy_from_slice(field);
                 };
                 put(0x1f1, &[*setup_sects]);
-                put(0x1f4, &syssize.to_le_bytes());
+                put(0x1f4, &u32::from(*syssize).to_le_bytes());
                 put(0x202, b"HdrS");
-                put(0x206, &version.to_le_bytes());
-                put(0x236, &xloadflags.to_le_bytes());
+                put(0x206, &[if *is_old { 0x0b } else { 0x0f }, 2]);
+                put(0x236, &[u8::from(!is_32)]);
                 put(0x258, &pref_address.get().to_le_bytes());
-                put(0x260, &init_size.to_le_bytes());
+                put(0x260, &(u32::from(*init_size) << 12).to_le_bytes());
                 bytes
             }
         }

@@ -286,6 +286,14 @@ fn talk(answers: &[(u8, Vec<Frame<'_>>)]) {
     });
 }
 
+/// The thread that reads what the agent says ends by itself, some time after the agent has gone: until then the
+/// sanitizer takes what it holds for a leak.
+// SAFETY: the sanitizer calls it by this name, and takes a number that is not 0 for no search.
+#[unsafe(no_mangle)]
+extern "C" fn __lsan_is_turned_off() -> i32 {
+    1
+}
+
 fuzz_target!(|input: Input<'_>| match input {
     Input::Agent(answers) => talk(&answers),
     Input::Figures(bytes, mib, cpu) => {
