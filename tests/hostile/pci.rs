@@ -260,7 +260,7 @@ fn bars_hide_nothing() {
         driver.start();
         let mut steps = write(device, BAR, start).to_vec();
         // As if the device were there, whatever else may be.
-        if start >= WINDOW && start < 0xfec0_0000 {
+        if (WINDOW..0xfec0_0000).contains(&start) {
             steps.extend([Step::write(start + NOTIFY, 2, 0), Step::read(start, 4)]);
         }
         steps.extend([Step::read(0xfee0_0030, 4), Step::read(0xfec0_0000, 4)]);
