@@ -10,8 +10,7 @@ use protocol::policy::{Forbidden, ParseError, Policy};
 use protocol::ttrpc::{Call, Code, Status};
 
 use crate::container::{cgroup, mount_kind};
-use crate::sandbox::internal;
-use crate::{storage, sys};
+use crate::{describe, storage, sys};
 
 /// The method by which a host may ask Kata's agent for another policy.
 const SET_POLICY: &str = "SetPolicy";
@@ -85,7 +84,9 @@ impl Rules {
         let Linux {
             resources, devices, ..
         } = spec.linux.clone().unwrap_or_default();
-        for (kind, numbers) in cgroup::used(resources.as_ref(), &devices).map_err(internal)? {
+        let used = cgroup::used(resources.as_ref(), &devices);
+        let used = used.map_err(|error| Status::new(Code::InvalidArgument, describe(&error)))?;
+        for (kind, numbers) in used {
             policy.allow_device(kind, numbers).map_err(denied)?;
         }
         let root = spec.root.iter().map(|root| ("bind", root.path.as_str()));
