@@ -107,12 +107,13 @@ fn places() -> Vec<PathBuf> {
     all.filter(|place| place.exists()).collect()
 }
 
-/// Mounts of the runtime's that are mounted here, too: at a place of its, or a share as a whole.
+/// Mounts of the runtime's that are mounted here, too: at a place of its, or a pod's share as a whole. What the
+/// host has mounted in the share is a file system of its own in the guest, without the share's name.
 fn mounts() -> Vec<String> {
     let text = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
     let of_runtime = text.lines().filter(|line| {
         let fields: Vec<_> = line.split(' ').collect();
-        let is_share = line.contains(" - virtiofs ") && fields.get(3) == Some(&"/");
+        let is_share = line.contains(" - virtiofs kataShared ") && fields.get(3) == Some(&"/");
         is_share
             || PLACES
                 .iter()
