@@ -11,15 +11,23 @@ use super::thread::Kind;
 /// What a terminal, an init system or a person sends to end a process.
 const ENDING: [libc::c_int; 4] = [libc::SIGINT, libc::SIGTERM, libc::SIGHUP, libc::SIGQUIT];
 
-/// Blocks the ending signals in this thread and those it starts, and calls
-/// `received` for each that comes. To be called before any other thread starts.
-pub(crate) fn watch(received: impl Fn(i32) + Send + 'static) -> io::Result<()> {
+/// Has the ending signals wait until [`watch`] is called: those of this thread, and of threads and processes
+/// that it starts.
+pub(crate) fn hold() -> io::Result<()> {
     let set = ending_set();
     // SAFETY: `set` is valid for reads, and a null old set is allowed.
     let result = unsafe { libc::pthread_sigmask(libc::SIG_BLOCK, &raw const set, ptr::null_mut()) };
     if result != 0 {
         return Err(io::Error::from_raw_os_error(result));
     }
+    Ok(())
+}
+
+/// Blocks the ending signals in this thread and those it starts, and calls
+/// `received` for each that comes. To be called before any other thread starts.
+pub(crate) fn watch(received: impl Fn(i32) + Send + 'static) -> io::Result<()> {
+    hold()?;
+    let set = ending_set();
     let builder = Builder::new().name("signals".into()).stack_size(32 << 10);
     Kind::Signals.spawn(builder, move || {
         loop {

@@ -16,6 +16,9 @@ pub(super) fn first_of_its_namespace() -> io::Result<()> {
     if getpid().is_init() {
         return Ok(());
     }
+    // One that comes before both processes watch for it would end the outer process without the VM's, or be
+    // lost: the first process of a namespace gets no signal from outside that it does not expect.
+    signals::hold()?;
     let own = File::open("/proc/self/ns/pid")?;
     #[expect(
         deprecated,
