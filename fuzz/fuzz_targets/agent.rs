@@ -26,6 +26,7 @@ use protocol::ttrpc::{Call, MAX_MESSAGE, Service, Status, Workers, serve};
 use crate::cmdline::BootArgs;
 use crate::container::seccomp;
 use crate::network::exact;
+use crate::policy::Rules;
 use crate::sandbox::Sandbox;
 use crate::{copy, storage};
 
@@ -178,7 +179,7 @@ impl Write for Answers {
 fn service() -> &'static Arc<dyn Service> {
     static SERVICE: OnceLock<Arc<dyn Service>> = OnceLock::new();
     SERVICE.get_or_init(|| {
-        let (sandbox, end) = Sandbox::start().expect("it starts");
+        let (sandbox, end) = Sandbox::start(Rules::default()).expect("it starts");
         std::mem::forget(end);
         Arc::new(Harmless(sandbox))
     })

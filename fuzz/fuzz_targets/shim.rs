@@ -213,7 +213,7 @@ fn ask(agent: &Agent, question: u8) -> Result<(), CallError> {
             Ok(())
         }
         3 => agent.wait(&target).map(drop),
-        4 => agent.abilities().map(drop),
+        4 => agent.abilities(None).map(drop),
         5 => agent.next_oom().map(drop),
         6 => agent.write(&target, &[7; 300], &|| true),
         7 => agent.signal(&target, 9),
