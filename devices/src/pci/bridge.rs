@@ -187,7 +187,7 @@ impl Bridge {
                     slot.at = Some(start);
                     lock(&slot.function).moved(Some(start));
                 }
-                Err(error) => log::error!("move a BAR: {error}"),
+                Err(error) => log::debug!("move a BAR: {error}"),
             }
         }
     }

@@ -179,7 +179,8 @@ impl Msix {
                 .deliver(number, &self.events[vector], entry.message)
             {
                 Ok(()) => self.entries[vector].open = true,
-                Err(error) => log::error!("send messages of vector {vector}: {error}"),
+                // A driver can bring it about as often as it likes.
+                Err(error) => log::debug!("send messages of vector {vector}: {error}"),
             }
         }
     }
@@ -190,7 +191,7 @@ impl Msix {
         }
         let number = u16::try_from(vector).expect("there are 2048 at most");
         if let Err(error) = self.host.keep(number, &self.events[vector]) {
-            log::error!("keep messages of vector {vector}: {error}");
+            log::debug!("keep messages of vector {vector}: {error}");
         }
     }
 
