@@ -119,7 +119,7 @@ fn watched(agent: &Agent, id: &str, done: impl Fn()) -> Vec<String> {
     let (said, status) = agent.exec_shell(id, "touch /tmp/stop");
     assert_eq!(status, 0, "{said}");
     let (err, out, status) = agent.outcome(id, id);
-    assert_eq!(status, 0, "{err}");
+    assert_eq!(status, 0, "{id}: {out}{err}");
     agent.remove(id);
     let mut lines = out.lines().map(String::from);
     assert_eq!(lines.next().as_deref(), Some("watching"));

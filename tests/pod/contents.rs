@@ -12,7 +12,7 @@ pub(crate) fn a_container_sees_what_its_specification_says(agent: &Agent, host: 
         touch /made; touch /etc/greeting 2>/dev/null && echo wrote
         cat /proc/self/cgroup; ls -A /sys/firmware | wc -l; ls /dev | wc -l
         echo 1 2>/dev/null >/proc/sys/kernel/printk && echo wrote
-        cat /proc/sys/net/ipv4/ip_unprivileged_port_start; ls /proc | grep -c '^[0-9]'
+        cat /proc/sys/net/ipv4/ip_unprivileged_port_start; set -- /proc/[0-9]*; echo $#
         cd /proc/1/root; cat etc/greeting; ls /proc/self/fd | tr '\\n' ' '; exit 3";
     let (out, err, status) = agent.run("sees", spec(script));
     let seen: Vec<_> = out.lines().collect();
@@ -25,7 +25,7 @@ pub(crate) fn a_container_sees_what_its_specification_says(agent: &Agent, host: 
         "0",
         "12",
         "7",
-        "3",
+        "1",
         "hello",
         // The last one is the folder's own.
         "0 1 2 3 ",
