@@ -116,8 +116,9 @@ fn watched(agent: &Agent, id: &str, done: impl Fn()) -> Vec<String> {
     agent.create(id, container(&USUAL, watch)).unwrap();
     agent.start(id).unwrap();
     (0..3).for_each(|_| done());
+    // The watcher, which is the first process of its namespace, may be gone before this one is, and take it along.
     let (said, status) = agent.exec_shell(id, "touch /tmp/stop");
-    assert_eq!(status, 0, "{said}");
+    assert!(status == 0 || status == 137, "{status}: {said}");
     let (err, out, status) = agent.outcome(id, id);
     assert_eq!(status, 0, "{id}: {out}{err}");
     agent.remove(id);
