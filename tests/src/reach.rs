@@ -161,6 +161,10 @@ pub fn watch(own: &Path, stop: &Path) -> io::Result<()> {
     let end = Instant::now() + PATIENCE;
     println!("watching");
     while !stop.exists() && Instant::now() < end {
+        // The parent of a process that is traced learns of its end only after the tracer has.
+        // SAFETY: a null status is allowed.
+        while unsafe { libc::waitpid(-1, std::ptr::null_mut(), libc::WNOHANG | libc::__WALL) } > 0 {
+        }
         for entry in fs::read_dir("/proc")?.flatten() {
             let name = entry.file_name();
             let Some(pid) = name.to_str().and_then(|name| name.parse::<i32>().ok()) else {
