@@ -1,12 +1,12 @@
 //! The configuration file: TOML, `/etc/podvmm/config.toml` unless containerd's runtime options name
 //! another. What may be asked for by a pod's annotations is listed there too.
 
+mod file;
 mod policy;
 mod size;
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -14,6 +14,7 @@ use api::{RateLimit, RateLimits};
 use protocol::policy::Policy;
 use serde::Deserialize;
 
+use self::file::FileError;
 pub(crate) use self::size::Size;
 
 /// Where the file is unless the user or containerd names another.
@@ -153,17 +154,10 @@ fn agent_timeout_s() -> u32 {
 /// Why a configuration cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum Error {
-    #[error("read {}", .path.display())]
-    Read { path: PathBuf, source: io::Error },
-    #[error("{}", .path.display())]
-    Parse {
-        path: PathBuf,
-        source: toml::de::Error,
-    },
-    #[error("{}: {what}", .path.display())]
-    Unfit { path: PathBuf, what: String },
+    #[error(transparent)]
+    File(#[from] FileError),
     #[error("agent_policy")]
-    Policy(#[from] policy::Error),
+    Policy(#[source] FileError),
     #[error("annotation {name}: {what}")]
     Annotation { name: String, what: String },
 }
@@ -171,22 +165,12 @@ pub(crate) enum Error {
 impl Config {
     /// Reads and checks the configuration at `path`.
     pub(crate) fn read(path: &Path) -> Result<Self, Error> {
-        let text = fs::read_to_string(path).map_err(|source| Error::Read {
-            path: path.into(),
-            source,
-        })?;
-        let mut config: Self = toml::from_str(&text).map_err(|source| Error::Parse {
-            path: path.into(),
-            source,
-        })?;
+        let mut config: Self = file::read(path)?;
         if let Some(what) = config.fault() {
-            return Err(Error::Unfit {
-                path: path.into(),
-                what,
-            });
+            return Err(file::unfit(path)(what).into());
         }
         let policy = config.agent_policy.as_deref().map(policy::read);
-        config.policy = policy.transpose()?;
+        config.policy = policy.transpose().map_err(Error::Policy)?;
         Ok(config)
     }
 

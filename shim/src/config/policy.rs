@@ -1,12 +1,12 @@
 //! The policy that the guest's agent is to obey: a file of the administrator's, which is checked before a pod's
 //! VM starts.
 
-use std::fs::File;
-use std::io::{self, Read};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use protocol::policy::{CallRule, DeviceRule, MAX_LEN, MountRule, NEEDED, Policy};
 use serde::Deserialize;
+
+use super::file::{self, FileError};
 
 /// The file, TOML. A key that is left out allows all.
 #[derive(Debug, Deserialize)]
@@ -22,50 +22,14 @@ struct Text {
     mounts: Option<Vec<MountRule>>,
 }
 
-/// Why there is no policy, and so no pod.
-#[derive(Debug, thiserror::Error)]
-pub(crate) enum Error {
-    #[error("read {}", .path.display())]
-    Read { path: PathBuf, source: io::Error },
-    #[error("{}", .path.display())]
-    Parse {
-        path: PathBuf,
-        source: toml::de::Error,
-    },
-    #[error("{}: {what}", .path.display())]
-    Unfit { path: PathBuf, what: String },
-}
-
-/// Reads the policy at `path`.
-pub(super) fn read(path: &Path) -> Result<Policy, Error> {
-    let unfit = |what: String| Error::Unfit {
-        path: path.into(),
-        what,
-    };
-    let read = || -> io::Result<Vec<u8>> {
-        let mut bytes = Vec::new();
-        // One byte more tells that there are too many.
-        let file = File::open(path)?.take(MAX_LEN as u64 + 1);
-        { file }.read_to_end(&mut bytes)?;
-        Ok(bytes)
-    };
-    let bytes = read().map_err(|source| Error::Read {
-        path: path.into(),
-        source,
-    })?;
-    if bytes.len() > MAX_LEN {
-        return Err(unfit(format!("a policy has {MAX_LEN} bytes at most")));
-    }
-    let text = String::from_utf8(bytes).map_err(|_| unfit("it is not text".into()))?;
-    let text: Text = toml::from_str(&text).map_err(|source| Error::Parse {
-        path: path.into(),
-        source,
-    })?;
-    let policy = text.policy().map_err(&unfit)?;
+/// Reads the policy at `path`. If it cannot be used there is no pod.
+pub(super) fn read(path: &Path) -> Result<Policy, FileError> {
+    let text: Text = file::read(path)?;
+    let policy = text.policy().map_err(file::unfit(path))?;
     // With its parts named it may be longer than it is here.
     match policy.to_string().len() {
         ..=MAX_LEN => Ok(policy),
-        len => Err(unfit(format!(
+        len => Err(file::unfit(path)(format!(
             "a policy has {MAX_LEN} bytes at most; for the guest this one has {len}"
         ))),
     }
@@ -159,9 +123,9 @@ mod tests {
             "{said}"
         );
         let long = format!("mounts = ['{}']", "x".repeat(MAX_LEN));
-        assert!(refused(&long).ends_with("a policy has 65536 bytes at most"));
+        assert!(refused(&long).ends_with("it has more than 65536 bytes"));
         let said = read_text(b"\xff").unwrap_err();
-        assert!(said.ends_with("it is not text"), "{said}");
+        assert!(said.ends_with("valid UTF-8"), "{said}");
         let missing = read(Path::new("/nowhere")).unwrap_err();
         assert_eq!(missing.to_string(), "read /nowhere");
     }
