@@ -93,6 +93,18 @@ pub(crate) struct Jail {
     pub(crate) labels: Vec<Label>,
 }
 
+impl Jail {
+    /// What is given up only in a jail, where there is to be none.
+    pub(crate) fn contradiction(&self) -> Option<&'static str> {
+        match self {
+            Self { wanted, .. } if *wanted != Wanted::Off => None,
+            Self { user: Some(_), .. } => Some("--jail-user: it goes with --jail"),
+            Self { labels, .. } if !labels.is_empty() => Some("--jail-label: it goes with --jail"),
+            Self { .. } => None,
+        }
+    }
+}
+
 /// Enters the jail, in which there is nothing of the host but `paths`. To be called before there are other
 /// threads. What it returns in may be another process, the first of a pid namespace, whose outcome this one has
 /// then.

@@ -318,11 +318,8 @@ fn check(options: &RunOptions) -> Result<(), CliError> {
             "--jail-path: it goes with --jail: without it podvmm sees all of the host's files",
         ));
     }
-    if options.jail.wanted == Wanted::Off && !options.jail.labels.is_empty() {
-        return Err(CliError::Contradiction("--jail-label: it goes with --jail"));
-    }
-    if options.jail.wanted == Wanted::Off && options.jail.user.is_some() {
-        return Err(CliError::Contradiction("--jail-user: it goes with --jail"));
+    if let Some(what) = options.jail.contradiction() {
+        return Err(CliError::Contradiction(what));
     }
     if options.prefetch && options.restore.is_none() {
         return Err(CliError::Contradiction(

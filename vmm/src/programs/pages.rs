@@ -133,8 +133,8 @@ pub(crate) fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Tas
             unexpected => return Err(unexpected.unexpected().into()),
         }
     }
-    if jail.wanted == Wanted::Off && jail.user.is_some() {
-        return Err(PagesError::JailValue("--jail-user: it goes with --jail"));
+    if let Some(what) = jail.contradiction() {
+        return Err(PagesError::JailValue(what));
     }
     if let Some(compressed) = compress {
         return match (socket, folder) {
