@@ -68,6 +68,8 @@ pub(crate) struct Pod {
     containers: Mutex<HashMap<String, Arc<Container>>>,
     /// A lock that is held while the VM is made, resized or ended.
     changing: Mutex<()>,
+    /// Held while the pod ends.
+    ending: Mutex<()>,
     guest: Mutex<Option<Arc<Guest>>>,
     /// The number of the pod's VMM, which is kept after its end; 0 before there is one.
     vmm: AtomicU32,
@@ -90,6 +92,7 @@ impl Pod {
             events,
             containers: Mutex::default(),
             changing: Mutex::default(),
+            ending: Mutex::default(),
             guest: Mutex::default(),
             vmm: AtomicU32::new(0),
             phases: Mutex::new(phases),
@@ -422,8 +425,10 @@ impl Pod {
         guest.end();
     }
 
-    /// Ends the VM and takes away all that the pod has on the host.
+    /// Ends the VM and takes away all that the pod has on the host. Who asks once more meanwhile waits until that is
+    /// done: the shim is in the pod's cgroup at first, and the record of what there is goes last.
     pub(crate) fn end(&self) {
+        let _ending = self.ending.lock().expect("a panic ends the process");
         let guest = self.guest.lock().expect("a panic ends the process").take();
         if let Some(guest) = guest {
             self.end_guest(&guest);

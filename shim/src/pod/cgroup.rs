@@ -12,6 +12,8 @@ use std::io;
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Component, Path, PathBuf};
 use std::sync::Mutex;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use protocol::containerd::figures::Metrics;
 
@@ -38,6 +40,10 @@ const DEVICES: [(&str, &str); 15] = [
     ("char-*", "m"),
     ("block-*", "m"),
 ];
+
+/// How long a cgroup is waited for that a process is about to leave, and how often to look.
+const PATIENCE: Duration = Duration::from_secs(2);
+const PAUSE: Duration = Duration::from_millis(5);
 
 /// What could not be done to a cgroup.
 #[derive(Debug, thiserror::Error)]
@@ -396,15 +402,31 @@ fn enable_controllers(folder: &Path) {
     }
 }
 
-/// Removes cgroups, the last made first, as far as no process is in them.
+/// Removes cgroups, the last made first, as far as no process is in them. One that was killed may be there for a
+/// moment more, while the kernel frees its memory; and so may the pod's own shim, which is in them, if containerd has
+/// another one clean up while it ends.
 pub(crate) fn remove(made: &[PathBuf]) {
+    let deadline = Instant::now() + PATIENCE;
     for path in made.iter().rev() {
-        if let Err(error) = fs::remove_dir(path)
+        let is_full =
+            |error: &io::Error| error.kind() == io::ErrorKind::ResourceBusy && !has_cgroups(path);
+        let mut removed = fs::remove_dir(path);
+        while removed.as_ref().is_err_and(is_full) && Instant::now() < deadline {
+            thread::sleep(PAUSE);
+            removed = fs::remove_dir(path);
+        }
+        if let Err(error) = removed
             && error.kind() != io::ErrorKind::NotFound
         {
-            log::debug!("remove cgroup {}: {error}", path.display());
+            log::warn!("remove cgroup {}: {error}", path.display());
         }
     }
+}
+
+/// Whether there are others below a cgroup, which are not its pod's.
+fn has_cgroups(path: &Path) -> bool {
+    let mut entries = fs::read_dir(path).into_iter().flatten().flatten();
+    entries.any(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()))
 }
 
 /// Has systemd take a scope away.

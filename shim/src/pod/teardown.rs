@@ -19,6 +19,8 @@ const PATIENCE: Duration = Duration::from_secs(2);
 pub(crate) fn pod(place: &Place) {
     let record = Record::read(place);
     vm(place, &record);
+    // Before the record: if this shim ends here, another one knows what is left.
+    cgroup::remove(&record.cgroups);
     for file in [place.record(), place.shim()] {
         // The shim that made them may have taken them away.
         let _ = fs::remove_file(file);
@@ -28,7 +30,7 @@ pub(crate) fn pod(place: &Place) {
     let above = place.path().ancestors().skip(1);
     let above = above.take_while(|folder| folder.starts_with(place::ROOT));
     above.for_each(|folder| drop(fs::remove_dir(folder)));
-    cgroup::remove(&record.cgroups);
+    // systemd ends what is in it still.
     record.scope.as_deref().into_iter().for_each(cgroup::stop);
 }
 
