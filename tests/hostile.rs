@@ -29,6 +29,8 @@ mod mem;
 mod net;
 #[path = "hostile/pci.rs"]
 mod pci;
+#[path = "hostile/plug.rs"]
+mod plug;
 #[path = "hostile/puppet.rs"]
 mod puppet;
 #[path = "hostile/registers.rs"]

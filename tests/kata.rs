@@ -423,6 +423,67 @@ fn the_rust_drivers_sequence_is_understood() {
     });
 }
 
+/// Block volumes, with devices on a PCI bus: what each driver writes when one is needed, what it reads of the place that
+/// its agent then waits for, and how it takes it away.
+#[test]
+fn disks_come_and_go_as_the_drivers_ask() {
+    if !kvm_is_here() {
+        return;
+    }
+    let folder = TempDir::new().unwrap();
+    let at = folder.path();
+    let payload = parts(at);
+    let running = start(at);
+    let mut vm = rs::vm(payload.path(), &at.join("image"), at);
+    vm["transport"] = "pci".into();
+    vm["memory"]["shared"] = false.into();
+    let mut stream = connect(at);
+    let mut rust = |name: &str, body: Option<&Value>| {
+        let body = body.map(|body| serde_json::to_string_pretty(body).unwrap());
+        rs::call(&mut stream, "PUT", name, body.as_deref(), &[])
+    };
+    assert_eq!(rust("vm.create", Some(&vm)), (204, None));
+    assert_eq!(rust("vm.boot", None), (204, None));
+    let volume = at.join("volume");
+    fs::write(&volume, [0; 8192]).unwrap();
+    // Both take a place apart at its colons, and have the agent look for the two digits of the device.
+    let place = |answer: &str| {
+        let answer: Value = serde_json::from_str(answer).unwrap();
+        let bdf = answer["bdf"].as_str().unwrap().to_owned();
+        let digits = bdf
+            .strip_prefix("0000:00:")
+            .and_then(|it| it.strip_suffix(".0"));
+        let device = u8::from_str_radix(digits.unwrap(), 16).unwrap();
+        assert!((1..32).contains(&device), "{bdf}");
+        answer["id"].as_str().unwrap().to_owned()
+    };
+    for _ in 0..3 {
+        let disk = json!({
+            "path": volume, "readonly": false, "direct": false, "iommu": false, "num_queues": 1,
+            "queue_size": 1024, "vhost_user": false, "backing_files": false, "sparse": true,
+            "image_type": "Raw",
+        });
+        let (status, body) = go::call(at, "PUT", "vm.add-disk", Some(&disk));
+        assert_eq!(status, 200, "{body}");
+        let gone = json!({"id": place(&body)});
+        let removed = go::call(at, "PUT", "vm.remove-device", Some(&gone));
+        assert_eq!(removed, (204, String::new()));
+
+        let disk = json!({
+            "path": volume, "readonly": false, "direct": false, "iommu": false, "num_queues": 1,
+            "queue_size": 128, "vhost_user": false, "vhost_socket": null,
+            "rate_limiter_config": null, "id": null, "disable_io_uring": false,
+            "pci_segment": 0, "image_type": "Raw",
+        });
+        let (status, body) = rust("vm.add-disk", Some(&disk));
+        assert_eq!(status, 200, "{body:?}");
+        let gone = json!({"id": place(&body.unwrap())});
+        assert_eq!(rust("vm.remove-device", Some(&gone)), (204, None));
+    }
+    assert_eq!(go::call(at, "PUT", "vmm.shutdown", None).0, 200);
+    assert_eq!(running.wait().code, Some(0));
+}
+
 #[test]
 fn answers_are_written_as_the_drivers_read_them() {
     let folder = TempDir::new().unwrap();

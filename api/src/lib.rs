@@ -35,5 +35,5 @@ pub use config::*;
 pub use error::{ApiError, State, chain};
 pub use json::Misread;
 pub use options::OptionsError;
-pub use request::{Answer, Ping, Request, Restore, Snapshot, VmInfo};
+pub use request::{Answer, DiskSize, Ping, Plugged, Request, Restore, Snapshot, VmInfo};
 pub use units::{ByteSize, CpuCount, RamSize, UnitError};

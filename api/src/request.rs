@@ -8,6 +8,7 @@ use serde_json::{Map, Value};
 
 use crate::config::{Addition, Resize, VmConfig};
 use crate::error::State;
+use crate::units::ByteSize;
 
 /// One request, understood.
 #[derive(Debug)]
@@ -20,6 +21,7 @@ pub enum Request {
     Add(Addition),
     /// A device less, by its id.
     Remove(String),
+    ResizeDisk(DiskSize),
     Boot,
     Info,
     Counters,
@@ -39,6 +41,14 @@ pub enum Request {
     Delete,
     /// What Prometheus reads.
     Metrics,
+}
+
+/// Makes a disk larger or smaller.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DiskSize {
+    pub id: String,
+    /// How long it is to be, in bytes.
+    pub desired_size: ByteSize,
 }
 
 /// Writes a paused VM to a folder.
@@ -169,6 +179,8 @@ pub enum Answer {
     /// The answer to [`Request::Exit`], after which there are no more.
     Exiting,
     Info(Box<VmInfo>),
+    /// The answer to [`Request::Add`] while there is a guest.
+    Plugged(Plugged),
     Counters(Value),
     Metrics(String),
 }
@@ -182,6 +194,15 @@ pub struct Ping {
     pub features: Vec<String>,
 }
 
+/// A device that a guest has got while it runs, or is paused.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Plugged {
+    /// What vm.remove-device calls it.
+    pub id: String,
+    /// Where the guest finds it: domain, bus, device and function of PCI, as in `0000:00:05.0`.
+    pub bdf: String,
+}
+
 /// A VM as it is.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct VmInfo {
@@ -193,4 +214,7 @@ pub struct VmInfo {
     pub memory_actual_size: u64,
     /// vCPUs the guest may use now.
     pub vcpus_actual: u8,
+    /// Devices that are to be removed and that the guest has not let go of yet.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub leaving: Vec<String>,
 }

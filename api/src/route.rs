@@ -71,6 +71,9 @@ pub const ROUTES: &[Route] = &[
         let RemoveDevice { id } = json("vm.remove-device", &request.body)?;
         Ok(Request::Remove(id))
     }),
+    put("/api/v1/vm.resize-disk", |_, request| {
+        Ok(Request::ResizeDisk(json("vm.resize-disk", &request.body)?))
+    }),
     put("/api/v1/vm.boot", |_, _| Ok(Request::Boot)),
     get("/api/v1/vm.info", |_, _| Ok(Request::Info)),
     get("/api/v1/vm.counters", |_, _| Ok(Request::Counters)),
@@ -140,6 +143,7 @@ pub fn response(answer: &Result<Answer, ApiError>) -> Response {
         Ok(Answer::Exiting) => Response::json(200, String::new()),
         Ok(Answer::Ping(ping)) => body(ping),
         Ok(Answer::Info(info)) => body(info),
+        Ok(Answer::Plugged(plugged)) => body(plugged),
         Ok(Answer::Counters(counters)) => body(counters),
         Ok(Answer::Metrics(text)) => Response::text(text.clone()),
         Err(error) => {

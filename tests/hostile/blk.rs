@@ -26,8 +26,8 @@ const FAILED: u8 = 1;
 const UNSUPPORTED: u8 = 2;
 
 #[derive(Debug)]
-struct Disk {
-    readonly: bool,
+pub(crate) struct Disk {
+    pub(crate) readonly: bool,
 }
 
 impl Subject for Disk {
@@ -55,7 +55,7 @@ impl Subject for Disk {
         for queue in [0, 1] {
             let request = [Out(header(ID, 0)), In(20), In(1)];
             let bytes = driver.send(queue, &request, after).answer(after);
-            assert_eq!(bytes, *b"blk0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0", "{after}");
+            assert_eq!(bytes, *b"disk0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0", "{after}");
         }
         if self.readonly {
             let bytes = driver.send(0, &read(3), after).answer(after);
@@ -87,7 +87,7 @@ fn content() -> Vec<u8> {
         .collect()
 }
 
-fn boot(folder: &Path, access: &str) -> Vec<String> {
+pub(crate) fn boot(folder: &Path, access: &str) -> Vec<String> {
     fs::write(folder.join("disk"), content()).expect("there is room");
     fs::write(folder.join("neighbour"), [7; 4096]).expect("there is room");
     let disk = plain(&folder.join("disk")).to_owned();

@@ -14,8 +14,9 @@ const DATA: u16 = 0xcfc;
 const COMMAND: u32 = 0x04;
 const BAR: u32 = 0x10;
 const CAPABILITIES: u32 = 0x34;
-/// Where podvmm has BARs.
+/// Where podvmm has BARs, and how much of it is each device's at first.
 const WINDOW: u64 = 0xe000_0000;
+const PART: u64 = 0x80_0000;
 // What is where behind the BAR of podvmm's devices.
 const QUEUE_SELECT: u64 = 0x16;
 const QUEUE_VECTOR: u64 = 0x1a;
@@ -55,12 +56,12 @@ fn select(device: u32, register: u32) -> Step {
     Step::output(ADDRESS, 4, (1 << 31 | device << 11 | register).into())
 }
 
-fn read(puppet: &Puppet, device: u32, register: u32) -> u64 {
+pub(crate) fn read(puppet: &Puppet, device: u32, register: u32) -> u64 {
     let steps = [select(device, register), Step::input(DATA, 4)];
     puppet.run(&steps)[1].value & 0xffff_ffff
 }
 
-fn write(device: u32, register: u32, value: u64) -> [Step; 2] {
+pub(crate) fn write(device: u32, register: u32, value: u64) -> [Step; 2] {
     [select(device, register), Step::output(DATA, 4, value)]
 }
 
@@ -319,12 +320,11 @@ fn tables_change_while_messages_are_sent() {
 
 /// A driver that finds the device anew is served.
 fn recovers(rig: &Rig, after: &str) {
-    let len = 0x8000;
-    // As podvmm placed it, in the order of devices.
+    // As podvmm placed it: each in its part of the window.
     for device in 1..4 {
         rig.puppet.run(&write(device, COMMAND, 0));
-        rig.puppet
-            .run(&write(device, BAR, WINDOW + u64::from(device - 1) * len));
+        let place = WINDOW + u64::from(device) * PART;
+        rig.puppet.run(&write(device, BAR, place));
     }
     serve(rig, after);
 }

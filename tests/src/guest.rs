@@ -35,6 +35,11 @@ pub fn folder() -> PathBuf {
         .into()
 }
 
+/// How Linux finds its devices in tests: `PODVMM_TEST_TRANSPORT`, or `mmio`.
+pub fn transport() -> String {
+    std::env::var("PODVMM_TEST_TRANSPORT").unwrap_or_else(|_| "mmio".into())
+}
+
 /// A folder to boot from: busybox by the names given, `guest_load`, and places to mount on.
 pub fn root(applets: &[&str]) -> TempDir {
     let root = TempDir::new().expect("there is a folder for temporary files");

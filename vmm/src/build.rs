@@ -14,6 +14,7 @@ mod tap;
 
 use std::io;
 
+use arch::acpi::AcpiError;
 use arch::boot::BootError;
 use arch::irqchip::IrqchipError;
 use arch::mptable::MptableError;
@@ -21,7 +22,7 @@ use devices::bus::BusError;
 use thiserror::Error;
 
 pub(crate) use self::boot::boot;
-pub(crate) use self::parts::rates;
+pub(crate) use self::parts::{plug, rates};
 pub(crate) use self::restore::restore;
 use crate::build::image::LoadError;
 use crate::console::command::Command;
@@ -58,6 +59,9 @@ pub(crate) enum BuildError {
     /// The MP table could not be set up.
     #[error(transparent)]
     Mptable(#[from] MptableError),
+    /// The ACPI tables could not be set up.
+    #[error(transparent)]
+    Acpi(#[from] AcpiError),
     /// Port devices would lie on one another.
     #[error(transparent)]
     Bus(#[from] BusError),

@@ -18,12 +18,12 @@ use std::time::{Duration, Instant};
 use api::chain;
 use arch::state::CpuFeatures;
 use devices::legacy::{Serial, SerialState};
-use devices::pci::{Bridge, BridgeState};
-use devices::virtio::{Busy, Counters, Transport, TransportState};
+use devices::pci::BridgeState;
+use devices::virtio::{Busy, Counters, ResizeError, Transport, TransportState, VirtioDevice};
 use kvm_ioctls::VmFd;
 use thiserror::Error;
 
-use self::io_threads::IoThreads;
+use self::attach::{AttachError, Backplane, PlugEvent};
 use self::resize::MemoryHandles;
 pub(crate) use self::timeline::Timeline;
 use self::vcpu::{ExitCounters, Vcpu};
@@ -67,17 +67,16 @@ pub(crate) struct Machine {
     pub(crate) running: u8,
     /// vCPUs beyond `running` that the guest has not given up yet.
     pub(crate) shrinking: Option<Shrinking>,
-    pub(crate) transports: Vec<(String, Plugged)>,
+    pub(crate) backplane: Backplane,
+    /// Devices that are to go, and until when their drivers are waited for.
+    pub(crate) leaving: Vec<(String, Instant)>,
     pub(crate) memory: MemoryHandles,
-    pub(crate) _io: Arc<IoThreads>,
     pub(crate) _sockets: Vec<SocketConsole>,
     /// Asks the agent to end its command.
     pub(crate) button: Option<PowerButton>,
     /// How long the phases of the machine's start took.
     pub(crate) timeline: Timeline,
     pub(crate) serial: Option<Arc<Mutex<Serial>>>,
-    /// The host bridge, if the devices are on a PCI bus.
-    pub(crate) bridge: Option<Arc<Mutex<Bridge>>>,
     /// What KVM could do for the vCPUs when the guest started.
     pub(crate) features: CpuFeatures,
     /// Who gives RAM, page by page.
@@ -127,11 +126,15 @@ impl Machine {
     /// moves until [`Machine::resume`]. If a device cannot be stopped, all of them go on.
     pub(crate) fn pause(&mut self) -> Result<(), PauseError> {
         self.vcpus.iter().for_each(Vcpu::park);
-        let busy = self.transports.iter().find_map(|(id, transport)| {
-            let source = lock(transport).pause().err()?;
-            let device = id.clone();
-            Some(PauseError { device, source })
-        });
+        let busy = self
+            .backplane
+            .transports
+            .iter()
+            .find_map(|(id, transport)| {
+                let source = lock(transport).pause().err()?;
+                let device = id.clone();
+                Some(PauseError { device, source })
+            });
         let Some(busy) = busy else { return Ok(()) };
         if let Err(error) = self.resume() {
             log::error!("{}", chain(&error).join(": "));
@@ -141,7 +144,7 @@ impl Machine {
 
     /// Puts the devices back on their loops and lets the vCPUs go on.
     pub(crate) fn resume(&mut self) -> Result<(), ResumeError> {
-        for (_, transport) in &self.transports {
+        for (_, transport) in &self.backplane.transports {
             lock(transport).resume().map_err(ResumeError)?;
         }
         self.start();
@@ -150,14 +153,14 @@ impl Machine {
 
     /// What a snapshot keeps of each device, which is paused.
     pub(crate) fn device_states(&self) -> Vec<(String, TransportState)> {
-        let transports = self.transports.iter();
+        let transports = self.backplane.transports.iter();
         let state = |(id, it): &(String, Plugged)| (id.clone(), lock(it).state());
         transports.map(state).collect()
     }
 
     /// What a snapshot keeps of the PCI bus, if there is one.
     pub(crate) fn bridge_state(&self) -> Option<BridgeState> {
-        let bridge = self.bridge.as_ref()?.lock();
+        let bridge = self.backplane.bridge.as_ref()?.lock();
         Some(bridge.expect("no thread panics while it holds it").state())
     }
 
@@ -179,7 +182,7 @@ impl Machine {
     pub(crate) fn stop(&self) {
         self.vcpus.iter().for_each(Vcpu::park);
         thread::scope(|scope| {
-            for (_, transport) in &self.transports {
+            for (_, transport) in &self.backplane.transports {
                 let drain = || lock(transport).drain();
                 if Builder::new().spawn_scoped(scope, drain).is_err() {
                     drain();
@@ -193,6 +196,76 @@ impl Machine {
     pub(crate) fn is_halted(&self) -> bool {
         // One that is parked for now may go on.
         self.shrinking.is_none_or(|it| it.run) && self.allowed().all(Vcpu::is_halted)
+    }
+
+    /// Whether devices can come and go while the guest runs.
+    pub(crate) fn takes_devices(&self) -> bool {
+        self.backplane.bridge.is_some()
+    }
+
+    /// Has the guest get one more device. Returns its number on the PCI bus, where the guest finds it when it
+    /// looks.
+    pub(crate) fn plug(
+        &mut self,
+        id: String,
+        device: Box<dyn VirtioDevice>,
+    ) -> Result<u8, AttachError> {
+        self.backplane.attach(id.clone(), device, None)?;
+        self.backplane.tell(&id, PlugEvent::Came);
+        let place = self.transport(&id).and_then(|it| lock(it).place());
+        Ok(place.expect("it was just given one"))
+    }
+
+    /// Takes a device away, at once if no driver has it. Otherwise that waits for the driver: false.
+    pub(crate) fn unplug(&mut self, id: &str) -> bool {
+        if self.is_held(id) {
+            if !self.leaving.iter().any(|(other, _)| other == id) {
+                let deadline = Instant::now() + Self::LEAVE;
+                self.leaving.push((id.into(), deadline));
+            }
+            self.backplane.tell(id, PlugEvent::Leave);
+            return false;
+        }
+        self.backplane.detach(id);
+        self.leaving.retain(|(other, _)| other != id);
+        true
+    }
+
+    /// Devices that are to go once their drivers let go of them.
+    pub(crate) fn leaving(&self) -> Vec<String> {
+        self.leaving.iter().map(|(id, _)| id.clone()).collect()
+    }
+
+    /// Takes those devices away that are to go and that no driver has any more, and those off the list that were
+    /// waited for long enough. Says which of them are gone.
+    pub(crate) fn settle_devices(&mut self) -> Vec<(String, bool)> {
+        let mut settled = Vec::new();
+        for (id, deadline) in std::mem::take(&mut self.leaving) {
+            if !self.is_held(&id) {
+                self.backplane.detach(&id);
+                settled.push((id, true));
+            } else if Instant::now() >= deadline {
+                settled.push((id, false));
+            } else {
+                self.leaving.push((id, deadline));
+            }
+        }
+        settled
+    }
+
+    /// Makes a disk longer or shorter: `bytes`. None if there is no such device.
+    pub(crate) fn resize_device(&self, id: &str, bytes: u64) -> Option<Result<(), ResizeError>> {
+        let transport = self.transport(id)?;
+        Some(lock(transport).resize(bytes))
+    }
+
+    fn is_held(&self, id: &str) -> bool {
+        self.transport(id).is_some_and(|it| lock(it).is_held())
+    }
+
+    fn transport(&self, id: &str) -> Option<&Plugged> {
+        let mut all = self.backplane.transports.iter();
+        all.find_map(|(other, transport)| (other == id).then_some(transport))
     }
 
     /// Exits to user space so far.
@@ -212,7 +285,8 @@ impl Machine {
 
     /// Each device's id and what it has done.
     pub(crate) fn devices(&self) -> impl Iterator<Item = (&str, Arc<Counters>)> {
-        self.transports
+        self.backplane
+            .transports
             .iter()
             .map(|(id, transport)| (id.as_str(), lock(transport).counters()))
     }
@@ -296,6 +370,8 @@ impl Machine {
         self.extra().for_each(Vcpu::park);
     }
 
+    /// How long a driver may keep a device that is to go.
+    const LEAVE: Duration = Duration::from_secs(30);
     /// How long a guest may use vCPUs that it should have given up as it likes.
     pub(crate) const PATIENCE: Duration = Duration::from_secs(3);
     /// How much of how much time the guest may use them after that. Short enough for the guest not

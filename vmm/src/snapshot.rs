@@ -73,7 +73,7 @@ struct State {
 
 impl Document for State {
     const MAGIC: &'static str = "podvmm snapshot";
-    const VERSION: u32 = 4;
+    const VERSION: u32 = 5;
 }
 
 /// The files that are RAM, each over those before it.

@@ -30,7 +30,7 @@ pub struct DiskConfig {
     pub image_type: ImageType,
     /// Whether io_uring is not to be used, which podvmm does not use in any case.
     pub disable_io_uring: bool,
-    /// What vm.remove-device may call it, besides `disk0`, `disk1`, ...
+    /// What it is called: a name that podvmm gives it, if its client does not.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub id: Option<String>,
     /// Fields that podvmm has no use for.

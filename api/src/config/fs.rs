@@ -31,7 +31,7 @@ pub struct FsConfig {
     /// Bounds of its bytes and requests.
     #[serde(skip_serializing_if = "RateLimits::are_none")]
     pub rate_limiter_config: RateLimits,
-    /// What vm.remove-device may call it, besides `fs0`, `fs1`, ...
+    /// What it is called: a name that podvmm gives it, if its client does not.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub id: Option<String>,
     /// Fields that podvmm has no use for.

@@ -14,6 +14,7 @@ mod disk;
 mod fs;
 mod host_path;
 mod memory;
+mod names;
 mod net;
 mod output;
 mod rate;
@@ -47,6 +48,7 @@ pub use self::resize::Resize;
 pub use self::transport::TransportConfig;
 pub use self::vsock::VsockConfig;
 
+use self::names::{DISK, FS, NET, Names, VSOCK};
 use self::rate::RATES;
 use self::unsupported::ONE_PACKAGE;
 
@@ -295,6 +297,7 @@ impl VmConfig {
                 return Err(ConfigError::PrivateRam(tag()));
             }
         }
+        names::check(self.ids())?;
         let written = serde_json::to_value(self);
         written.map(drop).map_err(ConfigError::Unwritable)
     }
@@ -336,27 +339,74 @@ impl VmConfig {
         Ok(())
     }
 
-    /// Adds a device.
-    pub fn add(&mut self, addition: Addition) {
+    /// Adds a device. Returns the name that it has from now on.
+    pub fn add(&mut self, addition: Addition) -> String {
+        let mut names = self.names();
         match addition {
-            Addition::Disk(disk) => self.disks.push(disk),
-            Addition::Fs(share) => self.fs.push(share),
-            Addition::Net(net) => self.net.push(net),
-            Addition::Vsock(vsock) => self.vsock = Some(vsock),
+            Addition::Disk(mut disk) => {
+                let id = names.give(&mut disk.id, DISK);
+                self.disks.push(disk);
+                id
+            }
+            Addition::Net(mut net) => {
+                let id = names.give(&mut net.id, NET);
+                self.net.push(net);
+                id
+            }
+            Addition::Fs(mut share) => {
+                let id = names.give(&mut share.id, FS);
+                self.fs.push(share);
+                id
+            }
+            Addition::Vsock(mut vsock) => {
+                let id = vsock.id.get_or_insert_with(|| VSOCK.into()).clone();
+                self.vsock = Some(vsock);
+                id
+            }
         }
     }
 
-    /// Takes away the device that its client calls `id`, or that vm.counters does. False if there is
-    /// none.
+    /// Takes away the device of that name. False if there is none.
     pub fn remove(&mut self, id: &str) -> bool {
-        let vsock = self.vsock.as_ref();
-        if vsock.is_some_and(|vsock| vsock.id.as_deref() == Some(id) || id == "vsock") {
-            self.vsock = None;
-            return true;
+        let before = self.ids().count();
+        let is_another = |other: &Option<String>| other.as_deref() != Some(id);
+        self.disks.retain(|disk| is_another(&disk.id));
+        self.net.retain(|net| is_another(&net.id));
+        self.fs.retain(|share| is_another(&share.id));
+        self.vsock = self.vsock.take().filter(|vsock| is_another(&vsock.id));
+        self.ids().count() < before
+    }
+
+    /// Gives each device that has no name the first that is free of `disk0`, `disk1`, ..., `net0`, `fs0`,
+    /// `vsock`. It keeps it whatever comes and goes beside it, and over a snapshot.
+    pub fn name_devices(&mut self) {
+        let mut names = self.names();
+        for disk in &mut self.disks {
+            names.give(&mut disk.id, DISK);
         }
-        remove(&mut self.disks, "disk", id, |disk| &disk.id)
-            || remove(&mut self.net, "net", id, |net| &net.id)
-            || remove(&mut self.fs, "fs", id, |share| &share.id)
+        for net in &mut self.net {
+            names.give(&mut net.id, NET);
+        }
+        for share in &mut self.fs {
+            names.give(&mut share.id, FS);
+        }
+        if let Some(vsock) = &mut self.vsock {
+            vsock.id.get_or_insert_with(|| VSOCK.into());
+        }
+    }
+
+    fn names(&self) -> Names {
+        Names::of(self.ids())
+    }
+
+    /// The names of the devices that have one.
+    pub fn ids(&self) -> impl Iterator<Item = &str> {
+        let disks = self.disks.iter().map(|disk| &disk.id);
+        let networks = self.net.iter().map(|net| &net.id);
+        let shares = self.fs.iter().map(|share| &share.id);
+        let vsock = self.vsock.iter().map(|vsock| &vsock.id);
+        let all = disks.chain(networks).chain(shares).chain(vsock);
+        all.filter_map(Option::as_deref)
     }
 }
 
@@ -370,20 +420,6 @@ fn checked<T: Part>(part: T) -> Result<T, JsonError> {
 
 fn all_checked<T: Part>(parts: Vec<T>) -> Result<Vec<T>, JsonError> {
     parts.into_iter().map(checked).collect()
-}
-
-/// Removes the one of `devices` that its client calls `wanted`, or that is the `kind` of that number.
-fn remove<T>(
-    devices: &mut Vec<T>,
-    kind: &str,
-    wanted: &str,
-    id: impl Fn(&T) -> &Option<String>,
-) -> bool {
-    let mut names = devices.iter().enumerate();
-    let found = names.position(|(index, device)| {
-        id(device).as_deref() == Some(wanted) || format!("{kind}{index}") == wanted
-    });
-    found.map(|index| devices.remove(index)).is_some()
 }
 
 /// Why JSON was refused.
@@ -508,6 +544,15 @@ pub enum ConfigError {
     /// Two shares with one tag: the guest could not tell them apart.
     #[error("two shares have the tag '{0}'")]
     TagTwice(String),
+    /// A device's name that is not of 1 to 64 letters, digits, `.`, `_` and `-`.
+    #[error("id='{0}': 1 to 64 letters, digits, '.', '_' and '-' are possible")]
+    Id(String),
+    /// A device's name that a device which each VM can have, or a thread, has.
+    #[error("id='{0}' is the name of another part of podvmm")]
+    IdTaken(String),
+    /// Two devices with one name: vm.remove-device could not tell them apart.
+    #[error("two devices have the id '{0}'")]
+    IdTwice(String),
     /// A share that no process serves, or two do.
     #[error("give either shared_dir=FOLDER or socket=PATH")]
     FolderOrSocket,

@@ -45,7 +45,7 @@ pub struct NetConfig {
     /// Bounds of each direction.
     #[serde(skip_serializing_if = "RateLimits::are_none")]
     pub rate_limiter_config: RateLimits,
-    /// What vm.remove-device may call it, besides `net0`, `net1`, ...
+    /// What it is called: a name that podvmm gives it, if its client does not.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub id: Option<String>,
     /// The tap's address. Kata reads it back; podvmm gives taps no address.

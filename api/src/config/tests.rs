@@ -209,11 +209,12 @@ fn a_body_that_is_no_vm_says_where_it_stops_being_one() {
 }
 
 #[test]
-fn devices_are_removed_by_their_clients_name_or_ours() {
+fn devices_are_removed_by_their_names() {
     let body = r#"{"payload":{"kernel":"/k"},"vsock":{"cid":3,"socket":"/s"},
         "disks":[{"path":"/a"},{"path":"/b","id":"_disk7"},{"path":"/c"}],
         "fs":[{"tag":"t","shared_dir":"/d"}]}"#;
     let mut vm = VmConfig::parse(body.as_bytes()).unwrap();
+    vm.name_devices();
     for (id, there) in [
         ("_disk7", true),
         ("_disk7", false),

@@ -15,7 +15,7 @@ pub struct VsockConfig {
     /// Path of the socket where the host's programs connect. The guest's calls to port P go to this
     /// path with `_P` behind it.
     pub socket: PathBuf,
-    /// What vm.remove-device may call it, besides `vsock`.
+    /// What it is called: a name that podvmm gives it, if its client does not.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub id: Option<String>,
     /// Fields that podvmm has no use for.

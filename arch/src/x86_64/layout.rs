@@ -6,6 +6,7 @@
 //! 0x0000_9000  page tables of the 64-bit boot protocol
 //! 0x0002_0000  kernel command line
 //! 0x0009_fc00  end of conventional RAM
+//! 0x000e_0000  ACPI tables, of a machine with a PCI bus, reserved
 //! 0x000f_0000  MP table, reserved
 //! 0x0010_0000  RAM: kernel, initramfs at its upper end
 //! 0xc000_0000  MMIO hole: virtio-mmio windows
@@ -35,6 +36,10 @@ pub const CMDLINE_START: GuestAddress = GuestAddress(0x2_0000);
 pub const CMDLINE_MAX_BYTES: usize = 2048;
 /// End of conventional RAM; real machines keep their EBDA from here on.
 pub const LOW_RAM_END: GuestAddress = GuestAddress(0x9_fc00);
+/// ACPI tables, with their root pointer first: where kernels look for it (ACPI 6.5 §5.2.5.1).
+pub const ACPI_START: GuestAddress = GuestAddress(0xe_0000);
+/// First byte past the area of the ACPI tables.
+pub const ACPI_END: GuestAddress = GuestAddress(0xf_0000);
 /// MP floating pointer structure and configuration table. Linux looks for it in
 /// the BIOS area, 64 KiB from here.
 pub const MPTABLE_START: GuestAddress = GuestAddress(0xf_0000);
@@ -54,6 +59,14 @@ pub const MMIO_WINDOW_BYTES: u64 = 0x1000;
 
 /// Where BARs of PCI devices may be.
 pub const PCI_WINDOW: std::ops::Range<u64> = 0xe000_0000..0xfec0_0000;
+
+/// The ports by which a guest that reads ACPI tables learns which PCI devices have come or are to go: three
+/// registers of four bytes.
+pub const PCI_HOTPLUG_PORTS: u16 = 0xae00;
+/// How many bytes they are.
+pub const PCI_HOTPLUG_PORTS_LEN: u16 = 12;
+/// IOAPIC pin that says so. With a PCI bus it is no device's.
+pub const PCI_EVENT_GSI: u32 = 5;
 
 /// IOAPIC registers (82093AA default).
 pub const IOAPIC_START: u32 = 0xfec0_0000;

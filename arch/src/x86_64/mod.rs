@@ -1,6 +1,7 @@
 //! x86-64: a board with an MP table, an in-kernel PIC, IOAPIC, PIT and local
-//! APICs, and no ACPI.
+//! APICs; and ACPI tables if it has a PCI bus.
 
+pub mod acpi;
 pub mod boot;
 pub mod cpuid;
 mod error;

@@ -1,16 +1,22 @@
 //! The host bridge: configuration mechanism 1 (PCI 3.0 §3.2.2.3.2), bus 0 and where BARs are.
 //!
-//! podvmm places each BAR when the function is added. A guest may move it within the bridge's window, and
-//! the memory follows; of BARs that lie on one another the one of the lowest device answers, and one that is
-//! not wholly in the window answers nowhere: so none hides RAM, another device's window or an APIC.
+//! podvmm places each BAR when the function is added, in a part of the bridge's window that belongs to the device's
+//! number. A guest may move it within the window, and the memory follows; of BARs that lie on one another the
+//! one of the lowest device answers, and one that is not wholly in the window answers nowhere: so none hides
+//! RAM, another device's window or an APIC.
+//!
+//! Functions come and go while the guest runs. It finds them when it looks again.
 
+use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use serde::{Deserialize, Serialize};
+use vmm_sys_util::eventfd::EventFd;
 
 use super::Function;
 use super::config::{BAR, ConfigSpace, Identity};
+use super::events::{EventState, Events};
 use crate::bus::{Bus, BusDevice};
 
 /// The ports of configuration mechanism 1: an address, then a window of four bytes.
@@ -23,7 +29,7 @@ const DATA: u64 = 4;
 const ADDRESS_BITS: u32 = ENABLE | 0x00ff_fffc;
 const ENABLE: u32 = 1 << 31;
 /// Devices on a bus, the bridge among them.
-const DEVICES: usize = 32;
+const DEVICES: u8 = 32;
 
 /// A host bridge that has no faults for kernels to work around, as those of real boards have: QEMU's.
 const IDENTITY: Identity = Identity {
@@ -47,76 +53,124 @@ struct Slot {
 pub struct Bridge {
     address: u32,
     own: ConfigSpace,
-    /// Devices 1, 2, ...
-    slots: Vec<Slot>,
+    /// Devices by their numbers, 1 to 31.
+    slots: BTreeMap<u8, Slot>,
     memory: Arc<Bus>,
     window: Range<u64>,
-    /// Where the next BAR may be.
-    free: u64,
+    events: Events,
 }
 
 /// What a snapshot keeps of the bridge. Where BARs are is kept with the functions.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct BridgeState {
     address: u32,
+    events: EventState,
 }
 
-/// There is no place for one more function.
-#[derive(Debug, thiserror::Error)]
-#[error("the PCI bus is full: {max} devices are possible", max = DEVICES - 1)]
-pub struct Full;
+/// Why a function could not be added.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+pub enum AddError {
+    #[error("the PCI bus is full: {max} devices are possible", max = DEVICES - 1)]
+    Full,
+    /// Only a file can ask for that.
+    #[error("there is no place for device {0} on the PCI bus")]
+    Place(u8),
+    #[error("a BAR of {0} bytes has no place on the PCI bus")]
+    Large(u64),
+}
 
 impl Bridge {
-    /// A bus without functions. Their memory is put on `memory`, within `window`.
-    pub fn new(memory: Arc<Bus>, window: Range<u64>) -> Self {
+    /// A bus without functions. Their memory is put on `memory`, within `window`. `line` interrupts the guest when
+    /// functions came or are to go.
+    pub fn new(memory: Arc<Bus>, window: Range<u64>, line: EventFd) -> Self {
         Self {
             address: 0,
             own: ConfigSpace::new(IDENTITY),
-            slots: Vec::new(),
+            slots: BTreeMap::new(),
             memory,
-            free: window.start,
             window,
+            events: Events::new(line),
         }
     }
 
-    /// Adds a function as the next device, and writes into its BAR where it may be. It answers there as soon
-    /// as the driver has it decode memory.
-    pub fn add(&mut self, function: Arc<Mutex<dyn Function>>) -> Result<(), Full> {
+    /// Adds a function as the device of number `place`, or of the lowest that is free, and writes into its BAR
+    /// where it may be. It answers there as soon as the driver has it decode memory. Returns its number.
+    pub fn add(
+        &mut self,
+        function: Arc<Mutex<dyn Function>>,
+        place: Option<u8>,
+    ) -> Result<u8, AddError> {
+        let is_free = |device: &u8| !self.slots.contains_key(device);
+        let device = match place {
+            None => (1..DEVICES).find(is_free).ok_or(AddError::Full)?,
+            Some(device) if (1..DEVICES).contains(&device) && is_free(&device) => device,
+            Some(device) => return Err(AddError::Place(device)),
+        };
         let mut held = lock(&function);
         let len = held.bar_len();
-        let start = self.free.next_multiple_of(len);
-        let bar = u32::try_from(start).map_err(|_| Full)?;
-        if self.slots.len() + 1 >= DEVICES || start + len > self.window.end {
-            return Err(Full);
-        }
-        held.write_config(BAR, bar, u32::MAX);
+        let bar = u32::try_from(self.window.start + u64::from(device) * self.share());
+        let bar = bar.ok().filter(|_| len <= self.share());
+        held.write_config(BAR, bar.ok_or(AddError::Large(len))?, u32::MAX);
+        held.placed(Some(device));
         drop(held);
-        self.free = start + len;
-        self.slots.push(Slot { function, at: None });
-        Ok(())
+        self.slots.insert(device, Slot { function, at: None });
+        Ok(device)
+    }
+
+    /// Takes a device from the bus: when this returns, the guest reaches it no more.
+    pub fn remove(&mut self, device: u8) {
+        let Some(slot) = self.slots.remove(&device) else {
+            return;
+        };
+        if let Some(start) = slot.at {
+            self.memory.remove(start);
+            lock(&slot.function).moved(None);
+        }
+        lock(&slot.function).placed(None);
+        self.events.gone(device);
+        // What another one's BAR may have lain on.
+        self.place();
+    }
+
+    /// Tells the guest that a device came. Those that it finds at its start need not be told of.
+    pub fn announce(&mut self, device: u8) {
+        self.events.came(device);
+    }
+
+    /// Asks the guest to let go of a device.
+    pub fn ask_to_leave(&mut self, device: u8) {
+        self.events.leave(device);
+    }
+
+    /// How much of the window each device has for its BAR at first: a power of two.
+    fn share(&self) -> u64 {
+        1 << ((self.window.end - self.window.start) / u64::from(DEVICES)).ilog2()
     }
 
     pub fn state(&self) -> BridgeState {
-        let address = self.address;
-        BridgeState { address }
+        BridgeState {
+            address: self.address,
+            events: self.events.state,
+        }
     }
 
     /// Goes on where another bridge was, after its functions.
     pub fn restore(&mut self, state: BridgeState) {
         self.address = state.address & ADDRESS_BITS;
+        self.events.restore(state.events);
         self.place();
     }
 
     /// The function and register that the address names. None if there is no such function.
     fn selected(&self) -> Option<(Selected<'_>, usize)> {
         let [register, function, bus, _] = self.address.to_le_bytes();
-        let (device, function) = (usize::from(function >> 3), function & 7);
+        let (device, function) = (function >> 3, function & 7);
         if self.address & ENABLE == 0 || (bus, function) != (0, 0) {
             return None;
         }
-        let selected = match device.checked_sub(1) {
-            None => Selected::Bridge,
-            Some(index) => Selected::Function(&self.slots.get(index)?.function),
+        let selected = match device {
+            0 => Selected::Bridge,
+            device => Selected::Function(&self.slots.get(&device)?.function),
         };
         Some((selected, usize::from(register / 4)))
     }
@@ -155,7 +209,7 @@ impl Bridge {
     fn place(&mut self) {
         let mut taken: Vec<Range<u64>> = Vec::new();
         let mut targets = Vec::with_capacity(self.slots.len());
-        for slot in &self.slots {
+        for slot in self.slots.values() {
             let function = lock(&slot.function);
             let len = function.bar_len();
             let wanted = function.wanted().map(|start| start..start + len);
@@ -170,7 +224,7 @@ impl Bridge {
             taken.extend(free);
         }
         // Those that go make room first.
-        for (slot, (target, _)) in self.slots.iter_mut().zip(&targets) {
+        for (slot, (target, _)) in self.slots.values_mut().zip(&targets) {
             if slot.at != *target
                 && let Some(start) = slot.at.take()
             {
@@ -178,7 +232,7 @@ impl Bridge {
                 lock(&slot.function).moved(None);
             }
         }
-        for (slot, (target, len)) in self.slots.iter_mut().zip(targets) {
+        for (slot, (target, len)) in self.slots.values_mut().zip(targets) {
             let Some(start) = target.filter(|_| slot.at.is_none()) else {
                 continue;
             };
@@ -222,6 +276,19 @@ impl BusDevice for Bridge {
     }
 }
 
+/// The ports of a bridge's events.
+#[derive(Debug)]
+pub struct EventPorts(pub Arc<Mutex<Bridge>>);
+
+impl BusDevice for EventPorts {
+    fn read(&mut self, offset: u64, data: &mut [u8]) {
+        let mut bridge = self.0.lock().expect(UNPOISONED);
+        bridge.events.read(offset, data);
+    }
+
+    fn write(&mut self, _: u64, _: &[u8]) {}
+}
+
 /// Which bytes of the window an access is to.
 fn window(offset: u64, len: usize) -> Option<Range<usize>> {
     let start = usize::try_from(offset.checked_sub(DATA)?).ok()?;
@@ -230,10 +297,10 @@ fn window(offset: u64, len: usize) -> Option<Range<usize>> {
 }
 
 fn lock<'a>(function: &'a Mutex<dyn Function>) -> MutexGuard<'a, dyn Function + 'static> {
-    function
-        .lock()
-        .expect("a panic ends the process, so no lock is poisoned")
+    function.lock().expect(UNPOISONED)
 }
+
+const UNPOISONED: &str = "a panic ends the process, so no lock is poisoned";
 
 #[cfg(test)]
 mod tests;

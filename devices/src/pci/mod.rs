@@ -15,6 +15,7 @@
 
 mod bridge;
 mod config;
+mod events;
 mod msix;
 #[cfg(any(test, feature = "test-utils"))]
 pub mod testing;
@@ -27,7 +28,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::bus::BusDevice;
 
-pub use self::bridge::{Bridge, BridgeState, CONFIG_PORTS, CONFIG_PORTS_LEN, Full};
+pub use self::bridge::{AddError, Bridge, BridgeState, CONFIG_PORTS, CONFIG_PORTS_LEN, EventPorts};
 pub use self::config::{BAR, COMMAND, ConfigSpace, Identity};
 pub use self::msix::{EntryState, Msix};
 
@@ -49,6 +50,10 @@ pub trait Function: BusDevice + Debug {
 
     /// Follows each move of the memory: it answers there from now on, or nowhere.
     fn moved(&mut self, address: Option<u64>);
+
+    /// It is on the bus from now on, as the device of this number, or no more: no driver reaches it then, and its
+    /// interrupts reach none.
+    fn placed(&mut self, device: Option<u8>);
 }
 
 /// What a function has a processor's local APIC told.

@@ -195,6 +195,11 @@ impl Msix {
         }
     }
 
+    /// Sends no message any more, until the driver writes the table again.
+    pub fn close_all(&mut self) {
+        (0..self.entries.len()).for_each(|vector| self.close(vector));
+    }
+
     /// The table and the pending bits, for a snapshot.
     pub fn state(&self) -> Vec<EntryState> {
         let entry = |(vector, entry): (usize, &Entry)| EntryState {

@@ -92,6 +92,12 @@ pub trait VirtioDevice: Send + Debug {
         let _ = (offset, data);
     }
 
+    /// Makes what it stores into longer or shorter, while no handler is at work.
+    fn resize(&mut self, bytes: u64) -> Result<(), ResizeError> {
+        let _ = bytes;
+        Err(ResizeError::Fixed)
+    }
+
     /// The threads that the device's handlers will run on. The transport has them started before the
     /// guest runs, so that no thread that a driver's access reaches has to start another.
     fn threads(&self) -> Vec<Thread> {
@@ -227,6 +233,11 @@ pub trait Runner: Send + Sync {
         Ok(())
     }
 
+    /// Ends the thread, once each device has released it that had it prepared.
+    fn release(&self, thread: Thread) {
+        let _ = thread;
+    }
+
     /// Returns once the handler has been added.
     fn run(&self, handler: Box<dyn Handler>) -> io::Result<Ticket>;
 
@@ -253,6 +264,25 @@ pub enum Recall {
 #[derive(Debug, thiserror::Error)]
 #[error("the host has not finished a request for {} s; the device goes on", .0.as_secs())]
 pub struct Busy(pub Duration);
+
+/// Why a device has the size that it had.
+#[derive(Debug, thiserror::Error)]
+pub enum ResizeError {
+    #[error("it is no disk, and has one size")]
+    Fixed,
+    #[error("{bytes} bytes are not a multiple of the {block} that a block has")]
+    Odd { bytes: u64, block: u32 },
+    #[error("it is read-only")]
+    ReadOnly,
+    #[error("it is a block device of the host's, which has {0} bytes")]
+    BlockDevice(u64),
+    #[error("change the length of its file")]
+    File(#[source] io::Error),
+    #[error(transparent)]
+    Busy(#[from] Busy),
+    #[error("go on with its requests")]
+    Resume(#[source] io::Error),
+}
 
 /// Copies from a configuration space that is `config`, and zero beyond it.
 fn read_config_bytes(config: &[u8], offset: u64, data: &mut [u8]) {

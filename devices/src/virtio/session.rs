@@ -19,7 +19,7 @@ use super::negotiation::{Negotiation, Step};
 use super::setup::QueueSetup;
 use super::{
     ActivateError, Activation, Busy, Counters, DeviceState, Handler, Interrupt, Memory, Recall,
-    Ring, RingState, Runner, StateError, Ticket, VirtioDevice,
+    ResizeError, Ring, RingState, Runner, StateError, Ticket, VirtioDevice,
 };
 
 /// Offered for every device: by each transport, and by [`Ring`].
@@ -57,9 +57,6 @@ impl Session {
         interrupt: Interrupt,
         runner: Arc<dyn Runner>,
     ) -> io::Result<Self> {
-        for thread in device.threads() {
-            runner.prepare(thread)?;
-        }
         let sizes = device.queue_sizes();
         let queues = sizes
             .iter()
@@ -71,6 +68,15 @@ impl Session {
             .map(|_| EventFd::new(flags))
             .collect::<io::Result<_>>()?;
         let counters = device.counters().clone();
+        let threads = device.threads();
+        for (index, thread) in threads.iter().enumerate() {
+            if let Err(error) = runner.prepare(thread.clone()) {
+                threads[..index]
+                    .iter()
+                    .for_each(|prepared| runner.release(prepared.clone()));
+                return Err(error);
+            }
+        }
         Ok(Self {
             negotiation: Negotiation::new(device.features() | COMMON_FEATURES),
             queues,
@@ -197,6 +203,21 @@ impl Session {
             }
         }
         self.catch_up()
+    }
+
+    /// Makes what the device stores into longer or shorter. No request is under way meanwhile; and a device
+    /// that was paused stays so.
+    pub(super) fn resize(&mut self, bytes: u64) -> Result<(), ResizeError> {
+        let runs = matches!(self.activity, Activity::Running(_));
+        self.pause()?;
+        let resized = self.device.resize(bytes);
+        if resized.is_ok() {
+            self.interrupt.notify_config();
+        }
+        if runs {
+            self.resume().map_err(ResizeError::Resume)?;
+        }
+        resized
     }
 
     /// Makes up for kicks and interrupts that were lost while handlers were on no loop.
@@ -396,6 +417,11 @@ impl Drop for Session {
         // One that is late ends with its loop, whose memory and descriptors are its own.
         if let Err(busy) = self.pause() {
             log::error!("end virtio device {}: {busy}", self.device.id());
+        }
+        // Handlers, which are on no loop by now, may hold what the device's end waits for.
+        self.activity = Activity::Idle;
+        for thread in self.device.threads() {
+            self.runner.release(thread);
         }
     }
 }

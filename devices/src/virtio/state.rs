@@ -39,6 +39,8 @@ pub struct TransportState {
 /// What a device on a PCI bus has besides.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct PciState {
+    /// Its number on the bus.
+    pub(super) device: u8,
     /// Configuration space.
     pub(super) registers: Vec<u32>,
     /// The vectors for the configuration and for each queue.
@@ -50,6 +52,11 @@ impl TransportState {
     /// What the device adds to it.
     pub fn device(&self) -> &DeviceState {
         &self.device
+    }
+
+    /// Which device of a PCI bus it was, if it was on one.
+    pub fn place(&self) -> Option<u8> {
+        Some(self.pci.as_ref()?.device)
     }
 }
 

@@ -1,8 +1,8 @@
 //! A machine that boots: a kernel is loaded, told what there is, and entered.
 
-use api::{TransportConfig, VmConfig};
+use api::{Output, TransportConfig, VmConfig};
 use arch::boot::{self, BootInfo, Entry, KernelImage};
-use arch::{cpuid, mptable, ram};
+use arch::{acpi, cpuid, mptable, ram};
 use protocol::contract::POLICY_PATH;
 use vm_memory::GuestAddress;
 
@@ -25,7 +25,7 @@ pub(crate) fn boot(config: &VmConfig, around: &Surroundings) -> Result<Machine, 
     let kernel = load(config, around, &mut frame.ram)?;
     frame.timeline.mark("kernel");
     let devices = frame.devices(config, around, None)?;
-    let entry = kernel.prepare(config, &devices.parameters, &frame.ram)?;
+    let entry = kernel.prepare(config, &devices.backplane.parameters, &frame.ram)?;
     frame.timeline.mark("memory");
     let common = frame.common(config, around, &devices);
     let vcpus = Vcpus::boot(common, &frame.vm, config.cpus.boot().get(), entry)?;
@@ -53,7 +53,11 @@ fn load(config: &VmConfig, around: &Surroundings, ram: &mut Ram) -> Result<Kerne
             Some(load_initramfs(ram, path, &archive(&files), image.end)?)
         }
     };
-    mptable::write(ram.memory(), config.cpus.max().get())?;
+    let cpus = config.cpus.max().get();
+    mptable::write(ram.memory(), cpus)?;
+    if config.transport == TransportConfig::Pci {
+        acpi::write(ram.memory(), cpus, config.serial != Output::Off)?;
+    }
     Ok(Kernel { image, initramfs })
 }
 
@@ -72,6 +76,7 @@ impl Kernel {
             ram: &ranges,
             cmdline: &cmdline,
             initramfs: self.initramfs,
+            pci: config.transport == TransportConfig::Pci,
         };
         boot::write(ram.memory(), &self.image, info)?;
         Ok(self.image.entry)

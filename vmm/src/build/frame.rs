@@ -3,27 +3,26 @@
 use std::sync::{Arc, Mutex};
 
 use api::{TransportConfig, VmConfig};
-use arch::layout::PCI_WINDOW;
+use arch::layout::{PCI_EVENT_GSI, PCI_HOTPLUG_PORTS, PCI_HOTPLUG_PORTS_LEN, PCI_WINDOW};
 use arch::state::CpuFeatures;
 use arch::{irqchip, pmu};
 use devices::bus::Bus;
 use devices::legacy::Serial;
-use devices::pci::{Bridge, CONFIG_PORTS, CONFIG_PORTS_LEN};
+use devices::pci::{Bridge, CONFIG_PORTS, CONFIG_PORTS_LEN, EventPorts};
 use devices::virtio::Memory;
 use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES};
 use kvm_ioctls::{Kvm, VmFd};
 
-use super::parts::{Ports, attach_devices, attach_memory, port_devices};
+use super::parts::{Ports, Slots, attach_devices, attach_memory, port_devices};
 use super::{BuildError, Surroundings};
 use crate::console::socket::SocketConsole;
 use crate::console::streams::PowerButton;
-use crate::machine::attach::Attacher;
-use crate::machine::io_threads::IoThreads;
+use crate::machine::attach::{Backplane, irqfd};
 use crate::machine::messages::Routes;
 use crate::machine::resize::MemoryHandles;
 use crate::machine::vcpu::Buses;
 use crate::machine::vcpus::{Common, Vcpus};
-use crate::machine::{Machine, Plugged, Timeline};
+use crate::machine::{Machine, Timeline};
 use crate::memory::Ram;
 use crate::snapshot::Loaded;
 
@@ -64,15 +63,9 @@ pub(super) struct Frame {
 
 /// What the guest finds, and the host's side of it.
 pub(super) struct Devices {
-    /// The devices behind ports and addresses.
-    buses: Buses,
-    /// The virtio devices by id, in the order the guest finds them.
-    pub(super) transports: Vec<(String, Plugged)>,
-    /// The way to them on a PCI bus.
-    pub(super) bridge: Option<Arc<Mutex<Bridge>>>,
-    /// The kernel's parameters by which the guest finds the devices.
-    pub(super) parameters: Vec<String>,
-    io: Arc<IoThreads>,
+    ports: Arc<Bus>,
+    /// The virtio devices, and how the guest finds them.
+    pub(super) backplane: Backplane,
     sockets: Vec<SocketConsole>,
     serial: Option<Arc<Mutex<Serial>>>,
     button: Option<PowerButton>,
@@ -115,44 +108,39 @@ impl Frame {
     ) -> Result<Devices, BuildError> {
         let mut sockets = Vec::new();
         let Ports { bus, serial } = port_devices(config, around, &self.vm, loaded, &mut sockets)?;
-        let io = Arc::new(IoThreads::default());
         let mmio = Arc::new(Bus::new());
         let bridge = match config.transport {
             TransportConfig::Mmio => None,
             TransportConfig::Pci => {
-                let bridge = Bridge::new(mmio.clone(), PCI_WINDOW);
-                let bridge = Arc::new(Mutex::new(bridge));
+                let line = irqfd(&self.vm, PCI_EVENT_GSI).map_err(|source| BuildError::Attach {
+                    device: "the PCI bus".into(),
+                    source,
+                })?;
+                let bridge = Arc::new(Mutex::new(Bridge::new(mmio.clone(), PCI_WINDOW, line)));
                 bus.insert(CONFIG_PORTS, CONFIG_PORTS_LEN, bridge.clone())?;
+                let events = Arc::new(Mutex::new(EventPorts(bridge.clone())));
+                let (ports, len) = (PCI_HOTPLUG_PORTS, PCI_HOTPLUG_PORTS_LEN);
+                bus.insert(ports.into(), len.into(), events)?;
                 Some(bridge)
             }
         };
-        let mut attacher = Attacher {
-            vm: &self.vm,
-            memory: Memory::new(self.ram.memory().clone()),
-            runner: io.clone(),
-            mmio: mmio.clone(),
-            bridge: bridge.clone(),
-            routes: Routes::new(&self.vm),
+        let backplane = Backplane {
             transports: Vec::new(),
+            bridge,
+            mmio,
             parameters: Vec::new(),
+            memory: Memory::new(self.ram.memory().clone()),
+            io: Arc::default(),
+            routes: Routes::new(&self.vm),
+            vm: self.vm.clone(),
         };
-        let button = attach_devices(config, around, &mut attacher, &mut sockets)?;
-        let memory = attach_memory(config, &mut attacher)?;
-        let Attacher {
-            transports,
-            parameters,
-            ..
-        } = attacher;
+        let mut slots = Slots { backplane, loaded };
+        let button = attach_devices(config, around, &mut slots, &mut sockets)?;
+        let memory = attach_memory(config, &mut slots)?;
         self.timeline.mark("devices");
         Ok(Devices {
-            buses: Buses {
-                ports: Arc::new(bus),
-                mmio,
-            },
-            transports,
-            bridge,
-            parameters,
-            io,
+            ports: Arc::new(bus),
+            backplane: slots.backplane,
             sockets,
             serial,
             button,
@@ -170,7 +158,10 @@ impl Frame {
         Common {
             possible: config.cpus.max().get(),
             cpuid: self.cpuid.clone(),
-            buses: devices.buses.clone(),
+            buses: Buses {
+                ports: devices.ports.clone(),
+                mmio: devices.backplane.mmio.clone(),
+            },
             memory: self.ram.memory().clone(),
             exits: Arc::default(),
             inbox: around.inbox.clone(),
@@ -186,10 +177,9 @@ impl Frame {
             vcpus,
             running: config.cpus.boot().get(),
             shrinking: None,
-            transports: devices.transports,
-            bridge: devices.bridge,
+            backplane: devices.backplane,
+            leaving: Vec::new(),
             memory: devices.memory,
-            _io: devices.io,
             _sockets: devices.sockets,
             serial: devices.serial,
             features: CpuFeatures::of(&self.cpuid),

@@ -1,10 +1,11 @@
 //! The devices of a configuration, from what it says to what the guest finds.
 
+use std::error::Error;
 use std::fs::File;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use api::{DiskConfig, Output, RateLimit, RateLimits, VmConfig, VsockConfig};
+use api::{DiskConfig, FsConfig, NetConfig, Output, RateLimit, RateLimits, VmConfig, VsockConfig};
 use arch::layout::SERIAL_GSI;
 use arch::ram;
 use devices::bus::Bus;
@@ -26,7 +27,8 @@ use crate::console::keyboard;
 use crate::console::socket::SocketConsole;
 use crate::console::streams::{self, HostEnd, PowerButton};
 use crate::inbox::{Ending, Event};
-use crate::machine::attach::{Attacher, irqfd};
+use crate::machine::Machine;
+use crate::machine::attach::{Backplane, irqfd};
 use crate::machine::resize::MemoryHandles;
 use crate::snapshot::Loaded;
 
@@ -95,47 +97,23 @@ pub(super) fn port_devices(
 pub(super) fn attach_devices(
     config: &VmConfig,
     around: &Surroundings,
-    attacher: &mut Attacher,
+    slots: &mut Slots<'_>,
     sockets: &mut Vec<SocketConsole>,
 ) -> Result<Option<PowerButton>, BuildError> {
-    for (index, disk) in config.disks.iter().enumerate() {
-        let device = format!("disk {}", disk.path.display());
-        let blk = Blk::open(blk_config(index, disk)).map_err(|source| BuildError::Device {
-            device: device.clone(),
-            source: source.into(),
-        })?;
-        attach(attacher, &format!("disk{index}"), &device, Box::new(blk))?;
+    for disk in &config.disks {
+        slots.attach(name(&disk.id), a_disk(disk)?)?;
     }
-    for (index, net) in config.net.iter().enumerate() {
-        let device = format!("network device {index}");
-        let made = tap::device(net).map_err(|source| BuildError::Device {
-            device: device.clone(),
-            source: source.into(),
-        })?;
-        attach(attacher, &format!("net{index}"), &device, Box::new(made))?;
+    for net in &config.net {
+        slots.attach(name(&net.id), a_network(net)?)?;
     }
-    for (index, share) in config.fs.iter().enumerate() {
-        let device = format!("share '{}'", share.tag);
-        let made = share::device(share, index, config.fs.len());
-        let made = made.map_err(|source| BuildError::Device {
-            device: device.clone(),
-            source: source.into(),
-        })?;
-        attach(attacher, &format!("fs{index}"), &device, made)?;
+    for share in &config.fs {
+        slots.attach(name(&share.id), a_share(share, config.fs.len())?)?;
     }
-    if let Some(VsockConfig { cid, socket, .. }) = &config.vsock {
-        let device = "vsock";
-        let vsock = Vsock::new(vsock::VsockConfig {
-            cid: *cid,
-            socket: socket.clone(),
-        });
-        let vsock = vsock.map_err(|source| BuildError::Device {
-            device: device.into(),
-            source: source.into(),
-        })?;
-        attach(attacher, "vsock", device, Box::new(vsock))?;
+    if let Some(vsock) = &config.vsock {
+        slots.attach(name(&vsock.id), a_vsock(vsock)?)?;
     }
-    attach(attacher, "rng", "the entropy device", Box::new(Rng::new()))?;
+    let rng = Made::new("the entropy device", Rng::new());
+    slots.attach("rng", rng)?;
     let mut ports = Vec::new();
     if let Some(mut end) = HostEnd::open(&config.console)? {
         sockets.extend(end.socket.take());
@@ -148,12 +126,8 @@ pub(super) fn attach_devices(
         button = Some(its_button);
     }
     if !ports.is_empty() {
-        let device = "the console device";
-        let console = Console::new(ports).map_err(|source| BuildError::Device {
-            device: device.into(),
-            source: source.into(),
-        })?;
-        attach(attacher, "console", device, Box::new(console))?;
+        let made = Made::of("the console device".into(), Console::new(ports))?;
+        slots.attach("console", made)?;
     }
     Ok(button)
 }
@@ -161,7 +135,7 @@ pub(super) fn attach_devices(
 /// Memory that can be plugged, and the balloon.
 pub(super) fn attach_memory(
     config: &VmConfig,
-    attacher: &mut Attacher,
+    slots: &mut Slots<'_>,
 ) -> Result<MemoryHandles, BuildError> {
     let mut handles = MemoryHandles::default();
     let memory = &config.memory;
@@ -172,11 +146,11 @@ pub(super) fn attach_memory(
             source: source.into(),
         };
         let start = ram::hotplug_start(memory.size.bytes());
-        let mem =
-            Mem::new(attacher.memory.clone(), start, memory.hotplug_size.0).map_err(failed)?;
+        let ram = slots.backplane.memory.clone();
+        let mem = Mem::new(ram, start, memory.hotplug_size.0).map_err(failed)?;
         let handle = handles.mem.insert(mem.handle());
         handle.request(memory.hotplugged_size.0).map_err(failed)?;
-        attach(attacher, "mem", device, Box::new(mem))?;
+        slots.attach("mem", Made::new(device, mem))?;
     }
     if let Some(balloon) = &config.balloon {
         let device = "the balloon";
@@ -191,42 +165,140 @@ pub(super) fn attach_memory(
             deflate_on_oom: balloon.deflate_on_oom,
             free_page_reporting: balloon.free_page_reporting,
         });
-        let made = made.map_err(|source| BuildError::Device {
+        let balloon = made.map_err(|source| BuildError::Device {
             device: device.into(),
             source: source.into(),
         })?;
-        handles.balloon = Some(made.handle());
-        attach(attacher, "balloon", device, Box::new(made))?;
+        handles.balloon = Some(balloon.handle());
+        slots.attach("balloon", Made::new(device, balloon))?;
     }
     Ok(handles)
 }
 
-fn attach(
-    attacher: &mut Attacher,
-    id: &str,
-    device: &str,
-    made: Box<dyn VirtioDevice>,
-) -> Result<(), BuildError> {
-    attacher
-        .attach(id.into(), made)
-        .map_err(|source| BuildError::Attach {
-            device: device.into(),
-            source,
-        })
+/// Has a guest that runs get the device `id` of `config`, on its PCI bus. Returns where it finds it.
+pub(crate) fn plug(config: &VmConfig, id: &str, machine: &mut Machine) -> Result<u8, BuildError> {
+    let is_it = |other: &Option<String>| other.as_deref() == Some(id);
+    let made = if let Some(disk) = config.disks.iter().find(|disk| is_it(&disk.id)) {
+        a_disk(disk)?
+    } else if let Some(net) = config.net.iter().find(|net| is_it(&net.id)) {
+        a_network(net)?
+    } else if let Some(share) = config.fs.iter().find(|share| is_it(&share.id)) {
+        a_share(share, config.fs.len())?
+    } else {
+        let vsock = config.vsock.as_ref().filter(|vsock| is_it(&vsock.id));
+        a_vsock(vsock.expect("the device was just added to it"))?
+    };
+    let Made { called, device } = made;
+    let attached = machine.plug(id.into(), device);
+    attached.map_err(|source| BuildError::Attach {
+        device: called,
+        source,
+    })
 }
 
-fn blk_config(index: usize, disk: &DiskConfig) -> BlkConfig {
-    let name = format!("blk{index}");
+/// A device, and what errors call it.
+struct Made {
+    called: String,
+    device: Box<dyn VirtioDevice>,
+}
+
+impl Made {
+    fn new(called: &str, device: impl VirtioDevice + 'static) -> Self {
+        Self {
+            called: called.into(),
+            device: Box::new(device),
+        }
+    }
+
+    fn of<D: VirtioDevice + 'static, E: Error + Send + Sync + 'static>(
+        called: String,
+        made: Result<D, E>,
+    ) -> Result<Self, BuildError> {
+        match made {
+            Ok(device) => Ok(Self::new(&called, device)),
+            Err(source) => Err(BuildError::Device {
+                device: called,
+                source: source.into(),
+            }),
+        }
+    }
+}
+
+/// Where devices are attached, and the snapshot that says where they were, if they are of one.
+pub(super) struct Slots<'a> {
+    pub(super) backplane: Backplane,
+    pub(super) loaded: Option<&'a Loaded>,
+}
+
+impl Slots<'_> {
+    fn attach(&mut self, id: &str, made: Made) -> Result<(), BuildError> {
+        let place = self.loaded.and_then(|loaded| loaded.place(id));
+        let Made { called, device } = made;
+        self.backplane
+            .attach(id.into(), device, place)
+            .map_err(|source| BuildError::Attach {
+                device: called,
+                source,
+            })
+    }
+}
+
+fn name(id: &Option<String>) -> &str {
+    id.as_deref()
+        .expect("each device was named when the VM was defined")
+}
+
+fn a_disk(disk: &DiskConfig) -> Result<Made, BuildError> {
+    let called = format!("disk {}", disk.path.display());
+    Made::of(called, Blk::open(blk_config(disk)))
+}
+
+fn a_network(net: &NetConfig) -> Result<Made, BuildError> {
+    let called = format!("network device {}", name(&net.id));
+    Made::of(called, tap::device(net))
+}
+
+/// One of `count` shares.
+fn a_share(share: &FsConfig, count: usize) -> Result<Made, BuildError> {
+    let called = format!("share '{}'", share.tag);
+    match share::device(share, start(name(&share.id), THREAD), count) {
+        Ok(device) => Ok(Made { called, device }),
+        Err(source) => Err(BuildError::Device {
+            device: called,
+            source: source.into(),
+        }),
+    }
+}
+
+fn a_vsock(config: &VsockConfig) -> Result<Made, BuildError> {
+    let vsock = Vsock::new(vsock::VsockConfig {
+        cid: config.cid,
+        socket: config.socket.clone(),
+    });
+    Made::of("vsock".into(), vsock)
+}
+
+fn blk_config(disk: &DiskConfig) -> BlkConfig {
+    let id = name(&disk.id);
     BlkConfig {
         path: disk.path.clone(),
         readonly: disk.readonly,
         direct: disk.direct,
         queues: disk.num_queues,
         queue_size: disk.queue_size,
-        serial: disk.serial.clone().unwrap_or_else(|| name.clone()),
+        serial: disk.serial.clone().unwrap_or_else(|| start(id, SERIAL)),
         rates: rates(&disk.rate_limiter_config),
-        name,
+        name: start(id, THREAD),
     }
+}
+
+/// Bytes that a disk's serial number can have, and the name of a device in those of its threads.
+const SERIAL: usize = 20;
+const THREAD: usize = 11;
+
+/// The first `len` bytes of a device's name, which is ASCII. Devices whose names begin alike share threads.
+fn start(id: &str, len: usize) -> String {
+    id.chars().take(len).collect()
 }
 
 /// What a device is held to.

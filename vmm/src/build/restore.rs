@@ -50,7 +50,7 @@ fn refill(
     ram: &mut Ram,
 ) -> Result<Option<RemoteRam>, BuildError> {
     let allowed = loaded.memory(&config.memory)?;
-    let transports = &devices.transports;
+    let transports = &devices.backplane.transports;
     let states = loaded.take_devices(transports.iter().map(|(id, _)| id.as_str()))?;
     for ((id, transport), state) in transports.iter().zip(states) {
         let mut transport = transport.lock().expect("no other thread has it yet");
@@ -61,7 +61,7 @@ fn refill(
                 source,
             })?;
     }
-    if let Some(bridge) = &devices.bridge {
+    if let Some(bridge) = &devices.backplane.bridge {
         let mut bridge = bridge.lock().expect("no other thread has it yet");
         bridge.restore(loaded.bridge()?);
     }

@@ -20,10 +20,10 @@ pub(crate) enum ShareError {
 /// Descriptors that shares leave to everything else.
 const OTHERS: u64 = 512;
 
-/// The device that `config` describes, the `index`th of `count`.
+/// The device that `config` describes, one of `count`. Its threads are called by `name`.
 pub(crate) fn device(
     config: &FsConfig,
-    index: usize,
+    name: String,
     count: usize,
 ) -> Result<Box<dyn VirtioDevice>, ShareError> {
     let (tag, queues, queue_size) = (config.tag.clone(), config.num_queues, config.queue_size);
@@ -43,7 +43,7 @@ pub(crate) fn device(
                 queue_size,
                 descriptors: descriptors(count),
                 rates: rates(&config.rate_limiter_config),
-                name: format!("fs{index}"),
+                name,
             });
             Ok(Box::new(share?))
         }
@@ -59,7 +59,9 @@ pub(crate) fn device(
     }
 }
 
-/// What each of `count` shares may open of the files that this process may have open.
+/// What each of `count` shares may open of the files that this process may have open. Shares that were there before
+/// one more came keep what they have, so together they may try to open more than there are: then it is this
+/// VM's requests that fail.
 fn descriptors(count: usize) -> usize {
     let limit = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX);
     let all = usize::try_from(limit.saturating_sub(OTHERS)).unwrap_or(usize::MAX);

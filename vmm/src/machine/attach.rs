@@ -1,23 +1,27 @@
 //! Joins a virtio device to the guest: a window on the MMIO bus, an interrupt
 //! through irqfd, its queues' notifications through ioeventfds, and the kernel
-//! parameter by which the guest finds it. Or a place on the PCI bus.
+//! parameter by which the guest finds it. Or a place on the PCI bus, which it can have and leave while the
+//! guest runs.
 
 use std::io;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use arch::layout::{DEVICE_GSIS, MMIO_WINDOW_BYTES, MMIO_WINDOWS_START};
 use devices::bus::{Bus, BusError};
-use devices::pci::{Bridge, Full};
+use devices::pci::{AddError, Bridge};
 use devices::virtio::transport::mmio::QUEUE_NOTIFY;
 use devices::virtio::transport::pci;
-use devices::virtio::{Memory, MmioTransport, PciTransport, Runner, Transport, VirtioDevice};
+use devices::virtio::{Memory, MmioTransport, PciTransport, Transport, VirtioDevice};
 use kvm_ioctls::{IoEventAddress, VmFd};
 use thiserror::Error;
 use vm_memory::Address;
 use vmm_sys_util::eventfd::EventFd;
 
-use super::Plugged;
+use super::io_threads::IoThreads;
 use super::messages::Routes;
+use super::{Plugged, lock};
 
 /// Why a device could not be attached.
 #[derive(Debug, Error)]
@@ -45,9 +49,9 @@ pub(crate) enum AttachError {
         queue: u32,
         source: kvm_ioctls::Error,
     },
-    /// All places on the PCI bus are taken.
+    /// There is no place on the PCI bus.
     #[error(transparent)]
-    Full(#[from] Full),
+    Bridge(#[from] AddError),
     /// KVM takes no more routes.
     #[error("there are more interrupt vectors than KVM has routes for")]
     Vectors,
@@ -65,35 +69,79 @@ pub(crate) fn irqfd(vm: &VmFd, gsi: u32) -> Result<EventFd, AttachError> {
     Ok(irqfd)
 }
 
-/// Hands out windows and interrupt lines, or places on the PCI bus, in the order devices come.
-pub(crate) struct Attacher<'a> {
-    pub(crate) vm: &'a VmFd,
-    pub(crate) memory: Memory,
-    pub(crate) runner: Arc<dyn Runner>,
-    /// The bus being filled.
-    pub(crate) mmio: Arc<Bus>,
-    /// The PCI bus, if devices are to be there.
-    pub(crate) bridge: Option<Arc<Mutex<Bridge>>>,
-    /// Where PCI devices' messages go.
-    pub(crate) routes: Arc<Routes>,
-    /// What was attached so far, by id.
-    pub(crate) transports: Vec<(String, Plugged)>,
-    /// Kernel parameters that name it.
-    pub(crate) parameters: Vec<String>,
+/// What a guest is told of a device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum PlugEvent {
+    Came,
+    Leave,
 }
 
-impl Attacher<'_> {
+/// What virtio devices are joined to, and those that are. Hands out windows and interrupt lines, or places on
+/// the PCI bus, in the order devices come.
+#[derive(Debug)]
+pub(crate) struct Backplane {
+    /// What was attached so far, by id, in the order the guest finds it.
+    pub(crate) transports: Vec<(String, Plugged)>,
+    /// The PCI bus, if devices are to be there.
+    pub(crate) bridge: Option<Arc<Mutex<Bridge>>>,
+    /// Where devices' memory is.
+    pub(crate) mmio: Arc<Bus>,
+    /// Kernel parameters that name devices.
+    pub(crate) parameters: Vec<String>,
+    pub(crate) memory: Memory,
+    /// The threads that serve devices.
+    pub(crate) io: Arc<IoThreads>,
+    /// Where PCI devices' messages go.
+    pub(crate) routes: Arc<Routes>,
+    pub(crate) vm: Arc<VmFd>,
+}
+
+impl Backplane {
+    /// Attaches a device as `id`. On a PCI bus it gets the number `place`, or the lowest that is free.
     pub(crate) fn attach(
         &mut self,
         id: String,
         device: Box<dyn VirtioDevice>,
+        place: Option<u8>,
     ) -> Result<(), AttachError> {
         let transport = match &self.bridge {
-            Some(bridge) => self.on_pci(bridge, device)?,
+            Some(bridge) => self.on_pci(bridge, device, place)?,
             None => self.in_window(device)?,
         };
         self.transports.push((id, transport));
         Ok(())
+    }
+
+    /// Takes a device away that no driver has: when this returns, it is gone with all that it had of the host.
+    pub(crate) fn detach(&mut self, id: &str) {
+        /// A vCPU may be at an access to it. That is no work of a guest's choice, and ends soon.
+        const MOMENT: Duration = Duration::from_secs(1);
+        let position = self.transports.iter().position(|(other, _)| other == id);
+        let (Some(position), Some(bridge)) = (position, &self.bridge) else {
+            return;
+        };
+        let (_, transport) = self.transports.remove(position);
+        let place = lock(&transport).place();
+        if let Some(place) = place {
+            hold(bridge).remove(place);
+        }
+        // So that the device ends on this thread, which may close and remove what it has.
+        let deadline = Instant::now() + MOMENT;
+        while Arc::strong_count(&transport) > 1 && Instant::now() < deadline {
+            thread::sleep(Duration::from_millis(1));
+        }
+    }
+
+    /// Tells the guest that a device came, or asks it to let go of one.
+    pub(crate) fn tell(&self, id: &str, event: PlugEvent) {
+        let mut all = self.transports.iter();
+        let found = all.find_map(|(other, it)| (other == id).then(|| lock(it).place()));
+        if let (Some(Some(place)), Some(bridge)) = (found, &self.bridge) {
+            match event {
+                PlugEvent::Came => hold(bridge).announce(place),
+                PlugEvent::Leave => hold(bridge).ask_to_leave(place),
+            }
+        }
     }
 
     fn in_window(&mut self, device: Box<dyn VirtioDevice>) -> Result<Plugged, AttachError> {
@@ -104,8 +152,8 @@ impl Attacher<'_> {
             .ok_or(AttachError::TooManyDevices)?;
         let window = MMIO_WINDOWS_START.raw_value() + index as u64 * MMIO_WINDOW_BYTES;
 
-        let irqfd = irqfd(self.vm, gsi)?;
-        let transport = MmioTransport::new(self.memory.clone(), device, irqfd, self.runner.clone())
+        let irqfd = irqfd(&self.vm, gsi)?;
+        let transport = MmioTransport::new(self.memory.clone(), device, irqfd, self.io.clone())
             .map_err(AttachError::EventFd)?;
         for (queue, kick) in (0_u32..).zip(transport.kicks()) {
             let address = IoEventAddress::Mmio(window + QUEUE_NOTIFY);
@@ -127,15 +175,21 @@ impl Attacher<'_> {
         &self,
         bridge: &Mutex<Bridge>,
         device: Box<dyn VirtioDevice>,
+        place: Option<u8>,
     ) -> Result<Plugged, AttachError> {
         let host = self.routes.function(pci::vectors(&*device));
         let host = host.ok_or(AttachError::Vectors)?;
-        let runner = self.runner.clone();
-        let transport = PciTransport::new(self.memory.clone(), device, Arc::new(host), runner)
+        let io = self.io.clone();
+        let transport = PciTransport::new(self.memory.clone(), device, Arc::new(host), io)
             .map_err(AttachError::EventFd)?;
         let transport = Arc::new(Mutex::new(transport));
-        let mut bridge = bridge.lock().expect("no other thread has it yet");
-        bridge.add(transport.clone())?;
+        hold(bridge).add(transport.clone(), place)?;
         Ok(transport)
     }
+}
+
+fn hold(bridge: &Mutex<Bridge>) -> MutexGuard<'_, Bridge> {
+    bridge
+        .lock()
+        .expect("no thread panics while it holds the bridge")
 }

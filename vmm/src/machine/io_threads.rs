@@ -22,7 +22,8 @@ use crate::host::thread::Kind;
 /// How long a loop that is to end is waited for. Its handlers have been recalled, with more patience.
 const LAST_PATIENCE: Duration = Duration::from_secs(1);
 
-/// All loops of a VM. A thread that is prepared, or that a handler needs, lives as long as they do.
+/// All loops of a VM. A thread lives until each device has released it that had it prepared; or, if none had, as
+/// long as the VM.
 #[derive(Debug, Default)]
 pub(crate) struct IoThreads {
     table: Mutex<Table>,
@@ -31,6 +32,8 @@ pub(crate) struct IoThreads {
 #[derive(Debug, Default)]
 struct Table {
     loops: HashMap<Thread, Arc<Loop>>,
+    /// How many devices have prepared a thread.
+    users: HashMap<Thread, usize>,
     handlers: HashMap<u64, Running>,
     next_ticket: u64,
 }
@@ -79,7 +82,26 @@ impl Table {
 
 impl Runner for IoThreads {
     fn prepare(&self, thread: Thread) -> io::Result<()> {
-        self.table().loop_for(thread).map(drop)
+        let mut table = self.table();
+        table.loop_for(thread.clone())?;
+        *table.users.entry(thread).or_default() += 1;
+        Ok(())
+    }
+
+    fn release(&self, thread: Thread) {
+        let mut table = self.table();
+        let Some(users) = table.users.get_mut(&thread) else {
+            return;
+        };
+        *users -= 1;
+        if *users > 0 {
+            return;
+        }
+        table.users.remove(&thread);
+        let unused = table.loops.remove(&thread);
+        // Others need not wait for the thread's end. A handler that is late keeps its loop.
+        drop(table);
+        drop(unused);
     }
 
     fn run(&self, handler: Box<dyn Handler>) -> io::Result<Ticket> {
@@ -336,6 +358,25 @@ mod tests {
             tv_nsec: 0,
         };
         poll(&mut poll_fd, Some(&now)).expect("it is an eventfd") > 0
+    }
+
+    #[test]
+    fn a_thread_ends_with_the_last_device_that_has_it() {
+        let threads = IoThreads::default();
+        let thread = Thread::Own {
+            name: "shared".into(),
+            work: Work::Disk,
+        };
+        let has_it = || threads.table().loops.contains_key(&thread);
+        threads.prepare(thread.clone()).unwrap();
+        threads.prepare(thread.clone()).unwrap();
+        threads.release(thread.clone());
+        assert!(has_it());
+        threads.release(thread.clone());
+        assert!(!has_it());
+        threads.release(thread.clone());
+        threads.prepare(thread.clone()).unwrap();
+        assert!(has_it());
     }
 
     #[test]

@@ -5,7 +5,7 @@
 
 use std::collections::BTreeMap;
 use std::io;
-use std::sync::{Arc, Mutex, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, Weak};
 
 use devices::pci::{Host, Message};
 use kvm_bindings::{
@@ -27,39 +27,39 @@ pub(crate) struct Routes {
     table: Mutex<Table>,
 }
 
-#[derive(Debug)]
+#[derive(Debug, Default)]
 struct Table {
-    /// The first GSI that no vector has.
-    free: u32,
+    /// The GSIs of each function: its first, and the one after its last.
+    functions: BTreeMap<u32, u32>,
     messages: BTreeMap<u32, Message>,
 }
 
 impl Routes {
     pub(crate) fn new(vm: &Arc<VmFd>) -> Arc<Self> {
-        let table = Mutex::new(Table {
-            free: PINS,
-            messages: BTreeMap::new(),
-        });
         let vm = Arc::downgrade(vm);
+        let table = Mutex::default();
         Arc::new(Self { vm, table })
     }
 
     /// The host's side of a function with so many vectors. None if KVM has no room for their routes.
     pub(crate) fn function(self: &Arc<Self>, vectors: usize) -> Option<FunctionHost> {
-        let mut table = self.table.lock().expect(UNPOISONED);
-        let first_gsi = table.free;
-        let end = first_gsi.checked_add(u32::try_from(vectors).ok()?)?;
-        let most = u32::try_from(KVM_MAX_IRQ_ROUTES).ok()? - 2 * PIC_PINS;
-        table.free = Some(end).filter(|end| *end <= most)?;
+        let mut table = self.table();
+        let first_gsi = table.reserve(u32::try_from(vectors).ok()?)?;
         Some(FunctionHost {
             routes: self.clone(),
             first_gsi,
         })
     }
 
+    fn table(&self) -> MutexGuard<'_, Table> {
+        self.table
+            .lock()
+            .expect("no thread panics while it holds the routes")
+    }
+
     /// Has `gsi` mean `message`.
     fn set(&self, vm: &VmFd, gsi: u32, message: Message) -> io::Result<()> {
-        let mut table = self.table.lock().expect(UNPOISONED);
+        let mut table = self.table();
         let before = table.messages.insert(gsi, message);
         if before == Some(message) {
             return Ok(());
@@ -70,6 +70,31 @@ impl Routes {
             table.messages.remove(&gsi);
         }
         given
+    }
+}
+
+impl Table {
+    /// Takes `count` GSIs in a row for a function. Returns the first.
+    fn reserve(&mut self, count: u32) -> Option<u32> {
+        // KVM's own routes count, too.
+        let most = u32::try_from(KVM_MAX_IRQ_ROUTES).ok()? - 2 * PIC_PINS;
+        let mut first = PINS;
+        for (start, end) in &self.functions {
+            if start - first >= count {
+                break;
+            }
+            first = *end;
+        }
+        let end = first.checked_add(count).filter(|end| *end <= most)?;
+        self.functions.insert(first, end);
+        Some(first)
+    }
+
+    /// Gives the GSIs of a function back. KVM forgets their routes when it is next given all.
+    fn free(&mut self, first: u32) {
+        if let Some(end) = self.functions.remove(&first) {
+            self.messages.retain(|gsi, _| !(first..end).contains(gsi));
+        }
     }
 }
 
@@ -109,13 +134,18 @@ fn chip(gsi: u32, irqchip: u32, pin: u32) -> kvm_irq_routing_entry {
     entry
 }
 
-const UNPOISONED: &str = "no thread panics while it holds the routes";
-
 /// What KVM does for one function.
 #[derive(Debug)]
 pub(crate) struct FunctionHost {
     routes: Arc<Routes>,
     first_gsi: u32,
+}
+
+/// The function is gone, and its vectors are closed.
+impl Drop for FunctionHost {
+    fn drop(&mut self) {
+        self.routes.table().free(self.first_gsi);
+    }
 }
 
 impl FunctionHost {
@@ -151,5 +181,27 @@ impl Host for FunctionHost {
     fn unwatch(&self, address: u64, event: &EventFd) -> io::Result<()> {
         let address = IoEventAddress::Mmio(address);
         self.with_vm(|vm| Ok(vm.unregister_ioevent(event, &address, NoDatamatch)?))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn functions_have_their_gsis_alone_and_give_them_back() {
+        let mut table = Table::default();
+        let reserved = [3, 2, 5].map(|count| table.reserve(count));
+        assert_eq!(reserved, [Some(24), Some(27), Some(29)]);
+        table.messages.insert(27, Message::default());
+        table.messages.insert(29, Message::default());
+        table.free(27);
+        assert_eq!(table.messages.keys().copied().collect::<Vec<_>>(), [29]);
+        table.free(27);
+        assert_eq!(table.reserve(3), Some(34), "two are free in between");
+        assert_eq!(table.reserve(2), Some(27));
+        assert_eq!(table.reserve(u32::MAX), None);
+        assert_eq!(table.reserve(4096 - 16 - 37), Some(37));
+        assert_eq!(table.reserve(1), None);
     }
 }

@@ -141,6 +141,7 @@ const COMMANDS: &[Command] = &[
         "/api/v1/vm.remove-device",
         Operand::Id,
     ),
+    ("resize-disk", "PUT", "/api/v1/vm.resize-disk", Operand::Id),
     ("boot", "PUT", "/api/v1/vm.boot", Operand::None),
     ("pause", "PUT", "/api/v1/vm.pause", Operand::None),
     ("resume", "PUT", "/api/v1/vm.resume", Operand::None),
@@ -211,14 +212,17 @@ pub(crate) fn parse(
             Arg::Long("prefetch") => field("prefetch", "restore", "prefetch", true.into()),
             Arg::Long("verify") => field("verify", "restore", "verify", true.into()),
             Arg::Long("resume") => field("resume", "restore", "resume", true.into()),
+            Arg::Long("size") => {
+                let size = size_of("size", &mut parser)?;
+                field("size", "resize-disk", "desired_size", size);
+            }
             Arg::Long(option) => {
                 let known = Resize::OPTIONS.iter().find(|(name, _)| *name == option);
                 let Some(&(option, name)) = known else {
                     return Err(argument.unexpected().into());
                 };
-                let size = parser.value()?.string()?.parse();
-                let size: ByteSize = size.map_err(|source| CallError::Size { option, source })?;
-                field(option, "resize", name, size.0.into());
+                let size = size_of(option, &mut parser)?;
+                field(option, "resize", name, size);
             }
             Arg::Value(value) if command.is_none() => command = Some(value.string()?),
             Arg::Value(value) if operand.is_none() => operand = Some(value),
@@ -243,6 +247,13 @@ pub(crate) fn parse(
             _ => Then::Print,
         },
     }))
+}
+
+/// The size that is the value of an option, in bytes.
+fn size_of(option: &'static str, parser: &mut Parser) -> Result<Value, CallError> {
+    let size = parser.value()?.string()?.parse();
+    let size: ByteSize = size.map_err(|source| CallError::Size { option, source })?;
+    Ok(size.0.into())
 }
 
 /// What a request brings. `None` if it has no body.
@@ -428,6 +439,9 @@ mod tests {
         );
         let device = body(&["remove-device", "disk1"]);
         assert_eq!(device, ("/api/v1/vm.remove-device", json!({"id": "disk1"})));
+        let resized = body(&["resize-disk", "data", "--size", "2M"]);
+        let expected = json!({"id": "data", "desired_size": 2 << 20});
+        assert_eq!(resized, ("/api/v1/vm.resize-disk", expected));
     }
 
     #[test]

@@ -182,7 +182,14 @@ impl Loaded {
         self.state.bridge.ok_or_else(none)
     }
 
-    /// Takes the devices' states, which are to be those of `ids`, in that order.
+    /// Which device of the PCI bus `id` was, if it was on one.
+    pub(crate) fn place(&self, id: &str) -> Option<u8> {
+        let mut devices = self.state.devices.iter();
+        devices.find(|(other, _)| other == id)?.1.place()
+    }
+
+    /// Takes the devices' states, which are to be those of `ids`, and in that order unless each has a place on a PCI
+    /// bus: to a guest, others are told apart by their order.
     pub(crate) fn take_devices<'a>(
         &mut self,
         ids: impl Iterator<Item = &'a str>,
@@ -192,16 +199,15 @@ impl Loaded {
             _ => format!("the devices {}", ids.join(", ")),
         };
         let expected: Vec<_> = ids.collect();
-        let found: Vec<_> = self
-            .state
-            .devices
-            .iter()
-            .map(|(id, _)| id.as_str())
-            .collect();
+        let mut devices = std::mem::take(&mut self.state.devices);
+        if devices.iter().all(|(_, state)| state.place().is_some()) {
+            let rank = |id: &str| expected.iter().position(|other| *other == id);
+            devices.sort_by_key(|(id, _)| rank(id));
+        }
+        let found: Vec<_> = devices.iter().map(|(id, _)| id.as_str()).collect();
         if found != expected {
             return Err(differs(list(found), list(expected)));
         }
-        let devices = std::mem::take(&mut self.state.devices);
         Ok(devices.into_iter().map(|(_, state)| state).collect())
     }
 

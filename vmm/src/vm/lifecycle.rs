@@ -17,14 +17,14 @@
 //! is told of as it was, and stays so.
 
 mod blame;
+mod devices;
 
 use std::sync::mpsc::channel;
 use std::thread::{Builder, JoinHandle};
 use std::time::Duration;
 
 use api::{
-    Addition, Answer, ApiError, Ping, Request, Resize, Restore, Snapshot, State, VmConfig, VmInfo,
-    chain,
+    Answer, ApiError, Ping, Request, Resize, Restore, Snapshot, State, VmConfig, VmInfo, chain,
 };
 use serde_json::{Value, json};
 
@@ -154,7 +154,7 @@ impl Lifecycle {
             Request::Ping => Ok(Answer::Ping(ping())),
             Request::Exit | Request::Snapshot(_) => unreachable!("control sees to them itself"),
             Request::Create(config) => self.create(config).map(done),
-            Request::Add(device) => self.add(device).map(done),
+            Request::Add(device) => self.add(device),
             Request::Boot => self.boot().map(done),
             Request::Info => self.info().map(|info| Answer::Info(Box::new(info))),
             Request::Counters => self.counters().map(Answer::Counters),
@@ -165,6 +165,7 @@ impl Lifecycle {
             Request::Restore(restore) => self.restore(*restore).map(done),
             Request::PowerButton => self.press_power_button().map(done),
             Request::Remove(id) => self.remove(&id).map(done),
+            Request::ResizeDisk(size) => self.resize_disk(&size).map(done),
             Request::Shutdown => self.shutdown().map(done),
             Request::Reboot => {
                 self.shutdown()?;
@@ -176,10 +177,11 @@ impl Lifecycle {
     }
 
     /// Defines the VM.
-    fn create(&mut self, config: Box<VmConfig>) -> Result<(), ApiError> {
+    fn create(&mut self, mut config: Box<VmConfig>) -> Result<(), ApiError> {
         if !matches!(self.phase, Phase::None) {
             return Err(self.wrong("vm.create", "not created"));
         }
+        config.name_devices();
         config.check().map_err(contradiction)?;
         self.phase = Phase::Created(config);
         self.around.events.vm("created", Value::Null);
@@ -190,34 +192,6 @@ impl Lifecycle {
     pub(crate) fn start(&mut self, config: Box<VmConfig>) -> Result<(), ApiError> {
         self.create(config)?;
         self.boot()
-    }
-
-    /// Adds a device to what the VM is defined as: the guest finds devices when it boots.
-    fn add(&mut self, device: Addition) -> Result<(), ApiError> {
-        match &mut self.phase {
-            Phase::Created(config) | Phase::Shutdown(config) => {
-                let mut more = config.clone();
-                more.add(device);
-                more.check().map_err(contradiction)?;
-                *config = more;
-                Ok(())
-            }
-            _ => Err(self.wrong("add a device", "Created or Shutdown")),
-        }
-    }
-
-    /// Takes a device from what the VM is defined as.
-    fn remove(&mut self, id: &str) -> Result<(), ApiError> {
-        match &mut self.phase {
-            Phase::Created(config) | Phase::Shutdown(config) => {
-                if config.remove(id) {
-                    return Ok(());
-                }
-                Err(ApiError::NoSuchDevice(id.into()))
-            }
-            // virtio-mmio devices cannot be unplugged.
-            _ => Err(self.wrong("vm.remove-device", "Created or Shutdown")),
-        }
     }
 
     /// Asks the guest to end. Whether and when it does is its own affair.
@@ -351,10 +325,11 @@ impl Lifecycle {
     /// Makes the VM of a snapshot that was opened, where there is none yet.
     pub(crate) fn revive(
         &mut self,
-        config: Box<VmConfig>,
+        mut config: Box<VmConfig>,
         loaded: Loaded,
         resume: bool,
     ) -> Result<(), ApiError> {
+        config.name_devices();
         config.check().map_err(contradiction)?;
         self.around.events.vm("restoring", Value::Null);
         let around = self.surroundings();
@@ -410,10 +385,12 @@ impl Lifecycle {
     fn shutdown(&mut self) -> Result<(), ApiError> {
         match std::mem::replace(&mut self.phase, Phase::None) {
             Phase::Running(config, machine) | Phase::Paused(config, machine) => {
+                let leaving = machine.leaving();
                 end(machine);
                 // Whatever the machine still had to say is of an earlier life.
                 self.around.inbox.next_life();
                 self.phase = Phase::Shutdown(config);
+                leaving.iter().for_each(|id| self.left(id, true));
                 self.around.events.vm("shutdown", Value::Null);
                 Ok(())
             }
@@ -463,12 +440,14 @@ impl Lifecycle {
         }
     }
 
-    /// Sees to vCPUs that the guest should give up. Returns when to do so again, if that is before long.
+    /// Sees to vCPUs and devices that the guest should give up. Returns when to do so again, if that is before
+    /// long.
     pub(crate) fn settle(&mut self) -> Option<Duration> {
-        match &mut self.phase {
-            Phase::Running(_, machine) => machine.settle_vcpus(),
-            _ => None,
-        }
+        let soon = self.settle_devices();
+        let Phase::Running(_, machine) = &mut self.phase else {
+            return None;
+        };
+        machine.settle_vcpus().into_iter().chain(soon).min()
     }
 
     fn resize(&mut self, sizes: Resize) -> Result<(), ApiError> {
@@ -524,6 +503,10 @@ impl Lifecycle {
                 None => size,
             },
             vcpus_actual: self.phase.machine().map_or(0, Machine::vcpus_running),
+            leaving: match self.phase.machine() {
+                Some(machine) => machine.leaving(),
+                None => Vec::new(),
+            },
         })
     }
 

@@ -31,7 +31,7 @@ pub(super) fn write(
         params.hdr.ramdisk_size = low_half(len_bytes);
         params.ext_ramdisk_size = high_half(len_bytes);
     }
-    let map = memory_map(info.ram);
+    let map = memory_map(info.ram, info.pci);
     for (entry, (addr, size, kind)) in params.e820_table.iter_mut().zip(map.iter().copied()) {
         *entry = boot_e820_entry {
             addr,
@@ -39,7 +39,7 @@ pub(super) fn write(
             r#type: kind,
         };
     }
-    params.e820_entries = u8::try_from(map.len()).expect("RAM has two ranges at most");
+    params.e820_entries = u8::try_from(map.len()).expect("there are few ranges");
     let params = BootParams::new(&params, ZERO_PAGE_START);
     LinuxBootConfigurator::write_bootparams(&params, memory).map_err(BootError::Configure)
 }

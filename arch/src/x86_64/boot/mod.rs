@@ -20,7 +20,8 @@ use thiserror::Error;
 use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryError, GuestMemoryMmap};
 
 use super::layout::{
-    CMDLINE_MAX_BYTES, CMDLINE_START, KERNEL_RAM_START, LOW_RAM_END, MPTABLE_END, MPTABLE_START,
+    ACPI_START, CMDLINE_MAX_BYTES, CMDLINE_START, HIGH_RAM_START, KERNEL_RAM_START, LOW_RAM_END,
+    MMIO_HOLE_START, MPTABLE_END, MPTABLE_START, PCI_WINDOW,
 };
 use super::regs;
 use crate::ram::RamRange;
@@ -127,6 +128,9 @@ pub struct BootInfo<'a> {
     pub cmdline: &'a str,
     /// Where the initramfs lies, and its length in bytes.
     pub initramfs: Option<(GuestAddress, u64)>,
+    /// Whether there is a PCI bus. The kernel places what comes to it later in the largest hole of its memory
+    /// map, which is made [`PCI_WINDOW`].
+    pub pci: bool,
 }
 
 /// Why the boot data could not be written.
@@ -195,13 +199,14 @@ const MAP_RAM: u32 = 1;
 const MAP_RESERVED: u32 = 2;
 
 /// The memory map: start, length in bytes, kind. Conventional RAM ends where
-/// firmware keeps its data on a real machine, and the MP table is reserved.
-fn memory_map(ram: &[RamRange]) -> Vec<(u64, u64, u32)> {
+/// firmware keeps its data on a real machine, and what is read of the MP and ACPI tables is reserved.
+fn memory_map(ram: &[RamRange], pci: bool) -> Vec<(u64, u64, u32)> {
+    let firmware = if pci { ACPI_START } else { MPTABLE_START };
     let mut map = vec![
         (0, LOW_RAM_END.raw_value(), MAP_RAM),
         (
-            MPTABLE_START.raw_value(),
-            MPTABLE_END.raw_value() - MPTABLE_START.raw_value(),
+            firmware.raw_value(),
+            MPTABLE_END.unchecked_offset_from(firmware),
             MAP_RESERVED,
         ),
     ];
@@ -212,6 +217,11 @@ fn memory_map(ram: &[RamRange]) -> Vec<(u64, u64, u32)> {
             range.end().unchecked_offset_from(start),
             MAP_RAM,
         ));
+        if pci && range.end() <= MMIO_HOLE_START {
+            let (below, above) = (range.end().raw_value(), PCI_WINDOW.end);
+            map.push((below, PCI_WINDOW.start - below, MAP_RESERVED));
+            map.push((above, HIGH_RAM_START.raw_value() - above, MAP_RESERVED));
+        }
     }
     map
 }
@@ -227,7 +237,7 @@ mod tests {
     #[test]
     fn the_memory_map_covers_ram_but_for_the_firmware_area() {
         assert_eq!(
-            memory_map(&crate::ram::ranges(5 << 30)),
+            memory_map(&crate::ram::ranges(5 << 30), false),
             [
                 (0, 0x9_fc00, MAP_RAM),
                 (0xf_0000, 0x1_0000, MAP_RESERVED),
@@ -235,6 +245,19 @@ mod tests {
                 (0x1_0000_0000, 2 << 30, MAP_RAM),
             ]
         );
+    }
+
+    #[test]
+    fn the_largest_hole_of_the_memory_map_is_where_bars_may_be() {
+        for size in [256 << 20, 3 << 30, 5 << 30] {
+            let mut map = memory_map(&crate::ram::ranges(size), true);
+            map.sort_unstable();
+            let ends = map.iter().map(|(start, len, _)| start + len);
+            let holes = ends.zip(map.iter().skip(1)).map(|(end, next)| end..next.0);
+            let below = holes.filter(|hole| hole.start < 1 << 32);
+            let largest = below.max_by_key(|hole| hole.end - hole.start);
+            assert_eq!(largest, Some(PCI_WINDOW), "{size:#x}");
+        }
     }
 
     #[test]

@@ -15,7 +15,7 @@ const START_MAGIC: u32 = 0x336e_c578;
 const VERSION_WITH_MEMORY_MAP: u32 = 1;
 
 pub(super) fn write(memory: &GuestMemoryMmap, info: BootInfo) -> Result<(), BootError> {
-    let map: Vec<_> = memory_map(info.ram)
+    let map: Vec<_> = memory_map(info.ram, info.pci)
         .into_iter()
         .map(|(addr, size, type_)| hvm_memmap_table_entry {
             addr,
@@ -40,7 +40,7 @@ pub(super) fn write(memory: &GuestMemoryMmap, info: BootInfo) -> Result<(), Boot
         modlist_paddr: PVH_MODLIST_START.raw_value(),
         cmdline_paddr: CMDLINE_START.raw_value(),
         memmap_paddr: PVH_MEMMAP_START.raw_value(),
-        memmap_entries: u32::try_from(map.len()).expect("RAM has two ranges at most"),
+        memmap_entries: u32::try_from(map.len()).expect("there are few ranges"),
         ..Default::default()
     };
     let mut params = BootParams::new(&start_info, PVH_INFO_START);

@@ -10,6 +10,8 @@ const LEN: u64 = 0x8000;
 #[derive(Debug)]
 struct Probe {
     number: u8,
+    /// By which it is on the bus.
+    device: Option<u8>,
     config: ConfigSpace,
     at: Option<u64>,
     moves: usize,
@@ -48,6 +50,10 @@ impl Function for Probe {
         self.at = address;
         self.moves += 1;
     }
+
+    fn placed(&mut self, device: Option<u8>) {
+        self.device = device;
+    }
 }
 
 struct Bench {
@@ -64,18 +70,23 @@ fn probe(number: u8) -> Arc<Mutex<Probe>> {
     };
     Arc::new(Mutex::new(Probe {
         number,
+        device: None,
         config: ConfigSpace::new(identity).with_bar(u32::try_from(LEN).unwrap()),
         at: None,
         moves: 0,
     }))
 }
 
+fn line() -> EventFd {
+    EventFd::new(libc::EFD_NONBLOCK).unwrap()
+}
+
 fn bench(count: u8) -> Bench {
     let memory = Arc::new(Bus::new());
-    let mut bridge = Bridge::new(memory.clone(), WINDOW);
+    let mut bridge = Bridge::new(memory.clone(), WINDOW, line());
     let probes: Vec<_> = (1..=count).map(probe).collect();
     for probe in &probes {
-        bridge.add(probe.clone()).unwrap();
+        bridge.add(probe.clone(), None).unwrap();
     }
     Bench {
         bridge,
@@ -182,17 +193,17 @@ fn the_window_takes_every_width_at_every_offset() {
 fn a_bar_answers_where_it_is_moved_to_while_it_is_to() {
     let mut bench = bench(2);
     let first = bench.read(1, BAR);
-    assert_eq!([first, bench.read(2, BAR)], [0xe000_0000, 0xe000_8000]);
+    assert_eq!([first, bench.read(2, BAR)], [0xe000_8000, 0xe001_0000]);
     assert_eq!(bench.answers(first.into()), None, "memory is off");
     bench.write(1, COMMAND, 2);
     bench.write(2, COMMAND, 2);
     assert_eq!(
-        [bench.answers(0xe000_0000), bench.answers(0xe000_ffff)],
+        [bench.answers(0xe000_8000), bench.answers(0xe001_7fff)],
         [Some(1), Some(2)]
     );
     bench.write(1, BAR, 0xe008_0000);
     assert_eq!(
-        [bench.answers(0xe000_0000), bench.answers(0xe008_0000)],
+        [bench.answers(0xe000_8000), bench.answers(0xe008_0000)],
         [None, Some(1)]
     );
     bench.write(1, COMMAND, 0);
@@ -206,12 +217,12 @@ fn a_bar_answers_where_it_is_moved_to_while_it_is_to() {
 fn of_two_bars_at_one_place_the_lower_device_answers() {
     let mut bench = bench(3);
     (1..=3).for_each(|device| bench.write(device, COMMAND, 2));
-    bench.write(1, BAR, 0xe000_8000);
-    assert_eq!(bench.answers(0xe000_8000), Some(1));
-    assert_eq!(bench.places(), [Some(0xe000_8000), None, Some(0xe001_0000)]);
+    bench.write(1, BAR, 0xe001_0000);
+    assert_eq!(bench.answers(0xe001_0000), Some(1));
+    assert_eq!(bench.places(), [Some(0xe001_0000), None, Some(0xe001_8000)]);
     bench.write(1, BAR, 0xe000_0000);
     assert_eq!(
-        bench.answers(0xe000_8000),
+        bench.answers(0xe001_0000),
         Some(2),
         "its place is free again"
     );
@@ -243,8 +254,56 @@ fn a_bar_outside_the_window_answers_nowhere() {
 #[test]
 fn a_full_bus_takes_no_more() {
     let mut bench = bench(31);
-    assert!(bench.bridge.add(probe(0)).is_err());
+    assert_eq!(bench.bridge.add(probe(0), None), Err(AddError::Full));
     assert_eq!(bench.read(31, 0) >> 16, 0x1040 + 31);
+}
+
+#[test]
+fn devices_come_to_the_lowest_place_or_the_one_that_they_had() {
+    let mut bench = bench(3);
+    bench.bridge.remove(2);
+    assert_eq!(bench.bridge.add(probe(7), Some(9)), Ok(9));
+    for taken in [0, 1, 9, 32, 255] {
+        let refused = bench.bridge.add(probe(0), Some(taken));
+        assert_eq!(refused, Err(AddError::Place(taken)));
+    }
+    let again = probe(8);
+    assert_eq!(bench.bridge.add(again.clone(), None), Ok(2));
+    assert_eq!(again.lock().unwrap().device, Some(2));
+    bench.bridge.remove(2);
+    assert_eq!(again.lock().unwrap().device, None);
+    bench.bridge.add(again, None).unwrap();
+    assert_eq!(
+        [bench.read(2, BAR), bench.read(9, BAR)],
+        [0xe001_0000, 0xe004_8000]
+    );
+    assert_eq!(bench.read(9, 0) >> 16, 0x1047);
+}
+
+#[test]
+fn a_device_that_is_removed_is_reached_no_more_and_makes_room() {
+    let mut bench = bench(3);
+    (1..=3).for_each(|device| bench.write(device, COMMAND, 2));
+    bench.write(2, BAR, 0xe000_8000);
+    assert_eq!(bench.places(), [Some(0xe000_8000), None, Some(0xe001_8000)]);
+    bench.bridge.remove(1);
+    assert_eq!(bench.places(), [None, Some(0xe000_8000), Some(0xe001_8000)]);
+    assert_eq!(bench.read(1, 0), u32::MAX);
+    bench.write(1, COMMAND, 2);
+    bench.bridge.remove(1);
+    bench.bridge.remove(3);
+    assert_eq!(bench.answers(0xe001_8000), None);
+    assert_eq!(Arc::strong_count(&bench.probes[2]), 1, "nothing keeps it");
+}
+
+#[test]
+fn a_bar_that_has_no_room_in_a_devices_part_is_refused() {
+    let mut bridge = Bridge::new(
+        Arc::new(Bus::new()),
+        WINDOW.start..WINDOW.start + 0x8_0000,
+        line(),
+    );
+    assert_eq!(bridge.add(probe(1), None), Err(AddError::Large(LEN)));
 }
 
 #[test]

@@ -16,8 +16,8 @@ use super::request::{
 };
 use crate::virtio::limiter::Tokens;
 use crate::virtio::{
-    self, ActivateError, Activation, Counters, DeviceState, Handler, StateError, Thread,
-    VirtioDevice, Work, read_config_bytes,
+    self, ActivateError, Activation, Counters, DeviceState, Handler, ResizeError, StateError,
+    Thread, VirtioDevice, Work, read_config_bytes,
 };
 
 /// A disk to be opened.
@@ -103,7 +103,7 @@ impl Blk {
         // Two descriptors of a chain are the header and the status.
         let segments = u32::from(self.queue_sizes[0] - 2);
         let block_sectors = self.limits.block / 512;
-        put(0, &self.limits.sectors.to_le_bytes());
+        put(0, &self.image.sectors().to_le_bytes());
         put(12, &segments.to_le_bytes());
         put(20, &self.limits.block.to_le_bytes());
         put(34, &queues.to_le_bytes());
@@ -147,6 +147,13 @@ impl VirtioDevice for Blk {
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
         read_config_bytes(&self.config(), offset, data);
+    }
+
+    fn resize(&mut self, bytes: u64) -> Result<(), ResizeError> {
+        match self.limits.readonly {
+            true => Err(ResizeError::ReadOnly),
+            false => self.image.resize(bytes),
+        }
     }
 
     fn threads(&self) -> Vec<Thread> {

@@ -51,7 +51,10 @@ impl BlkHandler {
         let ram = self.memory.memory();
         let disk = Disk {
             image: &self.image,
-            limits: self.limits,
+            limits: Limits {
+                sectors: self.image.sectors(),
+                ..self.limits
+            },
             id: &self.id,
             write_through: self.write_through,
             counters: &self.counters,

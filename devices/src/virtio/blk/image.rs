@@ -5,9 +5,10 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::SECTOR;
-use crate::virtio::{AccessError, GuestRam, Segments, vectored};
+use crate::virtio::{AccessError, GuestRam, ResizeError, Segments, vectored};
 
 /// Sector size reads as this unless direct access needs more.
 const DEFAULT_BLOCK: u32 = 512;
@@ -49,7 +50,8 @@ pub enum BlkError {
 #[derive(Debug)]
 pub(super) struct Image {
     file: File,
-    sectors: u64,
+    sectors: AtomicU64,
+    is_device: bool,
     /// The unit the guest should use: offsets and lengths of direct access are multiples of it.
     block: u32,
     /// Alignment of memory for direct access. None if the page cache is used.
@@ -117,7 +119,8 @@ impl Image {
         let direct = alignment.map(|(memory, _)| memory);
         Ok(Self {
             file,
-            sectors: bytes / SECTOR,
+            sectors: AtomicU64::new(bytes / SECTOR),
+            is_device: metadata.file_type().is_block_device(),
             block,
             direct,
         })
@@ -125,7 +128,26 @@ impl Image {
 
     /// Capacity in sectors of 512 bytes.
     pub(super) fn sectors(&self) -> u64 {
-        self.sectors
+        self.sectors.load(Ordering::Acquire)
+    }
+
+    /// Makes a file `bytes` long. A block device is as long as the host has made it, which `bytes` is to be.
+    /// For while no request is under way.
+    pub(super) fn resize(&self, bytes: u64) -> Result<(), ResizeError> {
+        let block = self.block;
+        if !bytes.is_multiple_of(block.into()) {
+            return Err(ResizeError::Odd { bytes, block });
+        }
+        if self.is_device {
+            let has = ioctl::<u64>(&self.file, BLKGETSIZE64).map_err(ResizeError::File)?;
+            if has != bytes {
+                return Err(ResizeError::BlockDevice(has));
+            }
+        } else {
+            self.file.set_len(bytes).map_err(ResizeError::File)?;
+        }
+        self.sectors.store(bytes / SECTOR, Ordering::Release);
+        Ok(())
     }
 
     /// Bytes of a logical block: 512 to 4096.

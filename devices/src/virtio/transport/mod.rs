@@ -15,7 +15,7 @@ use std::sync::Arc;
 use vmm_sys_util::eventfd::EventFd;
 
 use self::controls::Controls;
-use super::{Busy, Counters, StateError, TransportState};
+use super::{Busy, Counters, ResizeError, StateError, TransportState};
 
 pub use self::mmio::MmioTransport;
 pub use self::pci::PciTransport;
@@ -26,6 +26,15 @@ pub trait Transport: Send + Debug {
     fn kicks(&self) -> &[EventFd];
 
     fn counters(&self) -> Arc<Counters>;
+
+    /// Which device of the PCI bus it is, if it is on one.
+    fn place(&self) -> Option<u8>;
+
+    /// Whether a driver has the device: it has found it, and has not reset it since.
+    fn is_held(&self) -> bool;
+
+    /// Makes what the device stores into longer or shorter: `bytes` of it. The driver is told.
+    fn resize(&mut self, bytes: u64) -> Result<(), ResizeError>;
 
     /// Takes the device's handlers off their loops and keeps them: when this returns the device
     /// does nothing more until [`resume`](Self::resume). The vCPUs are to stand still. If the host does
@@ -54,6 +63,10 @@ trait Front: Send + Debug {
     fn controls(&self) -> &Controls;
     fn controls_mut(&mut self) -> &mut Controls;
 
+    fn place(&self) -> Option<u8> {
+        None
+    }
+
     /// What the transport has besides its controls is added.
     fn whole_state(&mut self) -> TransportState {
         self.controls_mut().state()
@@ -71,6 +84,18 @@ impl<T: Front> Transport for T {
 
     fn counters(&self) -> Arc<Counters> {
         self.controls().session.counters.clone()
+    }
+
+    fn place(&self) -> Option<u8> {
+        Front::place(self)
+    }
+
+    fn is_held(&self) -> bool {
+        self.controls().session.status() != 0
+    }
+
+    fn resize(&mut self, bytes: u64) -> Result<(), ResizeError> {
+        self.controls_mut().session.resize(bytes)
     }
 
     fn pause(&mut self) -> Result<(), Busy> {

@@ -2,6 +2,8 @@
 
 use api::{ApiError, ConfigError, chain};
 
+use devices::virtio::ResizeError;
+
 use crate::build::BuildError;
 use crate::machine::vcpus::VcpuError;
 use crate::memory::remote_ram::RemoteRamError;
@@ -35,6 +37,7 @@ pub(super) fn refusal(error: BuildError) -> ApiError {
         | BuildError::Load(_)
         | BuildError::Boot(_)
         | BuildError::Mptable(_)
+        | BuildError::Acpi(_)
         | BuildError::Device { .. }
         | BuildError::Attach { .. }
         | BuildError::Snapshot(_)
@@ -47,6 +50,20 @@ pub(super) fn refusal(error: BuildError) -> ApiError {
         | BuildError::Vcpu(VcpuError::Restore { .. })
         | BuildError::BoardState(_)
         | BuildError::Stream(_) => ApiError::Impossible(chain),
+    }
+}
+
+/// A disk that cannot have another size.
+pub(super) fn not_resized(error: ResizeError) -> ApiError {
+    let chain = chain(&error);
+    match error {
+        ResizeError::Fixed
+        | ResizeError::Odd { .. }
+        | ResizeError::ReadOnly
+        | ResizeError::BlockDevice(_) => ApiError::Impossible(chain),
+        ResizeError::File(_) | ResizeError::Busy(_) | ResizeError::Resume(_) => {
+            ApiError::Host(chain)
+        }
     }
 }
 

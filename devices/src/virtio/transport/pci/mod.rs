@@ -45,6 +45,8 @@ pub struct PciTransport {
     host: Arc<dyn Host>,
     /// Where the memory behind the BAR answers.
     at: Option<u64>,
+    /// Its number on the bus, once it is there.
+    device: Option<u8>,
 }
 
 /// How many vectors a device of so many queues has: one more, for its configuration.
@@ -87,6 +89,7 @@ impl PciTransport {
             access,
             host,
             at: None,
+            device: None,
         })
     }
 
@@ -156,8 +159,13 @@ impl Front for PciTransport {
         &mut self.controls
     }
 
+    fn place(&self) -> Option<u8> {
+        self.device
+    }
+
     fn whole_state(&mut self) -> TransportState {
         let pci = PciState {
+            device: self.device.unwrap_or_default(),
             registers: self.config.state(),
             vectors: self.vectors.state(),
             table: self.msix.state(),
@@ -169,7 +177,9 @@ impl Front for PciTransport {
     }
 
     fn take_over(&mut self, mut state: TransportState) -> Result<(), StateError> {
+        // Where it is was said when it was added.
         let PciState {
+            device: _,
             registers,
             vectors,
             table,
@@ -234,6 +244,13 @@ impl Function for PciTransport {
         }
         if let Some(now) = address {
             self.for_each_notification(now, |host, address, kick| host.watch(address, kick));
+        }
+    }
+
+    fn placed(&mut self, device: Option<u8>) {
+        self.device = device;
+        if device.is_none() {
+            self.msix.close_all();
         }
     }
 }
