@@ -15,6 +15,8 @@ mod apart;
 mod cgroups;
 #[path = "pod/contents.rs"]
 mod contents;
+#[path = "pod/disks.rs"]
+mod disks;
 #[path = "pod/limits.rs"]
 mod limits;
 #[path = "pod/places.rs"]
@@ -65,6 +67,9 @@ fn pod(template: Option<&Template>) {
     before_the_sandbox(&agent, &mut vm);
     let _: Empty = agent.ask("CreateSandbox", &sandbox()).unwrap();
     in_the_sandbox(&agent, host.path());
+    step("disks_come_and_go_with_containers", || {
+        disks::disks_come_and_go_with_containers(&agent, &mut vm, places.path());
+    });
     let _: Empty = agent
         .ask("DestroySandbox", &DestroySandboxRequest {})
         .unwrap();

@@ -18,6 +18,7 @@ use protocol::ttrpc::{Call, Code, Status};
 use rustix::fs::inotify;
 
 use crate::container::{Container, Plan, Process};
+use crate::devices::{Disk, Disks};
 use crate::policy::Rules;
 use crate::reaper::Reaper;
 use crate::storage::Storages;
@@ -34,6 +35,7 @@ pub(crate) struct Sandbox {
     /// Identifiers of containers that are being made.
     making: Mutex<HashSet<String>>,
     storages: Storages,
+    disks: Disks,
     pub(crate) reaper: Reaper,
     /// The pid namespace of the first container, for those that share it.
     pid_namespace: Mutex<Option<Arc<OwnedFd>>>,
@@ -49,17 +51,21 @@ pub(crate) struct Sandbox {
 struct Held {
     container: Arc<Container>,
     storages: Vec<String>,
+    /// The VM's disks that it has as devices.
+    _disks: Vec<Disk>,
 }
 
 impl Sandbox {
     /// One without containers, and who hears when it is destroyed.
     pub(crate) fn start(rules: Rules) -> io::Result<(Arc<Self>, Receiver<()>)> {
+        let disks = Disks::default();
         let (oom, ooms) = channel();
         let (ended, end) = channel();
         let sandbox = Arc::new(Self {
             containers: Mutex::default(),
             making: Mutex::default(),
-            storages: Storages::new(rules.follows_no_links()),
+            storages: Storages::new(rules.follows_no_links(), disks.clone()),
+            disks,
             rules,
             reaper: Reaper::start()?,
             pid_namespace: Mutex::default(),
@@ -155,7 +161,7 @@ impl Sandbox {
         let id = request.container_id;
         let mut spec = request.oci.ok_or_else(|| missing("OCI"))?;
         let linux = spec.linux.as_mut().ok_or_else(|| missing("linux"))?;
-        devices::add(linux, &request.devices)?;
+        let disks = devices::add(linux, &request.devices, &self.disks)?;
         self.rules.allow_container(&spec)?;
         self.rules.allow_storages(&request.storages)?;
         // The container whose processes it is to see, as an ephemeral one for debugging.
@@ -197,6 +203,7 @@ impl Sandbox {
             Held {
                 container,
                 storages,
+                _disks: disks,
             },
         );
         Ok(())

@@ -1,5 +1,6 @@
 //! What is mounted in the guest for containers to share.
 
+use std::borrow::Cow;
 use std::collections::HashMap;
 use std::ffi::CString;
 use std::fs;
@@ -16,10 +17,17 @@ use rustix::fs::{CWD, Mode, OFlags, ResolveFlags};
 use rustix::io::Errno;
 use rustix::mount::{MountFlags, UnmountFlags};
 
-use crate::devices;
+use crate::devices::{self, Disk, Disks};
 
 /// How the host may ask for storage.
-pub(crate) const DRIVERS: [&str; 5] = ["virtio-fs", "ephemeral", "local", "overlayfs", "mmioblk"];
+pub(crate) const DRIVERS: [&str; 6] = [
+    "virtio-fs",
+    "ephemeral",
+    "local",
+    "overlayfs",
+    devices::BLK,
+    "mmioblk",
+];
 
 /// The mode of folders that belong to a group: what is made there does too.
 const GROUP_MODE: u32 = 0o2775;
@@ -28,6 +36,7 @@ const GROUP_MODE: u32 = 0o2775;
 #[derive(Debug, Default)]
 pub(crate) struct Storages {
     places: Mutex<HashMap<String, Held>>,
+    disks: Disks,
     /// Whether the host is held to a policy for mounts: to sources without links, and to places that no share
     /// and no container can have put a link at.
     is_strict: bool,
@@ -40,6 +49,8 @@ struct Held {
     users: usize,
     /// Whether it lives as long as the pod: memory that one container leaves to the next.
     stays: bool,
+    /// The disk that it is on.
+    _disk: Option<Disk>,
 }
 
 /// The type of what is to be mounted.
@@ -53,9 +64,10 @@ pub(crate) fn kind(storage: &Storage) -> &str {
 }
 
 impl Storages {
-    pub(crate) fn new(is_strict: bool) -> Self {
+    pub(crate) fn new(is_strict: bool, disks: Disks) -> Self {
         Self {
             places: Mutex::default(),
+            disks,
             is_strict,
         }
     }
@@ -73,6 +85,7 @@ impl Storages {
         if storage.driver == "mmioblk" {
             devices::wait_for(&storage.source)?;
         }
+        let mut storage = Cow::Borrowed(storage);
         if self.is_strict && !is_plain(Path::new(&storage.mount_point)) {
             let why = format!(
                 "{} is no place for storage by the node's policy",
@@ -85,15 +98,22 @@ impl Storages {
             held.users += 1;
             return Ok(());
         }
+        let mut disk = None;
+        if storage.driver == devices::BLK && !storage.source.starts_with("/dev/") {
+            let found = self.disks.find(&storage.source)?;
+            storage.to_mut().source.clone_from(&found.path);
+            disk = Some(found);
+        }
         let prepared = match (storage.fstype.as_str(), storage.driver.as_str()) {
-            ("bind", "ephemeral") => bind_part(storage, &places),
-            ("bind", _) => bind_whole(storage, self.is_strict),
-            _ => prepare(storage),
+            ("bind", "ephemeral") => bind_part(&storage, &places),
+            ("bind", _) => bind_whole(&storage, self.is_strict),
+            _ => prepare(&storage),
         };
-        prepared.map_err(|error| failed("mount", storage, &error))?;
+        prepared.map_err(|error| failed("mount", &storage, &error))?;
         let held = Held {
             users: 1,
             stays: ["ephemeral", "local"].contains(&storage.driver.as_str()),
+            _disk: disk,
         };
         places.insert(storage.mount_point.clone(), held);
         Ok(())
@@ -107,7 +127,8 @@ impl Storages {
         };
         held.users = held.users.saturating_sub(1);
         if held.users == 0 && !held.stays {
-            places.remove(place);
+            // A disk is let go of when what was mounted of it is not any more.
+            let _held = places.remove(place);
             // A folder made for a driver that mounts nothing is left as it is.
             if rustix::mount::unmount(place, UnmountFlags::DETACH).is_ok() {
                 let _ = fs::remove_dir(place);
@@ -451,7 +472,7 @@ mod tests {
         let folder = std::env::temp_dir().join(format!("podvmm-strict-{}", std::process::id()));
         fs::create_dir_all(folder.join("real")).unwrap();
         std::os::unix::fs::symlink("real", folder.join("link")).unwrap();
-        let strict = Storages::new(true);
+        let strict = Storages::new(true, Disks::default());
         for place in [
             "/etc",
             "/run/kata-containers/sandbox/../x",

@@ -231,11 +231,12 @@ pub fn write_config(path: &Path, templates: &Path, pool: usize) {
     let guest = guest::folder();
     let text = format!(
         "podvmm = {:?}\nkernel = {:?}\ninitramfs = {:?}\ntemplates = {:?}\n\
-         pool = {pool}\nmax_vcpus = 2\n",
+         pool = {pool}\nmax_vcpus = 2\ntransport = {:?}\n",
         podvmm::binary(),
         guest.join("vmlinux"),
         guest.join("initramfs.cpio"),
         templates,
+        guest::transport(),
     );
     fs::write(path, text).expect("the folder is writable");
 }

@@ -18,7 +18,7 @@ use tempfile::TempDir;
 use crate::guest::{self, Turn};
 use crate::network::alone;
 use crate::pod::Agent;
-use crate::service::{Service, put};
+use crate::service::{Service, get, put};
 use crate::{containerd, podvmm};
 
 /// What the disk of all these guests begins with.
@@ -251,6 +251,26 @@ impl Vm {
         put(&mut self.client, "vm.resize", Some(body)).expect("it is not refused");
     }
 
+    /// Adds a disk. Returns its name, and the number of its device on the guest's PCI bus as agents are told it.
+    pub fn add_disk(&mut self, disk: &Path) -> (String, String) {
+        let body = json!({ "path": disk });
+        let answer = put(&mut self.client, "vm.add-disk", Some(body)).expect("it is not refused");
+        let answer: Value = serde_json::from_slice(&answer).expect("answers are JSON");
+        let word = |name: &str| answer[name].as_str().expect("it is a word").to_owned();
+        let place = word("bdf");
+        let device = place.strip_prefix("0000:00:");
+        let device = device.and_then(|device| device.strip_suffix(".0"));
+        (word("id"), device.expect("it is on bus 0").into())
+    }
+
+    /// Takes a device away that the guest has let go of.
+    pub fn remove_device(&mut self, id: &str) {
+        let body = json!({ "id": id });
+        put(&mut self.client, "vm.remove-device", Some(body)).expect("it is not refused");
+        let leaving = &get(&mut self.client, "vm.info")["leaving"];
+        assert_eq!(*leaving, Value::Null, "the guest has not let go of it");
+    }
+
     /// Ends it, and sees that it leaves nothing in its folder.
     pub fn end(mut self) {
         put(&mut self.client, "vmm.shutdown", None).expect("it is not refused");
@@ -288,6 +308,7 @@ fn definition() -> Value {
         "balloon": {"size": 0},
         "serial": {"mode": "Null"},
         "console": {"mode": "Off"},
+        "transport": guest::transport(),
     })
 }
 
