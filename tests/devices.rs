@@ -271,6 +271,7 @@ fn run(
     let (fs, memory, _helper) = share(&places, shared.path());
     let (vsock, api) = (places.at("vsock"), places.at("api"));
     let listener = UnixListener::bind(places.at("vsock_77"))?;
+    let transport = guest::transport();
     let options = [
         ["--rootfs", plain(root.path())],
         ["--memory", &format!("size=256M,hotplug_size=1G{memory}")],
@@ -283,6 +284,7 @@ fn run(
         ],
         ["--vsock", &format!("cid=3,socket={}", vsock.display())],
         ["--api-socket", plain(&api)],
+        ["--transport", &transport],
     ];
     let command = ["--", "/bin/sh", "-c", SCRIPT, "sh", WORK];
     let running = Podvmm::new(options.as_flattened().iter().chain(&command)).spawn();

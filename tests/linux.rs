@@ -19,7 +19,8 @@ use tests::{Outcome, Podvmm, guest};
 /// Boots the default guest with `options` and runs `script` in it.
 fn shell(options: &[&str], script: &str) -> Outcome {
     let _one = guest::one_at_a_time();
-    let shell = ["--", "/bin/sh", "-c", script];
+    let transport = guest::transport();
+    let shell = ["--transport", &transport, "--", "/bin/sh", "-c", script];
     Podvmm::new(options.iter().chain(&shell))
         .input(b"from the host\n")
         .run()

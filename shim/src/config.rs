@@ -10,7 +10,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use api::{RateLimit, RateLimits};
+use api::{RateLimit, RateLimits, TransportConfig};
 use protocol::policy::Policy;
 use serde::Deserialize;
 
@@ -42,6 +42,9 @@ pub(crate) struct Config {
     pub(crate) initramfs: Option<PathBuf>,
     /// A read-only disk with a root file system and an agent in it, instead of `initramfs`.
     pub(crate) image: Option<PathBuf>,
+    /// How the guest finds its devices: `mmio` or `pci`, which kernels of distributions need.
+    #[serde(default)]
+    pub(crate) transport: TransportConfig,
     /// Parameters that are added to the kernel's command line.
     #[serde(default)]
     pub(crate) kernel_params: String,
@@ -328,6 +331,9 @@ mod tests {
         assert!(config.templates.is_some());
         assert_eq!((config.pool, config.jail), (0, Jail::On));
         assert_eq!(read("jail = 'required'").unwrap().jail, Jail::Required);
+        assert_eq!(config.transport, TransportConfig::Mmio);
+        let pci = read("transport = 'pci'").unwrap().transport;
+        assert_eq!(pci, TransportConfig::Pci);
         assert_eq!(read("templates = ''").unwrap().templates, None);
         assert_eq!(config.fs_rates(), RateLimits::default());
         let user = |more: &str| read(more).unwrap().user();

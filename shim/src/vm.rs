@@ -443,6 +443,7 @@ pub(crate) fn definition(config: &Config, size: Size) -> Result<VmConfig, Config
         }),
         disks,
         serial: Output::Tty,
+        transport: config.transport,
         ..VmConfig::default()
     })
 }
