@@ -1,7 +1,6 @@
 //! The balloon, with all the queues that it can have.
 
 use crate::driver::{BUFFERS, Buffer, CONFIG, Driver, LARGE, LARGE_BYTES, Subject};
-use crate::puppet::Step;
 use crate::rig::RAM_BYTES;
 use crate::suite;
 
@@ -77,12 +76,13 @@ fn numbers(numbers: &[u32]) -> Vec<Buffer> {
         .collect())]
 }
 
+fn options() -> Vec<String> {
+    let balloon = "size=1M,deflate_on_oom=on,free_page_reporting=on";
+    vec!["--balloon".into(), balloon.into()]
+}
+
 #[test]
 fn the_balloon() {
-    let options = || {
-        let balloon = "size=1M,deflate_on_oom=on,free_page_reporting=on";
-        vec!["--balloon".into(), balloon.into()]
-    };
     suite::run(
         |_| options(),
         &Balloon,
@@ -212,10 +212,9 @@ fn configuration(driver: &Driver<'_>) -> usize {
     let mut count = 0;
     for offset in 0..16 {
         for width in [1, 2, 4, 8] {
-            let at = driver.window + CONFIG + offset;
-            driver
-                .puppet()
-                .run(&[Step::write(at, width, u64::MAX), Step::read(at, width)]);
+            let at = CONFIG + offset;
+            let write = driver.register(at, u64::MAX).width(width);
+            driver.puppet().run(&[write, driver.read(at).width(width)]);
             count += 1;
         }
         driver.recover("writes of the configuration space");

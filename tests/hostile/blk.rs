@@ -3,10 +3,8 @@
 use std::fs;
 use std::path::Path;
 
-use tests::podvmm::kvm_is_here;
-
 use crate::driver::{Buffer, Driver, LARGE, Subject, Verdict};
-use crate::rig::{Rig, Transport, plain};
+use crate::rig::{Rig, plain};
 use crate::suite;
 
 use Buffer::{In, InAt, Out, OutAt};
@@ -97,10 +95,10 @@ pub(crate) fn boot(folder: &Path, access: &str) -> Vec<String> {
 
 #[test]
 fn a_readonly_disk() {
-    if !kvm_is_here() {
-        return;
-    }
-    let rig = Rig::boot(|folder| boot(folder, ",readonly=on"));
+    suite::on_each(|folder| boot(folder, ",readonly=on"), read_a_disk);
+}
+
+fn read_a_disk(rig: Rig) {
     let files = ["disk", "neighbour"].map(|name| rig.folder.path().join(name));
     let rig = rig.keeps(&files[0]).keeps(&files[1]);
     suite::run_in(rig, &Disk { readonly: true }, |driver| {
@@ -129,16 +127,10 @@ fn a_readonly_disk() {
 
 #[test]
 fn a_disk() {
-    if !kvm_is_here() {
-        return;
-    }
-    for transport in [Transport::Mmio, Transport::Pci] {
-        write_to_a_disk(transport);
-    }
+    suite::on_each(|folder| boot(folder, ""), write_to_a_disk);
 }
 
-fn write_to_a_disk(transport: Transport) {
-    let rig = Rig::boot_on(transport, |folder| boot(folder, ""));
+fn write_to_a_disk(rig: Rig) {
     let disk = rig.folder.path().join("disk");
     let neighbour = rig.folder.path().join("neighbour");
     suite::run_in(rig.keeps(&neighbour), &Disk { readonly: false }, |driver| {

@@ -1,5 +1,5 @@
-//! A driver that keeps to the rules, over either transport, by way of the puppet: what each case begins with, and what answers
-//! or not when it is over.
+//! A driver that keeps to the rules, over either transport, by way of the puppet: what each case begins
+//! with, and what answers or not when it is over.
 
 use std::cell::Cell;
 use std::fmt::Debug;
@@ -152,8 +152,14 @@ impl<'a> Driver<'a> {
         Step::write(address, width, value)
     }
 
+    /// The step that reads a register.
+    pub(crate) fn read(&self, register: u64) -> Step {
+        let (address, width) = self.place(register, 0);
+        Step::read(address, width)
+    }
+
     /// Where a register is, with its width, for a driver that writes `value` there.
-    fn place(&self, register: u64, value: u64) -> (u64, u32) {
+    pub(crate) fn place(&self, register: u64, value: u64) -> (u64, u32) {
         let (offset, width) = match self.rig.transport {
             Transport::Mmio => (register, 4),
             Transport::Pci => pci::place(register, value),
@@ -161,13 +167,18 @@ impl<'a> Driver<'a> {
         (self.window + offset, width)
     }
 
+    /// Whether a register is wide enough for a value.
+    pub(crate) fn has_room(&self, register: u64, value: u64) -> bool {
+        let (_, width) = self.place(register, value);
+        value < 1 << (8 * width)
+    }
+
     pub(crate) fn set(&self, register: u64, value: u64) {
         self.puppet().run_one(self.register(register, value));
     }
 
     pub(crate) fn get(&self, register: u64) -> u64 {
-        let (address, width) = self.place(register, 0);
-        self.puppet().run_one(Step::read(address, width)).value
+        self.puppet().run_one(self.read(register)).value
     }
 
     pub(crate) fn status(&self) -> u64 {
@@ -225,9 +236,7 @@ impl<'a> Driver<'a> {
         for queue in 0..self.subject.queues() {
             steps.extend(self.queue_setup(queue, size));
         }
-        steps.push(self.register(STATUS, LIVE));
-        let (status, width) = self.place(STATUS, 0);
-        steps.push(Step::read(status, width));
+        steps.extend([self.register(STATUS, LIVE), self.read(STATUS)]);
         let came = self.puppet().run(&steps);
         let status = came[steps.len() - 1].value;
         assert_eq!(status, LIVE, "{} does not start", self.subject.name());

@@ -188,10 +188,10 @@ fn options(folder: &Path) -> Vec<String> {
 
 #[test]
 fn a_share() {
-    if !kvm_is_here() {
-        return;
-    }
-    let rig = Rig::boot(options);
+    suite::on_each(options, share_files);
+}
+
+fn share_files(rig: Rig) {
     let inside = rig.folder.path().join("share/inside");
     let secret = rig.folder.path().join("secret");
     let rig = rig.keeps(&inside).keeps(&secret);

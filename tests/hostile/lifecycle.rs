@@ -113,13 +113,14 @@ const STORMS: [Storm; 9] = [
         vec![driver.register(QUEUE_NOTIFY, 0).width(1).times(500, 0)]
     }),
     ("reads of the status", |driver| {
-        vec![Step::read(driver.window + STATUS, 4).times(500, 0)]
+        vec![driver.read(STATUS).times(500, 0)]
     }),
     ("reads of the configuration space", |driver| {
-        vec![Step::read(driver.window + CONFIG, 8).times(480, 8)]
+        vec![driver.read(CONFIG).width(8).times(480, 8)]
     }),
     ("writes of the configuration space", |driver| {
-        vec![Step::write(driver.window + CONFIG, 8, u64::MAX).times(480, 8)]
+        let write = driver.register(CONFIG, u64::MAX);
+        vec![write.width(8).times(480, 8)]
     }),
     ("acknowledgements of interrupts", |driver| {
         vec![driver.register(INTERRUPT_ACK, 0xffff_ffff).times(500, 0)]
@@ -174,7 +175,7 @@ const PAIRS: [Pair; 6] = [
     }),
     ("registers against the configuration space", |driver| {
         let sweep = Step::read(driver.window, 4).times(64, 4);
-        let writes = Step::write(driver.window + CONFIG, 4, 7).times(64, 4);
+        let writes = driver.register(CONFIG, 7).times(64, 4);
         [vec![sweep; 6], vec![writes; 6]]
     }),
 ];

@@ -1,12 +1,11 @@
 //! Network devices: one with a pair of queues, and one with two pairs and a control queue.
 
 use std::cell::Cell;
+use std::path::Path;
 
 use tests::network::{alone, set_up};
-use tests::podvmm::kvm_is_here;
 
 use crate::driver::{BUFFERS, Buffer, Driver, LARGE, Subject, Verdict};
-use crate::rig::Rig;
 use crate::suite;
 use crate::wire::{Wire, frame};
 
@@ -91,20 +90,19 @@ impl Subject for Net {
 }
 
 fn run(multi: bool, requests: fn(&Driver<'_>) -> usize) {
-    if !kvm_is_here() {
-        return;
-    }
     alone(move || {
         let pairs = if multi { 2 } else { 1 };
         let net = format!("tap=hostile0,mac=02:00:00:00:00:09,queues={pairs}");
-        let rig = Rig::boot(|_| vec!["--net".into(), net]);
-        set_up("hostile0", "192.0.2.1/24");
-        let subject = Net {
-            multi,
-            wire: Wire::open("hostile0"),
-            number: Cell::new(1),
-        };
-        suite::run_in(rig, &subject, requests);
+        let options = |_: &Path| vec!["--net".into(), net.clone()];
+        suite::on_each(options, |rig| {
+            set_up("hostile0", "192.0.2.1/24");
+            let subject = Net {
+                multi,
+                wire: Wire::open("hostile0"),
+                number: Cell::new(1),
+            };
+            suite::run_in(rig, &subject, requests);
+        });
     });
 }
 

@@ -25,12 +25,20 @@ const CONFIG: u64 = 0x2000;
 const NOTIFY: u64 = 0x3000;
 const TABLE: u64 = 0x4000;
 const PENDING: u64 = 0x5000;
+const NOTHING: u64 = 0x6000;
 /// The register of the MSI-X capability, and its bits for on and for all masked.
 const MSIX: u32 = 0x40;
 const MSIX_ON: u64 = 0x8000;
 const MSIX_MASKED: u64 = 0xc000;
 /// A vector of the first CPU's.
 const MESSAGE: [u64; 3] = [0xfee0_0000, 0, 0x50];
+
+/// Places behind a BAR: registers of four bytes, and where each region begins and ends.
+pub(crate) fn places() -> impl Iterator<Item = u64> {
+    let regions = [ISR, CONFIG, NOTIFY, TABLE, PENDING, NOTHING];
+    let edges = regions.map(|start| [start, start + 8, start + 0x20, start + 0xffc]);
+    (0..0x40).step_by(4).chain(edges.into_iter().flatten())
+}
 
 /// Where a register of virtio-mmio's is behind a BAR, and its width (virtio 1.3 §4.1.4.3). What has no
 /// counterpart goes where there is nothing.
@@ -42,13 +50,12 @@ pub(crate) fn place(register: u64, value: u64) -> (u64, u32) {
         driver::QUEUE_SEL => (QUEUE_SELECT, 2),
         driver::QUEUE_NUM => (0x18, 2),
         driver::QUEUE_READY => (0x1c, 2),
-        driver::QUEUE_DESC => (0x20, 4),
-        driver::QUEUE_DRIVER => (0x28, 4),
-        driver::QUEUE_DEVICE => (0x30, 4),
+        // Three addresses, each in halves.
+        0x80..=0xaf if register % 16 < 8 => (0x20 + (register - 0x80) / 16 * 8 + register % 16, 4),
         driver::QUEUE_NOTIFY => (NOTIFY + 4 * (value & 0x3ff), 2),
         driver::INTERRUPT_ACK => (ISR, 1),
         driver::CONFIG.. => (CONFIG + register - driver::CONFIG, 4),
-        _ => (0x6000, 4),
+        _ => (NOTHING, 4),
     }
 }
 

@@ -1,16 +1,22 @@
-//! The registers of the transport: each of them in each width, and out of turn (virtio 1.3 §4.2.2 and
-//! §3.1.1, Device Initialization).
+//! The registers of either transport: each of them in each width, and out of turn (virtio 1.3 §4.2.2, §4.1.4
+//! and §3.1.1, Device Initialization).
 
 use crate::driver::*;
+use crate::pci;
 use crate::puppet::Step;
-use crate::rig::RAM_BYTES;
+use crate::rig::{RAM_BYTES, Transport};
 
 /// Registers of 4 bytes, those that do not exist among them, and places of the configuration space.
-fn places() -> impl Iterator<Item = u64> {
-    let config = [
-        0x100, 0x104, 0x108, 0x120, 0x13c, 0x140, 0x200, 0x800, 0xff8,
-    ];
-    (0..0x100).step_by(4).chain(config)
+fn places(driver: &Driver<'_>) -> Vec<u64> {
+    match driver.rig.transport {
+        Transport::Mmio => {
+            let config = [
+                0x100, 0x104, 0x108, 0x120, 0x13c, 0x140, 0x200, 0x800, 0xff8,
+            ];
+            (0..0x100).step_by(4).chain(config).collect()
+        }
+        Transport::Pci => pci::places().collect(),
+    }
 }
 
 /// What is written everywhere.
@@ -18,37 +24,43 @@ const VALUES: [u64; 4] = [0, 1, 0x8000_0000, u64::MAX];
 
 /// Runs all cases. Returns how many there were.
 pub(crate) fn run(driver: &Driver<'_>) -> usize {
-    wrong_widths(driver) + right_width(driver) + out_of_turn(driver) + bad_queues(driver)
+    any_width(driver) + four_bytes(driver) + out_of_turn(driver) + bad_queues(driver)
 }
 
-/// "The driver MUST only use 32 bit wide and aligned reads and writes" (§4.2.2.2): others read as zero,
-/// and change nothing.
-fn wrong_widths(driver: &Driver<'_>) -> usize {
+/// All widths but that of virtio-mmio's registers, from each of four bytes on.
+const WIDTHS: [(u32, u64); 10] = [
+    (1, 0),
+    (1, 1),
+    (1, 3),
+    (2, 0),
+    (2, 1),
+    (2, 2),
+    (4, 1),
+    (4, 2),
+    (8, 0),
+    (8, 4),
+];
+
+/// "The driver MUST only use 32 bit wide and aligned reads and writes" (§4.2.2.2) of virtio-mmio, and over PCI
+/// the width that a register has (§4.1.3.1): others read as zero, and change nothing.
+fn any_width(driver: &Driver<'_>) -> usize {
     driver.start();
+    let end = driver.rig.transport.window_bytes();
     let mut count = 0;
-    for register in places() {
-        for (width, shift) in [
-            (1, 0),
-            (1, 3),
-            (2, 0),
-            (2, 1),
-            (4, 1),
-            (4, 2),
-            (8, 0),
-            (8, 4),
-        ] {
+    for register in places(driver) {
+        for (width, shift) in WIDTHS {
             let at = driver.window + register + shift;
-            if register + shift + u64::from(width) > 0x1000 {
+            let is_status = driver.place(STATUS, 0) == (at, width);
+            if is_status || register + shift + u64::from(width) > end {
                 continue;
             }
             let mut steps = vec![Step::read(at, width)];
             steps.extend(VALUES.map(|value| Step::write(at, width, value)));
-            steps.push(Step::read(driver.window + STATUS, 4));
             let came = driver.puppet().run(&steps);
             let what = format!("register {register:#x} + {shift} in {width} bytes");
             let faults: u64 = came.iter().map(|step| step.faults).sum();
             assert_eq!(faults, 0, "{what}");
-            if register + shift < CONFIG {
+            if driver.rig.transport == Transport::Mmio && register + shift < CONFIG {
                 assert_eq!(came[0].value, 0, "{what}");
             }
             driver.has_status(LIVE, &what);
@@ -61,11 +73,15 @@ fn wrong_widths(driver: &Driver<'_>) -> usize {
     count
 }
 
-/// Of registers that are written rightly but in vain, as queues are live.
-fn right_width(driver: &Driver<'_>) -> usize {
+/// Four bytes, as virtio-mmio's registers have, that are written in vain as queues are live.
+fn four_bytes(driver: &Driver<'_>) -> usize {
     let mut count = 0;
-    for register in places().filter(|register| ![STATUS, QUEUE_NOTIFY].contains(register)) {
+    let not = [STATUS, QUEUE_NOTIFY].map(|register| driver.place(register, 0));
+    for register in places(driver) {
         let at = driver.window + register;
+        if not.contains(&(at, 4)) {
+            continue;
+        }
         for value in VALUES {
             let value = value & 0xffff_ffff;
             driver
@@ -225,7 +241,7 @@ fn live_and(driver: &Driver<'_>, values: &[u64]) -> Vec<Step> {
 fn early_queues(driver: &Driver<'_>) -> Vec<Step> {
     let mut steps = statuses(driver, &[1, 3]);
     steps.extend(all_queues(driver));
-    steps.push(Step::read(driver.window + QUEUE_READY, 4));
+    steps.push(driver.read(QUEUE_READY));
     steps
 }
 
@@ -245,7 +261,7 @@ fn out_of_turn(driver: &Driver<'_>) -> usize {
 /// What a queue is set up with that the driver may not: register and value, each after the proper ones.
 type Setup = (&'static str, &'static [(u64, u64)]);
 
-const SETUPS: [Setup; 34] = [
+const SETUPS: [Setup; 36] = [
     ("no descriptors", &[(QUEUE_NUM, 0)]),
     ("three descriptors", &[(QUEUE_NUM, 3)]),
     ("twice the most", &[(QUEUE_NUM, 0x800)]),
@@ -261,6 +277,7 @@ const SETUPS: [Setup; 34] = [
         &[(QUEUE_DESC, RAM_BYTES - 16)],
     ),
     ("a table in a window", &[(QUEUE_DESC, 0xc000_0000)]),
+    ("a table behind a BAR", &[(QUEUE_DESC, 0xe000_0000)]),
     ("a table in the local APIC", &[(QUEUE_DESC, 0xfee0_0000)]),
     (
         "a table at the end of 32 bits",
@@ -308,6 +325,7 @@ const SETUPS: [Setup; 34] = [
         &[(QUEUE_DEVICE, RAM_BYTES - 68)],
     ),
     ("a device area in a window", &[(QUEUE_DEVICE, 0xc000_0000)]),
+    ("a device area behind a BAR", &[(QUEUE_DEVICE, 0xe000_3000)]),
     (
         "a device area in the IOAPIC",
         &[(QUEUE_DEVICE, 0xfec0_0000)],
@@ -339,16 +357,20 @@ fn bad_queues(driver: &Driver<'_>) -> usize {
     let mut count = 0;
     for queue in 0..driver.subject.queues() {
         for (name, setup) in SETUPS {
+            let registers = setup.iter().map(|(at, value)| driver.register(*at, *value));
+            if !setup.iter().all(|(at, value)| driver.has_room(*at, *value)) {
+                continue;
+            }
             driver.puppet().run_one(driver.register(STATUS, 0));
             driver.clear();
             let mut steps = driver.negotiation(driver.subject.features());
-            steps.extend(all_queues(driver));
-            steps.push(driver.register(QUEUE_SEL, queue.into()));
+            let others = (0..driver.subject.queues()).filter(|other| *other != queue);
+            steps.extend(others.flat_map(|other| driver.queue_setup(other, SIZE)));
+            steps.extend(driver.queue_setup(queue, SIZE));
             // While a queue is ready, its registers stand still.
-            steps.push(driver.register(QUEUE_READY, 0));
-            steps.extend(setup.iter().map(|(at, value)| driver.register(*at, *value)));
-            steps.push(driver.register(QUEUE_READY, 1));
-            steps.push(driver.register(STATUS, LIVE));
+            let ready = steps.pop().expect("a setup ends with that");
+            steps.extend(registers);
+            steps.extend([ready, driver.register(STATUS, LIVE)]);
             driver.puppet().run(&steps);
             let what = format!("queue {queue}: {name}");
             driver.has_status(LIVE | NEEDS_RESET, &what);

@@ -44,6 +44,18 @@ pub(crate) enum Transport {
     Pci,
 }
 
+impl Transport {
+    pub(crate) const ALL: [Self; 2] = [Self::Mmio, Self::Pci];
+
+    /// How long a device's window is, or the memory behind its BAR.
+    pub(crate) fn window_bytes(self) -> u64 {
+        match self {
+            Self::Mmio => 0x1000,
+            Self::Pci => 0x8000,
+        }
+    }
+}
+
 /// A podvmm whose guest is a puppet.
 #[derive(Debug)]
 pub(crate) struct Rig {

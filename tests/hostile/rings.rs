@@ -108,13 +108,13 @@ const CHAINS: [Case; 30] = [
         Returned(1),
     ),
     (
-        "a buffer in a device's window",
-        Chain(&[(0xc000_0000, 4, 0, 0)]),
+        "a buffer in the device's window",
+        Do(|driver, queue| chained(driver, queue, &[(driver.window, 4, 0, 0)])),
         Returned(1),
     ),
     (
-        "a writable buffer in a device's window",
-        Chain(&[(0xc000_0070, 4, WRITE, 0)]),
+        "a writable buffer in the device's window",
+        Do(|driver, queue| chained(driver, queue, &[(driver.window + 16, 4, WRITE, 0)])),
         Returned(1),
     ),
     (
@@ -262,8 +262,8 @@ const INDIRECTS: [Case; 20] = [
         Any,
     ),
     (
-        "a table in a device's window",
-        Chain(&[(0xc000_0000, TABLE, INDIRECT, 0)]),
+        "a table in the device's window",
+        Do(|driver, queue| chained(driver, queue, &[(driver.window, TABLE, INDIRECT, 0)])),
         Returned(1),
     ),
     (

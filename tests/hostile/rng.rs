@@ -34,11 +34,6 @@ fn the_entropy_device() {
     suite::run(|_| Vec::new(), &Rng, requests);
 }
 
-#[test]
-fn the_entropy_device_over_pci() {
-    suite::run_on_pci(|_| Vec::new(), &Rng, requests);
-}
-
 /// Requests that are well-formed chains, and how many bytes may be said to be written.
 fn requests(driver: &Driver<'_>) -> usize {
     use Buffer::{In, InAt, Out, OutAt};

@@ -1,4 +1,4 @@
-//! All that is done to one device, in one VM.
+//! All that is done to one device, in one VM for each transport.
 
 use std::path::Path;
 use std::time::Instant;
@@ -12,27 +12,19 @@ use crate::{lifecycle, registers, rings};
 /// Runs cases, and returns how many there were.
 pub(crate) type Cases = fn(&Driver<'_>) -> usize;
 
-/// Boots a VM with `options` and does to the subject what can be done to each device, and then what
-/// `requests` does.
-pub(crate) fn run(
-    options: impl FnOnce(&Path) -> Vec<String>,
-    subject: &dyn Subject,
-    requests: Cases,
-) {
+/// Boots a VM with `options` for `test`, over one transport and then over the other.
+pub(crate) fn on_each(options: impl Fn(&Path) -> Vec<String>, test: impl Fn(Rig)) {
     if kvm_is_here() {
-        run_in(Rig::boot(options), subject, requests);
+        for transport in Transport::ALL {
+            test(Rig::boot_on(transport, &options));
+        }
     }
 }
 
-/// The same with the devices on a PCI bus.
-pub(crate) fn run_on_pci(
-    options: impl FnOnce(&Path) -> Vec<String>,
-    subject: &dyn Subject,
-    requests: Cases,
-) {
-    if kvm_is_here() {
-        run_in(Rig::boot_on(Transport::Pci, options), subject, requests);
-    }
+/// Does to the subject, in VMs with `options`, what can be done to each device, and then what `requests`
+/// does.
+pub(crate) fn run(options: impl Fn(&Path) -> Vec<String>, subject: &dyn Subject, requests: Cases) {
+    on_each(options, |rig| run_in(rig, subject, requests));
 }
 
 /// A rig whose stock is taken while the device is served.
@@ -51,15 +43,13 @@ pub(crate) fn run_in(rig: Rig, subject: &dyn Subject, requests: Cases) {
         ("lifecycle", lifecycle::run),
         ("requests", requests),
     ];
-    // Registers of a PCI bus are other ones.
-    let first = usize::from(rig.transport == Transport::Pci);
-    for (part, cases) in parts.into_iter().skip(first) {
+    for (part, cases) in parts {
         warm_up(&driver);
         let start = Instant::now();
         let count = cases(&driver);
-        let name = subject.name();
+        let (name, transport) = (subject.name(), rig.transport);
         let took = start.elapsed().as_millis();
-        println!("{name}: {part}: {count} cases, {took} ms");
+        println!("{name} over {transport:?}: {part}: {count} cases, {took} ms");
         warm_up(&driver);
         rig.is_well(part);
     }

@@ -188,10 +188,10 @@ fn options(folder: &Path) -> Vec<String> {
 
 #[test]
 fn the_socket_device() {
-    if !kvm_is_here() {
-        return;
-    }
-    let rig = Rig::boot(options);
+    suite::on_each(options, converse);
+}
+
+fn converse(rig: Rig) {
     let path = rig.folder.path().join(format!("vsock_{SERVED}"));
     let subject = Vsock {
         listener: UnixListener::bind(path).expect("the folder is new"),
