@@ -25,6 +25,8 @@ mod legacy;
 mod lifecycle;
 #[path = "hostile/mem.rs"]
 mod mem;
+#[path = "hostile/msix.rs"]
+mod msix;
 #[path = "hostile/net.rs"]
 mod net;
 #[path = "hostile/pci.rs"]

@@ -12,7 +12,7 @@ const STATISTICS: u16 = 2;
 const REPORTING: u16 = 3;
 
 #[derive(Debug)]
-struct Balloon;
+pub(crate) struct Balloon;
 
 impl Subject for Balloon {
     fn name(&self) -> &'static str {
@@ -76,7 +76,7 @@ fn numbers(numbers: &[u32]) -> Vec<Buffer> {
         .collect())]
 }
 
-fn options() -> Vec<String> {
+pub(crate) fn options() -> Vec<String> {
     let balloon = "size=1M,deflate_on_oom=on,free_page_reporting=on";
     vec!["--balloon".into(), balloon.into()]
 }

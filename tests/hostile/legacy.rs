@@ -183,19 +183,30 @@ fn controllers(rig: &Rig) -> usize {
     count
 }
 
+/// OUTSB, OUTSW, OUTSD, INSB and INSD, by opcode and prefix.
+pub(crate) const STRINGS: [(u8, &[u8]); 5] = [
+    (0x6e, &[]),
+    (0x6f, &[0x66]),
+    (0x6f, &[]),
+    (0x6c, &[]),
+    (0x6d, &[]),
+];
+
+/// Code to be called that repeats one of these, from or to 0x600000.
+pub(crate) fn string_code(opcode: u8, prefix: &[u8], count: u32, port: u16) -> Vec<u8> {
+    // mov rsi/rdi, 0x600000; mov ecx, COUNT; mov dx, PORT; cld; rep; ret. RBX and above are the puppet's.
+    let mut bytes = vec![0xbe, 0, 0, 0x60, 0, 0xbf, 0, 0, 0x60, 0, 0xb9];
+    bytes.extend(count.to_le_bytes());
+    bytes.extend([0x66, 0xba]);
+    bytes.extend(port.to_le_bytes());
+    bytes.extend([0xfc, 0xf3]);
+    bytes.extend(prefix);
+    bytes.extend([opcode, 0xc3]);
+    bytes
+}
+
 /// `rep outsb` and `rep insb`, which KVM hands over as one access of many bytes.
 fn strings(rig: &Rig) -> usize {
-    // mov rsi/rdi, 0x600000; mov ecx, COUNT; mov dx, PORT; cld; rep; ret. RBX and above are the puppet's.
-    let code = |opcode: u8, prefix: &[u8], count: u32, port: u16| {
-        let mut bytes = vec![0xbe, 0, 0, 0x60, 0, 0xbf, 0, 0, 0x60, 0, 0xb9];
-        bytes.extend(count.to_le_bytes());
-        bytes.extend([0x66, 0xba]);
-        bytes.extend(port.to_le_bytes());
-        bytes.extend([0xfc, 0xf3]);
-        bytes.extend(prefix);
-        bytes.extend([opcode, 0xc3]);
-        bytes
-    };
     let mut count = 0;
     for port in [
         SERIAL,
@@ -208,18 +219,11 @@ fn strings(rig: &Rig) -> usize {
         0xffff,
     ] {
         for times in [0, 1, 2, 7, 8, 9, 1024] {
-            // OUTSB, OUTSW, OUTSD, INSB, INSD. None of the bytes is a reset.
-            for (opcode, prefix) in [
-                (0x6e, vec![]),
-                (0x6f, vec![0x66]),
-                (0x6f, vec![]),
-                (0x6c, vec![]),
-                (0x6d, vec![]),
-            ] {
+            for (opcode, prefix) in STRINGS {
+                // None of the bytes is a reset.
                 rig.puppet.ram.write(0x60_0000, &[0x21; 0x8000]);
-                rig.puppet
-                    .ram
-                    .write(SCRATCH_CODE, &code(opcode, &prefix, times, port));
+                let code = string_code(opcode, prefix, times, port);
+                rig.puppet.ram.write(SCRATCH_CODE, &code);
                 let came = rig.puppet.run_one(Step::new(Op::Call, SCRATCH_CODE));
                 assert_eq!(came.faults, 0, "port {port:#x} {times} times");
                 count += 1;
