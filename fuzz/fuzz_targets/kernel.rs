@@ -163,6 +163,7 @@ fuzz_target!(|input: Input<'_>| {
         initramfs: input
             .initramfs
             .map(|(start, len)| (GuestAddress(start.get()), len.get())),
+        pci: true,
     };
     let _ = heap::bounded(MOST_HELD, || boot::write(&memory, &image, info));
     let mut kernel_ram = [0; 4096];

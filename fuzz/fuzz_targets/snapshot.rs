@@ -12,7 +12,7 @@ use devices::virtio::balloon::{Balloon, BalloonConfig};
 use devices::virtio::fs::{Cache, Fs, FsConfig};
 use devices::virtio::mem::Mem;
 use devices::virtio::rng::Rng;
-use devices::virtio::testing::Guest;
+use devices::virtio::testing::{Guest, Wiring};
 use devices::virtio::vsock::{Vsock, VsockConfig};
 use devices::virtio::{GuestRam, Limits, Memory, VirtioDevice};
 use libfuzzer_sys::fuzz_target;
@@ -38,12 +38,13 @@ fuzz_target!(|input: Input<'_>| {
         let socket = folder.as_path().join("vsock");
         Vsock::new(VsockConfig { cid: 3, socket }).unwrap()
     };
+    let wiring = Wiring::ALL[usize::from(input.device / 5 % 2)];
     match input.device % 5 {
-        0 => go_on(Rng::new, &input.changes),
-        1 => go_on(vsock, &input.changes),
-        2 => go_on(balloon, &input.changes),
-        3 => go_on(mem, &input.changes),
-        _ => go_on(|| share(&folder), &input.changes),
+        0 => go_on(wiring, Rng::new, &input.changes),
+        1 => go_on(wiring, vsock, &input.changes),
+        2 => go_on(wiring, balloon, &input.changes),
+        3 => go_on(wiring, mem, &input.changes),
+        _ => go_on(wiring, || share(&folder), &input.changes),
     }
 });
 
@@ -65,15 +66,20 @@ fn open(folder: &TempDir, state: &str) {
 }
 
 /// A guest whose device has been somewhere goes on with what a file says of that.
-fn go_on<D: VirtioDevice + 'static>(make: impl Fn() -> D, changes: &[(u16, Change)]) {
-    let mut guest = Guest::live(make());
+fn go_on<D: VirtioDevice + 'static>(
+    wiring: Wiring,
+    make: impl Fn() -> D,
+    changes: &[(u16, Change)],
+) {
+    let mut guest = Guest::new_on(wiring, make());
+    guest.start(u64::MAX, 16);
     let mut state = serde_json::to_value(guest.transport.state()).unwrap();
     drop(guest);
     json::change(&mut state, changes);
     let Ok(state) = serde_json::from_value(state) else {
         return;
     };
-    let mut guest = Guest::new(make());
+    let mut guest = Guest::new_on(wiring, make());
     if guest.transport.restore(state).is_ok() {
         guest.transport.resume().unwrap();
         guest.settle();

@@ -17,7 +17,9 @@ use super::console::{Console, Port};
 use super::mem::Mem;
 use super::net::{Net, NetConfig, Offloads, Tap};
 use super::rng::Rng;
-use super::testing::{NUMBERS, QUEUES, RAM_LEN, Step, Wiring, survive, survive_on};
+use super::testing::{
+    Access, Guest, NUMBERS, QUEUES, RAM_LEN, Step, Wiring, survive, survive_on, survive_on_bus,
+};
 use super::vsock::{Vsock, VsockConfig};
 use super::{GuestRam, Limits, Memory};
 use crate::host::{Input, Output};
@@ -92,6 +94,28 @@ pub(super) fn steps() -> impl Strategy<Value = Vec<Step>> {
     prop::collection::vec(step(), 1..60)
 }
 
+fn access() -> impl Strategy<Value = Access> {
+    let data = || prop::collection::vec(any::<u8>(), 1..9);
+    let device = 0..4_u32;
+    let target = (0..2_u32, 0..0x8004_u32, 0..4_u32);
+    let config = (device.clone(), 0..64_usize, 0..4_u64, data());
+    let offset = (0..8_u64, 0..0x80_u64).prop_map(|(page, offset)| page << 12 | offset);
+    prop_oneof![
+        1 => (0..9_u64, data()).prop_map(|(offset, data)| Access::Port { offset, data }),
+        2 => config.prop_map(|(device, register, first, data)| {
+            Access::Config { device, register, first, data }
+        }),
+        1 => (device.clone(), 0..48_u32, 0..8_u32)
+            .prop_map(|(device, at, command)| Access::Place { device, at, command }),
+        2 => (device, target, any::<u32>()).prop_map(|(device, (bar, offset, order), value)| {
+            Access::Reach { device, target: [bar, offset, 1 << order], value }
+        }),
+        3 => (0..2_usize, offset, data())
+            .prop_map(|(function, offset, data)| Access::Memory { function, offset, data }),
+        1 => (0..2_usize).prop_map(|function| Access::Request { function }),
+    ]
+}
+
 fn disk(image: &TempFile, readonly: bool) -> Blk {
     Blk::open(BlkConfig {
         path: PathBuf::from(image.as_path()),
@@ -131,6 +155,13 @@ proptest! {
     #[test]
     fn the_entropy_device_survives_any_guest_over_pci(steps in steps()) {
         survive_on(Wiring::Pci, Rng::new(), &[0], steps);
+    }
+
+    #[test]
+    fn a_pci_bus_survives_any_guest(accesses in prop::collection::vec(access(), 1..80)) {
+        let config = BalloonConfig { size: 0, deflate_on_oom: true, free_page_reporting: true };
+        let balloon = Guest::new_on(Wiring::Pci, Balloon::new(config).unwrap());
+        survive_on_bus([Guest::new_on(Wiring::Pci, Rng::new()), balloon], accesses);
     }
 
     #[test]

@@ -4,6 +4,7 @@
 //! [`Guest`] does what a good driver does. A caller that wants a bad driver writes registers and
 //! RAM directly.
 
+mod bus;
 mod lifecycle;
 mod plug;
 mod steps;
@@ -28,6 +29,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::{Counters, GuestRam, Handler, Memory, Recall, Runner, Ticket, VirtioDevice};
 
+pub use self::bus::{Access, survive_on_bus};
 pub use self::lifecycle::lifecycle;
 pub use self::plug::{Plug, Wiring};
 pub use self::steps::{NUMBERS, QUEUES, Step, survive, survive_on};

@@ -15,10 +15,10 @@ use crate::virtio::VirtioDevice;
 
 /// Events a device may handle after each step. Rings laid over one another can make it find work
 /// for ever, a little at a time.
-const EVENTS: usize = 50;
+pub(super) const EVENTS: usize = 50;
 /// The most time of the processor that a device may take for the events due at once: a turn for each of
 /// a few, and more than any request may take, also with a sanitizer.
-const MAX_WORK: Duration = Duration::from_secs(1);
+pub(super) const MAX_WORK: Duration = Duration::from_secs(1);
 /// Where a mebibyte of numbers of pages is at first.
 pub const NUMBERS: u64 = 6 << 20;
 /// Where a step writes a long table: where buffers may be too.
