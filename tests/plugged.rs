@@ -27,14 +27,16 @@ const PATIENCE: Duration = Duration::from_secs(120);
 const BLOCK: usize = 512;
 
 /// The guest's part of each round, from the file that says that there is something to find to the one that says
-/// that it is used. The disk is vda, for the root file system is a share.
+/// that it is used. Files by which it and the test tell each other are in a share of which nothing is cached. The
+/// disk is vda, for the root file system is a share, too.
 const SCRIPT: &str = r#"
 set -e
+mount -t virtiofs signals /mnt
 there() { until [ "$1" "$2" ]; do sleep 0.02; done; }
 device() { dirname "$(readlink -f /sys/$1/device)"; }
 round=0
 while [ $round -lt $1 ]; do
-    there -e /plugged.$round
+    there -e /mnt/plugged.$round
     echo 1 >/sys/bus/pci/rescan
     there -b /dev/vda
     there -d /sys/class/net/eth0
@@ -42,13 +44,13 @@ while [ $round -lt $1 ]; do
     echo "from the guest $round" | dd of=/dev/vda bs=512 seek=1 conv=sync,fsync 2>/dev/null
     ifconfig eth0 10.77.0.2 netmask 255.255.255.0 up
     ping -c 1 -W 60 10.77.0.1 >/dev/null
-    : >/used.$round
+    : >/mnt/used.$round
     until [ "$(cat /sys/block/vda/size)" = 16 ]; do sleep 0.02; done
-    there -e /leave.$round
+    there -e /mnt/leave.$round
     ifconfig eth0 down
     echo 1 >"$(device block/vda)/remove"
     echo 1 >"$(device class/net/eth0)/remove"
-    : >/left.$round
+    : >/mnt/left.$round
     round=$((round + 1))
 done
 ls /sys/bus/pci/devices | wc -l
@@ -78,8 +80,8 @@ fn image(words: &[String]) -> Vec<u8> {
     words.iter().flat_map(block).collect()
 }
 
-fn round(client: &mut Client, root: &Path, disk: &Path, round: usize) {
-    let signal = |name: &str| root.join(format!("{name}.{round}"));
+fn round(client: &mut Client, signals: &Path, disk: &Path, round: usize) {
+    let signal = |name: &str| signals.join(format!("{name}.{round}"));
     let seen = |name: &str| {
         let file = signal(name);
         wait_until(name, || file.exists());
@@ -139,14 +141,20 @@ fn a_disk_and_a_network_come_are_used_and_go() {
         let folder = TempDir::new().unwrap();
         let applets = [
             "sh", "sleep", "dd", "ifconfig", "ping", "cat", "dirname", "readlink", "ls", "wc",
-            "echo",
+            "echo", "mount",
         ];
         let root = guest::root(&applets);
         let plain = |path: &Path| path.to_str().unwrap().to_owned();
         let (api, disk) = (folder.path().join("api"), folder.path().join("disk"));
+        let signals = TempDir::new().unwrap();
+        let share = format!(
+            "tag=signals,cache=none,shared_dir={}",
+            plain(signals.path())
+        );
         let options = [
             ["--rootfs", &plain(root.path())],
             ["--transport", "pci"],
+            ["--fs", &share],
             ["--memory", "size=256M"],
             ["--api-socket", &plain(&api)],
         ];
@@ -165,7 +173,7 @@ fn a_disk_and_a_network_come_are_used_and_go() {
         };
         let mut before = None;
         for number in 0..rounds {
-            round(&mut client, root.path(), &disk, number);
+            round(&mut client, signals.path(), &disk, number);
             let now = (held("fd"), held("task"));
             // The share opens files of its own, which come and go with what the guest looks at.
             let (descriptors, threads) = *before.get_or_insert(now);
@@ -175,7 +183,7 @@ fn a_disk_and_a_network_come_are_used_and_go() {
         drop(client);
         let outcome = running.wait();
         assert_eq!(outcome.code, Some(0), "{outcome:?}");
-        // The bridge, the root's share, entropy, the console, and what else the command has.
-        assert_eq!(outcome.stdout.trim(), "4", "{outcome:?}");
+        // The bridge, two shares, entropy and the command's streams.
+        assert_eq!(outcome.stdout.trim(), "5", "{outcome:?}");
     });
 }

@@ -77,6 +77,10 @@ fn a_device_goes_when_its_driver_lets_go_and_comes_again() {
         [1 << device, 0, 0]
     );
     driver.set(STATUS, 0);
+    // A driver looks whether that is done, and the device is there for it until then.
+    thread::sleep(Duration::from_millis(200));
+    assert_eq!(get(&mut client, "vm.info")["leaving"], json!(["disk0"]));
+    assert_eq!(driver.status(), 0);
     wait_until_gone(&mut client);
     // There is nothing where it was.
     let nothing = Step::read(driver.window, 4);
@@ -118,8 +122,11 @@ fn devices_come_and_go_while_a_cpu_is_at_them() {
         ));
         steps.push(Step::input(CAME, 4));
         steps.push(Step::write(window + 0x14, 1, 0));
+        steps.push(Step::read(window + 0x14, 1));
     }
-    Driver::new(&rig, &DISK).set(STATUS, 0);
+    let driver = Driver::new(&rig, &DISK);
+    driver.set(STATUS, 0);
+    assert_eq!(driver.status(), 0);
     rig.puppet.begin(1, &steps);
     for _ in 0..STORM {
         if rig.puppet.is_done(1) {

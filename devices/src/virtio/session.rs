@@ -3,6 +3,7 @@
 //! Owned by the transport and reached through its lock. Waits on the [`Runner`] when handlers
 //! start and stop, and on nothing else.
 
+use std::cell::Cell;
 use std::fmt::{self, Debug};
 use std::io;
 use std::mem;
@@ -48,6 +49,8 @@ pub(super) struct Session {
     memory: Memory,
     runner: Arc<dyn Runner>,
     activity: Activity,
+    /// Whether the driver has reset the device and not looked at its status since.
+    reset_unseen: Cell<bool>,
 }
 
 impl Session {
@@ -86,6 +89,7 @@ impl Session {
             memory,
             runner,
             activity: Activity::Idle,
+            reset_unseen: Cell::new(false),
             device,
         })
     }
@@ -101,6 +105,18 @@ impl Session {
             0
         };
         self.negotiation.status() | needs_reset
+    }
+
+    /// The driver reads the status.
+    pub(super) fn read_status(&self) -> u32 {
+        self.reset_unseen.set(false);
+        self.status()
+    }
+
+    /// Whether a driver has the device. One that has reset it reads the status until that is 0 (virtio 1.3
+    /// §2.4.2), which it never would be of a device that is gone.
+    pub(super) fn is_held(&self) -> bool {
+        self.negotiation.has_driver() || self.reset_unseen.get()
     }
 
     pub(super) fn write_status(&mut self, value: u32) {
@@ -400,6 +416,7 @@ impl Session {
             return;
         }
         self.activity = Activity::Idle;
+        self.reset_unseen.set(true);
         self.negotiation.reset();
         self.interrupt.reset();
         for setup in &mut self.queues {

@@ -59,7 +59,7 @@ impl MmioTransport {
             VIRTIO_MMIO_QUEUE_NUM_MAX => self.0.queue().map_or(0, |queue| queue.max_size.into()),
             VIRTIO_MMIO_QUEUE_READY => self.0.queue().is_some_and(|queue| queue.ready).into(),
             VIRTIO_MMIO_INTERRUPT_STATUS => self.0.session.interrupt.pending(),
-            VIRTIO_MMIO_STATUS => self.0.session.status(),
+            VIRTIO_MMIO_STATUS => self.0.session.read_status(),
             VIRTIO_MMIO_SHM_LEN_LOW
             | VIRTIO_MMIO_SHM_LEN_HIGH
             | VIRTIO_MMIO_SHM_BASE_LOW

@@ -30,7 +30,8 @@ pub trait Transport: Send + Debug {
     /// Which device of the PCI bus it is, if it is on one.
     fn place(&self) -> Option<u8>;
 
-    /// Whether a driver has the device: it has found it, and has not reset it since.
+    /// Whether a driver has the device: it has said DRIVER, and has not reset it since and seen that. A kernel that
+    /// has let go of a device says ACKNOWLEDGE again: it knows of it.
     fn is_held(&self) -> bool;
 
     /// Makes what the device stores into longer or shorter: `bytes` of it. The driver is told.
@@ -91,7 +92,7 @@ impl<T: Front> Transport for T {
     }
 
     fn is_held(&self) -> bool {
-        self.controls().session.status() != 0
+        self.controls().session.is_held()
     }
 
     fn resize(&mut self, bytes: u64) -> Result<(), ResizeError> {

@@ -53,7 +53,7 @@ fn register(controls: &mut Controls, vectors: &Vectors, offset: u64, width: usiz
             .accepted_page(controls.driver_features_page),
         CONFIG_VECTOR => vectors.get(None).into(),
         NUM_QUEUES => u32::try_from(session.queues.len()).expect("there are few"),
-        STATUS => session.status(),
+        STATUS => session.read_status(),
         GENERATION => session.interrupt.generation() & 0xff,
         QUEUE_SELECT => controls.selected_queue,
         // "0 means the queue is unavailable" (§4.1.4.3).
