@@ -77,7 +77,7 @@ built_podvmm() {
 built_guest_load() {
 	local triple=x86_64-unknown-linux-gnu target=${CARGO_TARGET_DIR:-$workspace/target}/guest
 	RUSTFLAGS='-C target-feature=+crt-static' CARGO_PROFILE_RELEASE_LTO=off cargo build --locked --quiet \
-		--release --package tests --bin guest_load --target $triple --target-dir "$target" >&2
+		--release --package guest_load --target $triple --target-dir "$target" >&2
 	echo "$target/$triple/release/guest_load"
 }
 

@@ -11,13 +11,13 @@ use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use guest_load::transfer::{self, Checksum};
 use serde_json::Value;
 use tempfile::TempDir;
 use tests::helper::{Helper, virtiofsd};
 use tests::host::Size;
 use tests::network::{alone, links, set_up};
 use tests::podvmm::kvm_is_here;
-use tests::transfer::{self, Checksum};
 use tests::tree::manifest;
 use tests::{Podvmm, guest};
 

@@ -13,6 +13,7 @@ use std::sync::mpsc::{Receiver, channel};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use guest_load::transfer::{RECORD_LEN, record};
 use protocol::agent::messages::{ReadStreamRequest, ReadStreamResponse};
 use protocol::agent::oci::Mount;
 use protocol::ttrpc::CallError;
@@ -21,7 +22,6 @@ use tempfile::TempDir;
 use tests::network::{set_up, tap};
 use tests::pod::{Agent, spec, strings};
 use tests::template::{Template, Vm};
-use tests::transfer::{RECORD_LEN, record};
 
 use super::vm::{self, Pod};
 

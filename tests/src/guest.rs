@@ -71,8 +71,8 @@ pub fn guest_load() -> &'static Path {
             .map_or_else(|| workspace.join("target"), PathBuf::from)
             .join("guest");
         let status = Command::new(env!("CARGO"))
-            .args(["build", "--quiet", "--release", "--package", "tests"])
-            .args(["--bin", "guest_load", "--target", TARGET, "--target-dir"])
+            .args(["build", "--quiet", "--release", "--package", "guest_load"])
+            .args(["--target", TARGET, "--target-dir"])
             .arg(&target)
             .env("RUSTFLAGS", "-C target-feature=+crt-static")
             .env("CARGO_PROFILE_RELEASE_LTO", "off")

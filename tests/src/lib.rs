@@ -15,17 +15,14 @@ pub mod ctr;
 pub mod guest;
 pub mod helper;
 pub mod host;
-pub mod neighbour;
 pub mod network;
 pub mod node;
 pub mod payload;
 pub mod pod;
 pub mod podvmm;
 pub mod probe;
-pub mod reach;
 pub mod service;
 pub mod template;
-pub mod transfer;
 pub mod tree;
 
 pub use payload::Payload;

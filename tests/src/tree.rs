@@ -6,7 +6,7 @@ use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-use crate::transfer::Checksum;
+use guest_load::transfer::Checksum;
 
 /// What there is below a folder, by path: kind and permissions, owner, links, device, and content.
 /// Times are not in it.

@@ -12,8 +12,8 @@ use std::process::{Command, ExitCode};
 use std::thread;
 use std::time::Duration;
 
-use tests::neighbour;
-use tests::transfer::{self, Checksum, RECORD_LEN, record};
+use guest_load::neighbour;
+use guest_load::transfer::{self, Checksum, RECORD_LEN, record};
 use vsock::{VMADDR_CID_ANY, VMADDR_CID_HOST, VsockAddr, VsockListener, VsockStream};
 
 fn main() -> ExitCode {
@@ -25,11 +25,11 @@ fn main() -> ExitCode {
         ["vsock-call", port] => vsock_call(number(port)),
         ["vsock-knock", cid, port] => vsock_knock(number(cid), number(port)),
         ["reach", port] => {
-            let got = tests::reach::attempts(number(port));
+            let got = guest_load::reach::attempts(number(port));
             got.iter().for_each(|line| println!("{line}"));
             Ok(())
         }
-        ["watch", own, stop] => tests::reach::watch(own.as_ref(), stop.as_ref()),
+        ["watch", own, stop] => guest_load::reach::watch(own.as_ref(), stop.as_ref()),
         ["vsock-shell", port] => vsock_shell(number(port)),
         ["loads", port] => loads(number(port)),
         ["identity", host] => identity(host),
