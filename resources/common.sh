@@ -11,11 +11,11 @@ die() { say "$*"; exit 1; }
 
 # Install those of the given Debian packages that are not there.
 install_packages() {
-	local package as_root=() missing=()
+	local package states as_root=() missing=()
 	command -v dpkg-query >/dev/null || die "needs Debian 12 or 13: dpkg-query not found"
+	states=$(dpkg-query -W -f '${Package}=${db:Status-Status} ' "$@" 2>/dev/null || true)
 	for package; do
-		[[ $(dpkg-query -W -f '${db:Status-Status}' "$package" 2>/dev/null) == installed ]] ||
-			missing+=("$package")
+		[[ " $states" == *" $package=installed "* ]] || missing+=("$package")
 	done
 	((${#missing[@]})) || return 0
 	if ((EUID != 0)); then
@@ -79,6 +79,57 @@ built_guest_load() {
 	RUSTFLAGS='-C target-feature=+crt-static' CARGO_PROFILE_RELEASE_LTO=off cargo build --locked --quiet \
 		--release --package guest_load --target $triple --target-dir "$target" >&2
 	echo "$target/$triple/release/guest_load"
+}
+
+# The folder of the cache that keeps what cargo made of other people's crates for a workspace ($2), under a name
+# ($1), for all clones that have the same of them.
+kept_crates() {
+	local hash
+	hash=$({
+		rustc -vV
+		echo "${CARGO_HOME:-$HOME/.cargo}" # by which its sources are named
+		printenv RUSTFLAGS || true
+		cat "$2/Cargo.lock" "$2/Cargo.toml"
+	} | sha256sum | cut -c 1-16)
+	echo "$cache/$1-$hash"
+}
+
+# Start a fresh clone's target folder with what another has compiled of other people's crates:
+# fetch_crates NAME WORKSPACE TARGET_FOLDER
+fetch_crates() {
+	local target=$3 kept folder
+	kept=$(kept_crates "$1" "$2")
+	mkdir -p "$target"
+	for folder in "$kept"/*/; do
+		folder=$(basename "$folder")
+		[[ -d $kept/$folder && ! -d $target/$folder ]] || continue
+		say "taking compiled crates from $kept/$folder"
+		cp --archive --reflink=auto "$kept/$folder" "$target/.$folder"
+		mv -T "$target/.$folder" "$target/$folder"
+	done
+}
+
+# Keep what was compiled of other people's crates, for the next clone: keep_crates NAME WORKSPACE TARGET_FOLDER
+# FOLDER..., which are those below the target folder; with cargo's options for them behind --, if there are any.
+keep_crates() {
+	local name=$1 manifest=$2/Cargo.toml target=$3 kept work ours
+	kept=$(kept_crates "$name" "$2")
+	[[ ! -d $kept ]] || return 0
+	rm -rf "$cache/.$name"-* # left by a run that was killed
+	work=$(mktemp -d "$cache/.$name-XXXXXX")
+	shift 3
+	while (($#)) && [[ $1 != -- ]]; do
+		mkdir -p "$work/$1"
+		cp --archive --reflink=auto "$target/$1"/{.fingerprint,build,deps} "$work/$1"
+		shift
+	done
+	mapfile -t ours < <(cargo tree --manifest-path "$manifest" --workspace --offline --prefix none |
+		sed -nE 's|^([^ ]+) v[^ ]+ \(/.*|--package=\1|p' | sort -u)
+	cargo clean --manifest-path "$manifest" --quiet --offline --target-dir "$work" "${@:2}" "${ours[@]}"
+	# Programs of crates outside the workspace, such as tests/library.rs builds.
+	find "$work" -path '*/deps/*' -type f ! -name 'lib*' ! -name '*.d' -delete
+	rm -rf "$cache/$name"-*
+	mv -T "$work" "$kept"
 }
 
 # Put the server of shared files that tests hold podvmm's against on the path.

@@ -3,14 +3,15 @@
 
 #![expect(clippy::unwrap_used, reason = "its steps are functions of their own")]
 
-use std::fs::DirEntry;
-use std::io::Read;
+use std::fs::{self, DirEntry};
+use std::io::{BufRead, BufReader, Read};
 use std::path::Path;
-use std::process::Stdio;
+use std::process::{Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use tests::containerd::{self, Ran, handler};
+use tempfile::TempDir;
+use tests::containerd::{self, Containerd, Ran, handler};
 use tests::ctr::{Container, Events, signal};
 use tests::guest;
 use tests::host::Snapshot;
@@ -162,9 +163,7 @@ fn the_vmm_of_a_clone(node: &Node) {
         return;
     }
     let failures = || {
-        let entries = std::fs::read_dir(containerd::templates())
-            .into_iter()
-            .flatten();
+        let entries = fs::read_dir(containerd::templates()).into_iter().flatten();
         let has_failed = |entry: &DirEntry| entry.path().join("failures").exists();
         entries.flatten().filter(has_failed).count()
     };
@@ -229,6 +228,40 @@ fn what_died_with_containerd_is_cleaned_up_by_the_next() {
             .collect();
         assert!(left.is_empty(), "{left:#?}");
     });
+}
+
+/// Tests share a containerd, which their program does not end by itself.
+#[test]
+fn a_test_program_that_is_killed_leaves_no_containerd() {
+    let _one = guest::one_at_a_time();
+    let before = Snapshot::take();
+    // It has turns of its own there: the one of this host is ours.
+    let folder = TempDir::new().unwrap();
+    let mut program = Command::new(std::env::current_exe().unwrap());
+    program.args(["--exact", "--ignored", "--nocapture", "waits_to_be_killed"]);
+    program.env("TMPDIR", folder.path()).stdout(Stdio::piped());
+    let mut program = program.spawn().unwrap();
+    let said = BufReader::new(program.stdout.take().unwrap()).lines();
+    let waits = said.map(Result::unwrap).any(|line| line.contains(WAITS));
+    program.kill().unwrap();
+    program.wait().unwrap();
+    assert!(waits, "it has a containerd");
+    let left = before.difference_from_now(Duration::from_secs(60));
+    assert!(left.is_empty(), "{left:#?}");
+    let left = fs::read_dir(folder.path()).unwrap();
+    let left: Vec<_> = left.map(|entry| entry.unwrap().file_name()).collect();
+    assert_eq!(left, ["podvmm.lock"]);
+}
+
+/// What a program says that has a containerd.
+const WAITS: &str = "has a containerd";
+
+#[test]
+#[ignore = "the test above runs and kills it"]
+fn waits_to_be_killed() {
+    let _containerd = Containerd::start();
+    println!("{WAITS}");
+    thread::sleep(Duration::from_secs(600));
 }
 
 fn has_ended(node: &Node, container: &Container) {

@@ -55,7 +55,7 @@ fn in_a_pod(cases: impl FnOnce(&Node, &Pod, &str, &Path)) {
         return;
     }
     let _one = guest::one_at_a_time();
-    let node = step("containerd", Node::start);
+    let node = step("containerd", Node::shared);
     let pod = node.run_pod(node.pod_config("much"));
     let volume = node.folder().join("files");
     fs::create_dir(&volume).unwrap();
@@ -64,7 +64,7 @@ fn in_a_pod(cases: impl FnOnce(&Node, &Pod, &str, &Path)) {
     let busy = node.run(&pod, &config);
     cases(&node, &pod, &busy, &volume);
     node.remove_pod(&pod);
-    step("end of containerd, the host compared", || node.end());
+    step("end of the node, the host compared", || node.end());
 }
 
 #[test]

@@ -35,11 +35,11 @@ fn on_a_node(cases: impl FnOnce(&Node, &Slice)) {
         return;
     }
     let _one = guest::one_at_a_time();
-    let node = step("containerd", Node::start);
+    let node = step("containerd", Node::shared);
     let slice = Slice::start();
     cases(&node, &slice);
     drop(slice);
-    step("end of containerd, the host compared", || node.end());
+    step("end of the node, the host compared", || node.end());
 }
 
 /// Runs a program that has to succeed, and gives what it prints.

@@ -27,9 +27,9 @@ fn on_a_node(cases: impl FnOnce(&Node)) {
         return;
     }
     let _one = guest::one_at_a_time();
-    let node = step("containerd", Node::start);
+    let node = step("containerd", Node::shared);
     cases(&node);
-    step("end of containerd, the host compared", || node.end());
+    step("end of the node, the host compared", || node.end());
 }
 
 fn containers_handler_needs_kvm() -> bool {

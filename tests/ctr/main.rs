@@ -27,14 +27,23 @@ use tests::network::{PodNetwork, one_caller};
 use tests::node::{Node, eventually, step};
 
 /// Runs `cases` on a node, which has to be clean afterwards.
-fn on_a_node(cases: impl FnOnce(&mut Node)) {
+fn on_a_node(cases: impl FnOnce(&Node)) {
+    run_on(Node::shared, |node| cases(node));
+}
+
+/// The same with a containerd that no other test has.
+fn on_a_node_of_its_own(cases: impl FnOnce(&mut Node)) {
+    run_on(Node::start, cases);
+}
+
+fn run_on(start: fn() -> Node, cases: impl FnOnce(&mut Node)) {
     if tests::containerd::handler() == "podvmm" && !tests::podvmm::kvm_is_here() {
         return;
     }
     let _one = guest::one_at_a_time();
-    let mut node = step("containerd", Node::start);
+    let mut node = step("containerd", start);
     cases(&mut node);
-    step("end of containerd, the host compared", || node.end());
+    step("end of the node, the host compared", || node.end());
 }
 
 /// A command that ends by itself: streams, environment, folder, limits, kernel and status.
@@ -280,7 +289,7 @@ fn on_a_terminal(command: &Command) -> Ran {
 /// One that runs on, and all that can be done to it.
 #[test]
 fn a_container_that_runs_on() {
-    on_a_node(|node| {
+    on_a_node_of_its_own(|node| {
         let container = Container::new(node, "service");
         let events = Events::of(&node.containerd);
         // It waits without a program of its own: to start one takes an interpreted guest a second.

@@ -1,13 +1,14 @@
 //! A containerd of the tests' own, which knows podvmm's shim, and ctr for it. Needs root.
 
 use std::fs::{self, File};
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::sync::OnceLock;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use tempfile::{Builder, NamedTempFile, TempDir};
+use tempfile::{Builder, TempDir};
 
 use crate::host::{self, PREFIX};
 use crate::{guest, podvmm};
@@ -21,6 +22,12 @@ pub const WORKLOADS: &str = "docker.io/podvmm/workloads:1";
 /// The namespace of what CRI makes.
 pub const CRI: &str = "k8s.io";
 
+/// The namespaces that tests use: ctr's own, and that one.
+const NAMESPACES: [&str; 2] = ["default", CRI];
+
+/// What it and the shims print, in its folder.
+const LOG: &str = "log";
+
 /// The runtime under test as CRI knows it: `PODVMM_TEST_HANDLER`, or podvmm.
 pub fn handler() -> String {
     std::env::var("PODVMM_TEST_HANDLER").unwrap_or_else(|_| "podvmm".to_owned())
@@ -31,12 +38,15 @@ pub fn runtime(handler: &str) -> String {
     format!("io.containerd.{handler}.v2")
 }
 
-/// A containerd that runs. Dropped, it and all that it started end.
+/// A containerd that runs. Dropped, it and all that it started end; if this program ends before that, or is
+/// killed, a process of its own sees to it.
 #[derive(Debug)]
 pub struct Containerd {
     child: Child,
+    guard: Child,
     folder: TempDir,
-    log: NamedTempFile,
+    /// Where the part of the log begins that its present user is to see.
+    log_start: usize,
 }
 
 /// How a ctr ended.
@@ -66,14 +76,17 @@ impl Containerd {
         host::need_root();
         let folder = Builder::new().prefix(PREFIX).tempdir();
         let folder = folder.expect("there is a temporary folder");
-        let log = NamedTempFile::new().expect("there is a temporary folder");
         if handler() == "podvmm" {
             write_config(&folder.path().join("podvmm.toml"), &templates(), 0);
         }
-        let child = spawn(folder.path(), log.as_file());
-        let mut containerd = Self { child, folder, log };
+        let mut containerd = Self {
+            guard: guard(folder.path()),
+            child: spawn(folder.path()),
+            folder,
+            log_start: 0,
+        };
         containerd.wait_until_it_answers();
-        for namespace in ["default", CRI] {
+        for namespace in NAMESPACES {
             for image in image_files() {
                 containerd.ctr_must(&["-n", namespace, "images", "import", &image]);
             }
@@ -100,9 +113,26 @@ impl Containerd {
         self.child.id()
     }
 
-    /// What it and the shims have printed.
+    /// What it and the shims have printed, since [`Self::begin_log`].
     pub fn log(&self) -> String {
-        fs::read_to_string(self.log.path()).expect("the log is there")
+        String::from_utf8_lossy(&self.whole_log()[self.log_start..]).into_owned()
+    }
+
+    /// Has the log begin here for a test, which is to see nothing of those before it.
+    pub(crate) fn begin_log(&mut self) {
+        self.log_start = self.whole_log().len();
+    }
+
+    fn whole_log(&self) -> Vec<u8> {
+        fs::read(self.folder().join(LOG)).expect("the log is there")
+    }
+
+    /// Panics if it knows of a container.
+    pub(crate) fn has_no_containers(&self) {
+        for namespace in NAMESPACES {
+            let left = self.ctr_must(&["-n", namespace, "containers", "ls", "--quiet"]);
+            assert_eq!(left, "", "containers that are left in {namespace}");
+        }
     }
 
     /// ctr, to be given more arguments.
@@ -138,8 +168,7 @@ impl Containerd {
         self.signal(signal);
         self.wait_for_its_end();
         meanwhile();
-        let log = self.log.as_file();
-        self.child = spawn(self.folder.path(), log);
+        self.child = spawn(self.folder.path());
         self.wait_until_it_answers();
     }
 
@@ -193,14 +222,13 @@ impl Drop for Containerd {
         let _ = self.child.kill();
         let _ = self.child.wait();
         let mut clean = Command::new(script("containerd"));
-        clean.arg("--clean").arg(self.folder.path());
-        if handler() == "podvmm" {
-            clean.env("PODVMM_BIN_DIR", shim_folder());
-        }
-        let clean = clean.status();
-        if !clean.is_ok_and(|status| status.success()) {
+        clean.arg("--clean").arg(self.folder());
+        if !with_shim(&mut clean).status().is_ok_and(|it| it.success()) {
             eprintln!("resources/containerd --clean fails");
         }
+        // Nothing is left for it to do.
+        let _ = self.guard.kill();
+        let _ = self.guard.wait();
     }
 }
 
@@ -210,19 +238,41 @@ fn script(name: &str) -> PathBuf {
         .join(name)
 }
 
-fn spawn(folder: &Path, log: &File) -> Child {
-    let log = || log.try_clone().expect("there are file descriptors");
+/// Has resources/containerd find the shim under test.
+fn with_shim(command: &mut Command) -> &mut Command {
+    if handler() == "podvmm" {
+        command.env("PODVMM_BIN_DIR", shim_folder());
+    }
+    command
+}
+
+/// What ends the containerd of a folder when this program has ended, which its input tells it. It waits for
+/// the turn of a test that another program runs meanwhile, and compares the host for.
+fn guard(folder: &Path) -> Child {
+    const SCRIPT: &str = r#"read -r _; exec flock --close "$0" "$1" --clean "$2""#;
+    let mut command = Command::new("sh");
+    command.args(["-c", SCRIPT]).arg(guest::turns());
+    command.arg(script("containerd")).arg(folder);
+    // A signal for this program's group does not end it.
+    command.process_group(0).stdin(Stdio::piped());
+    with_shim(&mut command).spawn().expect("there is a shell")
+}
+
+fn spawn(folder: &Path) -> Child {
+    let log = folder.join(LOG);
+    let log = File::options().create(true).append(true).open(log);
+    let log = log.expect("the folder is writable");
     let mut command = Command::new(script("containerd"));
     command
         .arg(folder)
         .stdin(Stdio::null())
-        .stdout(log())
-        .stderr(log());
+        .stdout(log.try_clone().expect("there are file descriptors"))
+        .stderr(log);
     if handler() == "podvmm" {
-        command.env("PODVMM_BIN_DIR", shim_folder());
         command.env("PODVMM_CONFIG", folder.join("podvmm.toml"));
     }
-    command.spawn().expect("resources/containerd is there")
+    let child = with_shim(&mut command).spawn();
+    child.expect("resources/containerd is there")
 }
 
 /// What the shim is told of: the monitor, the guest, where its templates are, and how many VMs wait

@@ -17,10 +17,14 @@ pub fn one_at_a_time() -> Turn {
         // A test that failed does not fail the others.
         Err(poisoned) => poisoned.into_inner(),
     };
-    let path = std::env::temp_dir().join("podvmm.lock");
-    let file = File::create(&path).expect("there is a temporary folder");
+    let file = File::create(turns()).expect("there is a temporary folder");
     file.lock().expect("it is a file");
     Turn(here, file)
+}
+
+/// The file that is locked by the one on this host whose turn it is.
+pub(crate) fn turns() -> PathBuf {
+    std::env::temp_dir().join("podvmm.lock")
 }
 
 /// Among this process's tests, and all of this host's.

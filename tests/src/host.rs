@@ -217,9 +217,21 @@ fn networks() -> Vec<String> {
 
 fn links_of(name: &str, namespace: Option<&Path>) -> Vec<String> {
     let mut lines = Vec::new();
+    // The devices that can have filters.
+    let mut queued = BTreeSet::new();
+    for qdisc in json(namespace, &["tc", "-j", "qdisc", "show"]) {
+        let (device, kind) = (text(&qdisc, "dev"), text(&qdisc, "kind"));
+        lines.push(format!("qdisc {name} {device} {kind}"));
+        if !matches!(kind.as_str(), "noqueue" | "noop") {
+            queued.insert(device);
+        }
+    }
     for link in json(namespace, &["ip", "-j", "link"]) {
         let device = text(&link, "ifname");
         lines.push(format!("link {name} {device}"));
+        if !queued.contains(&device) {
+            continue;
+        }
         for parent in ["ingress", "egress", "root"] {
             let shown = json(
                 namespace,
@@ -230,10 +242,6 @@ fn links_of(name: &str, namespace: Option<&Path>) -> Vec<String> {
                 .filter(|filter| filter.get("options").is_some());
             lines.extend(filters.map(|filter| format!("filter {name} {device} {parent} {filter}")));
         }
-    }
-    for qdisc in json(namespace, &["tc", "-j", "qdisc", "show"]) {
-        let (device, kind) = (text(&qdisc, "dev"), text(&qdisc, "kind"));
-        lines.push(format!("qdisc {name} {device} {kind}"));
     }
     lines
 }

@@ -4,6 +4,7 @@ use std::cell::Cell;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::{Mutex, MutexGuard};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -60,6 +61,7 @@ pub struct Node {
     folder: Folder,
     cgroup: Cgroup,
     before: Snapshot,
+    is_shared: bool,
     pods: Cell<u32>,
 }
 
@@ -107,9 +109,23 @@ impl From<ExecSyncResponse> for Exec {
 }
 
 impl Node {
+    /// One whose containerd no other test has: it may be restarted, and its end is checked, too.
     pub fn start() -> Self {
         let before = Snapshot::take();
-        let containerd = Containerd::start();
+        Self::of(Containerd::start(), before, false)
+    }
+
+    /// One whose containerd other tests have had and will have. If a test fails, its containerd ends with it,
+    /// and the next test starts another.
+    pub fn shared() -> Self {
+        // In two steps: what is started is not started under the lock.
+        let left = idle().take();
+        let mut containerd = left.unwrap_or_else(Containerd::start);
+        containerd.begin_log();
+        Self::of(containerd, Snapshot::take(), true)
+    }
+
+    fn of(containerd: Containerd, before: Snapshot, is_shared: bool) -> Self {
         let cgroup = Cgroup::new(&format!("podvmm-test-{}", std::process::id()));
         let folder = Builder::new().prefix(PREFIX).tempdir();
         Self {
@@ -119,11 +135,12 @@ impl Node {
             folder: Folder(folder.expect("there is a temporary folder")),
             cgroup,
             before,
+            is_shared,
             pods: Cell::new(0),
         }
     }
 
-    /// Ends containerd, and panics if anything on the host is not as it was.
+    /// Ends containerd, or leaves it to the next test, and panics if anything on the host is not as it was.
     pub fn end(self) {
         let Self {
             cri,
@@ -131,6 +148,7 @@ impl Node {
             folder,
             cgroup,
             before,
+            is_shared,
             ..
         } = self;
         drop(cri);
@@ -139,10 +157,17 @@ impl Node {
         eventually("shims end with their pods", || {
             processes_with(&["containerd-shim-", &socket]).is_empty()
         });
-        drop(containerd);
+        // One that is not shared ends here.
+        let stays = is_shared.then_some(containerd);
+        if let Some(containerd) = &stays {
+            containerd.has_no_containers();
+        }
         drop(folder);
         drop(cgroup);
         before.check("after the node's end");
+        if stays.is_some() {
+            *idle() = stays;
+        }
     }
 
     /// Whether pods are virtual machines.
@@ -279,6 +304,12 @@ impl Node {
         assert!(!address.is_empty(), "the pod has no address");
         address
     }
+}
+
+/// The containerd that the tests of this program share, while none of them has it.
+fn idle() -> MutexGuard<'static, Option<Containerd>> {
+    static IDLE: Mutex<Option<Containerd>> = Mutex::new(None);
+    IDLE.lock().expect("it is locked for a moment")
 }
 
 /// The namespaces of a pod that asks for none in particular.

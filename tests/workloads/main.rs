@@ -76,11 +76,11 @@ fn on_a_node(cases: impl FnOnce(&Node)) {
         return;
     }
     let _one = guest::one_at_a_time();
-    let node = step("containerd", Node::start);
+    let node = step("containerd", Node::shared);
     let image = Image::unpack(&node);
     cases(&node);
     drop(image);
-    step("end of containerd, the host compared", || node.end());
+    step("end of the node, the host compared", || node.end());
 }
 
 /// The image's files, where containerd has unpacked its archive. That takes minutes where processors are
