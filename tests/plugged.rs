@@ -11,17 +11,13 @@ use std::time::{Duration, Instant};
 use api::http::Client;
 use serde_json::{Value, json};
 use tempfile::TempDir;
-use tests::host::Size;
 use tests::network::{alone, links, set_up};
 use tests::podvmm::kvm_is_here;
 use tests::service::{get, put};
 use tests::{Podvmm, guest};
 
 /// How often a disk and a network come and go.
-const ROUNDS: Size = Size {
-    real: 100,
-    emulated: 3,
-};
+const ROUNDS: usize = 100;
 /// As long as any guest may take for one thing.
 const PATIENCE: Duration = Duration::from_secs(120);
 const BLOCK: usize = 512;
@@ -158,8 +154,7 @@ fn a_disk_and_a_network_come_are_used_and_go() {
             ["--memory", "size=256M"],
             ["--api-socket", &plain(&api)],
         ];
-        let rounds = ROUNDS.here();
-        let count = rounds.to_string();
+        let count = ROUNDS.to_string();
         let command = ["--", "/bin/sh", "-c", SCRIPT, "sh", &count];
         let running = Podvmm::new(options.as_flattened().iter().chain(&command)).spawn();
         wait_until("the API's socket", || api.exists());
@@ -172,7 +167,7 @@ fn a_disk_and_a_network_come_are_used_and_go() {
             fs::read_dir(path).unwrap().count()
         };
         let mut before = None;
-        for number in 0..rounds {
+        for number in 0..ROUNDS {
             round(&mut client, signals.path(), &disk, number);
             let now = (held("fd"), held("task"));
             // The share opens files of its own, which come and go with what the guest looks at.
