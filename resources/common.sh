@@ -28,7 +28,8 @@ install_packages() {
 	"${as_root[@]}" "${apt[@]}" install -y --no-install-recommends "${missing[@]}" >&2
 }
 
-# Install containerd and what it needs, but do not let it be started: those who use this run their own.
+# Install containerd and what it needs, and other packages, but do not let it be started: those who use this run
+# their own.
 install_containerd() {
 	local policy=/usr/sbin/policy-rc.d ours='' was
 	was=$(dpkg-query -W -f '${db:Status-Status}' containerd 2>/dev/null || true)
@@ -37,7 +38,7 @@ install_containerd() {
 		chmod 0755 "$policy"
 		ours=1
 	fi
-	(install_packages containerd runc containernetworking-plugins iproute2) || {
+	(install_packages containerd runc containernetworking-plugins iproute2 "$@") || {
 		[[ -z $ours ]] || rm -f "$policy"
 		return 1
 	}

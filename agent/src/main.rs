@@ -22,6 +22,7 @@ mod figures;
 #[path = "../../fuzz/fuzz_targets/agent.rs"]
 mod fuzz;
 mod limits;
+mod modules;
 mod mounts;
 mod network;
 mod policy;
@@ -84,6 +85,9 @@ fn end_vm() {
 fn run() -> Result<(), Box<dyn Error>> {
     mounts::first()?;
     sys::fill_descriptors(2);
+    for error in modules::load() {
+        say(&describe(&error));
+    }
     match Command::read()? {
         Some(command) => run_command(&command),
         None if boot_args()?.pod => run_pod(),

@@ -107,7 +107,10 @@ impl Sandbox {
     pub(crate) fn prepare(&self, request: &CreateSandboxRequest) -> Result<(), Status> {
         self.rules.allow_storages(&request.storages)?;
         if let Some(module) = request.kernel_modules.first() {
-            let why = format!("kernel module {}: the guest's kernel has none", module.name);
+            let why = format!(
+                "kernel module {}: the guest's kernel takes none",
+                module.name
+            );
             return Err(Status::new(Code::InvalidArgument, why));
         }
         if !request.hostname.is_empty() {

@@ -39,9 +39,12 @@ pub fn folder() -> PathBuf {
         .into()
 }
 
-/// How Linux finds its devices in tests: `PODVMM_TEST_TRANSPORT`, or `mmio`.
+/// How Linux finds its devices in tests: `PODVMM_TEST_TRANSPORT`, or what the guest's folder says of its kernel, or
+/// `mmio`.
 pub fn transport() -> String {
-    std::env::var("PODVMM_TEST_TRANSPORT").unwrap_or_else(|_| "mmio".into())
+    let said = || fs::read_to_string(folder().join("transport")).unwrap_or_else(|_| "mmio".into());
+    let transport = std::env::var("PODVMM_TEST_TRANSPORT").unwrap_or_else(|_| said());
+    transport.trim_end().into()
 }
 
 /// A folder to boot from: busybox by the names given, `guest_load`, and places to mount on.

@@ -41,7 +41,8 @@ const ALWAYS: &[&str] = &[
     "fb_tunnels=none",    // nor tunl0, gre0 and the like, in any network namespace
     // IPsec brings the jitter random number generator, which measures the processor at each boot, for minutes
     // where KVM emulates. A guest's entropy is its host's.
-    "initcall_blacklist=jent_mod_init",
+    // And there is no clock of a PC to wait for, which kernels of distributions do for up to a second.
+    "initcall_blacklist=jent_mod_init,cmos_init",
 ];
 
 /// Parameters for guests on an emulating KVM (docs/guest-kernel.md).

@@ -3,8 +3,11 @@
 
 use std::env;
 use std::ffi::OsString;
+use std::fs;
+use std::io;
 use std::path::{Path, PathBuf};
 
+use api::{ConfigError, TransportConfig};
 use thiserror::Error;
 
 /// A file that should be there is not.
@@ -17,6 +20,14 @@ pub(crate) struct MissingPart {
     file: &'static str,
     folder: PathBuf,
     option: &'static str,
+}
+
+/// What the folder says of its kernel cannot be used.
+#[derive(Debug, Error)]
+#[error("{}", .path.display())]
+pub(crate) struct TransportError {
+    path: PathBuf,
+    source: ConfigError,
 }
 
 /// A folder with the parts of a guest.
@@ -54,6 +65,20 @@ impl GuestFolder {
     /// The demo root file system.
     pub(super) fn rootfs(&self) -> Result<PathBuf, MissingPart> {
         self.part("rootfs.erofs", "--rootfs")
+    }
+
+    /// How the kernel finds its devices, as the file `transport` says; without one it is as our own kernel does.
+    pub(super) fn transport(&self) -> Result<TransportConfig, TransportError> {
+        let path = self.0.join("transport");
+        match fs::read_to_string(&path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(TransportConfig::Mmio),
+            // What cannot be read as text names no transport.
+            text => text
+                .unwrap_or_default()
+                .trim_end()
+                .parse()
+                .map_err(|source| TransportError { path, source }),
+        }
     }
 
     fn part(&self, file: &'static str, option: &'static str) -> Result<PathBuf, MissingPart> {
@@ -97,6 +122,19 @@ mod tests {
             Path::new("/p/guest")
         );
         assert_eq!(folder(&[home, ("PODVMM_GUEST", "/g")]), Path::new("/g"));
+    }
+
+    #[test]
+    fn the_folder_says_how_its_kernel_finds_devices() {
+        let folder = tempfile::tempdir().unwrap();
+        let guest = GuestFolder(folder.path().into());
+        assert_eq!(guest.transport().unwrap(), TransportConfig::Mmio);
+        fs::write(folder.path().join("transport"), "pci\n").unwrap();
+        assert_eq!(guest.transport().unwrap(), TransportConfig::Pci);
+        fs::write(folder.path().join("transport"), "isa\n").unwrap();
+        let error = guest.transport().unwrap_err();
+        assert!(error.to_string().ends_with("/transport"), "{error}");
+        assert_eq!(error.source.to_string(), "'isa' is none of mmio, pci");
     }
 
     #[test]

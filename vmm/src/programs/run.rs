@@ -7,7 +7,8 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use api::{
-    DiskConfig, FsCache, FsConfig, HostPath, Output, PayloadConfig, Restore, TapSource, VmConfig,
+    DiskConfig, FsCache, FsConfig, HostPath, Output, PayloadConfig, Restore, TapSource,
+    TransportConfig, VmConfig,
 };
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use serde_json::json;
@@ -20,7 +21,7 @@ use crate::host::thread::{self, Kind};
 use crate::host::{KvmKind, inherited, signals};
 use crate::inbox::Ending;
 use crate::programs::cli::{EventMonitor, RunOptions};
-use crate::programs::guest::{GuestFolder, MissingPart};
+use crate::programs::guest::{GuestFolder, MissingPart, TransportError};
 use crate::snapshot::{Loaded, RestoreError};
 use crate::vm::{StartError, Vm, VmBuilder};
 
@@ -39,6 +40,9 @@ pub(crate) enum RunError {
     /// A default part is missing.
     #[error(transparent)]
     Guest(#[from] MissingPart),
+    /// The default kernel's transport is not to be known.
+    #[error(transparent)]
+    Transport(#[from] TransportError),
     /// The root file system is not there.
     #[error("root file system {}", .path.display())]
     Rootfs {
@@ -203,6 +207,11 @@ fn config(options: &RunOptions) -> Result<VmConfig, RunError> {
         || (options.kernel.is_none() && options.initramfs.is_none());
 
     let kernel = given(&options.kernel).unwrap_or_else(|| folder.kernel())?;
+    let transport = match options.transport {
+        Some(transport) => transport,
+        None if options.kernel.is_none() => folder.transport()?,
+        None => TransportConfig::default(),
+    };
     let initramfs = given(&options.initramfs)
         .or_else(|| wants_agent.then(|| folder.initramfs()))
         .transpose()?;
@@ -239,7 +248,7 @@ fn config(options: &RunOptions) -> Result<VmConfig, RunError> {
             cmdline,
             ..PayloadConfig::default()
         },
-        transport: options.transport.unwrap_or_default(),
+        transport,
         serial: serial(options),
         console: options.console.clone().unwrap_or(Output::Off),
         ..vm
