@@ -294,7 +294,7 @@ impl Children {
 mod tests {
     use std::ffi::CString;
     use std::io::{PipeReader, PipeWriter, Read, Write};
-    use std::sync::{Mutex, MutexGuard, PoisonError};
+    use std::sync::MutexGuard;
     use std::thread;
 
     use super::*;
@@ -310,10 +310,8 @@ mod tests {
         block
     };
 
-    /// A process has one set of children: one test at a time.
     fn children() -> (Children, MutexGuard<'static, ()>) {
-        static TURN: Mutex<()> = Mutex::new(());
-        let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+        let turn = sys::turn_with_children();
         (Children::watch().unwrap(), turn)
     }
 

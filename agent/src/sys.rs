@@ -497,6 +497,14 @@ pub(crate) fn open_terminal(rows: u16, columns: u16) -> io::Result<(OwnedFd, Own
     Ok((master, slave))
 }
 
+/// A process has one set of children: one test at a time makes some, or waits for any of them.
+#[cfg(test)]
+pub(crate) fn turn_with_children() -> std::sync::MutexGuard<'static, ()> {
+    static TURN: std::sync::Mutex<()> = std::sync::Mutex::new(());
+    TURN.lock()
+        .unwrap_or_else(std::sync::PoisonError::into_inner)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

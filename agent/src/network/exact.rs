@@ -173,6 +173,7 @@ mod tests {
 
     #[test]
     fn what_a_kernel_lists_another_one_sets() {
+        let _turn = crate::sys::turn_with_children();
         let made = [
             "route add 10.10.0.1 dev eth0 scope link metric 5",
             "route add default via 10.9.8.1 metric 100",
